@@ -1,0 +1,40 @@
+# `make demo` and `make test` need Python 3.11 or newer, and the network once, for pip.
+# On a machine without a GPU, `make test PIP_FLAGS="--extra-index-url
+# https://download.pytorch.org/whl/cpu"` installs the small build of torch.
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS) -c constraints.txt
+INPUTS := pyproject.toml constraints.txt
+
+.PHONY: demo test bench clean
+
+demo: $(VENV)/demo.stamp
+	$(BIN)/moeify demo
+
+test: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q
+
+bench: $(VENV)/dev.stamp
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# Editable in both: after an edit of the sources there is nothing to install again.
+$(VENV)/demo.stamp: $(INPUTS) | $(BIN)/python
+	$(PIP) -e '.[demo]'
+	touch $@
+
+$(VENV)/dev.stamp: $(INPUTS) | $(BIN)/python
+	$(PIP) -e '.[dev,demo]'
+	touch $@ $(VENV)/demo.stamp

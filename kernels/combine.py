@@ -1,0 +1,105 @@
+"""`moeify::combine`: expert outputs back to tokens, weighted; gathers only, no atomics.
+
+Shapes: T tokens, D model width, K top-k, R = T * K rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeify.kernels.precision import accumulation_dtype, without_autocast
+
+
+@torch.library.custom_op(
+    "moeify::combine",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor? weights, Tensor order, Tensor slots) -> Tensor",
+)
+def combine(hidden: Tensor, weights: Tensor | None, order: Tensor, slots: Tensor) -> Tensor:
+    """Sum each token's rows, each times its weight, in float32 at least.
+
+    A dropped route adds exactly zero, whatever lies in `hidden`. The result does not depend on
+    the number of threads or on scheduling.
+
+    Args:
+        hidden: [R, D], any float dtype.
+        weights: [T, K] float32 or float64, or None for ones.
+        order: [R] int32, flat route of each row, -1 where unused; read by the backward.
+        slots: [T, K] int32, row of each route, -1 where dropped.
+
+    Returns:
+        [T, D] in the dtype of `hidden`.
+
+    Source:
+        Mixture of experts, Shazeer et al. 2017 eq. 1.
+    """
+    dtype = accumulation_dtype(hidden.dtype)
+    total = torch.zeros(slots.shape[0], hidden.shape[1], dtype=dtype, device=hidden.device)
+    with without_autocast(hidden):
+        for choice in range(slots.shape[1]):
+            part = _rows_of(hidden, slots[:, choice], dtype)
+            if weights is not None:
+                part = part * weights[:, choice, None].to(dtype)
+            total += part.masked_fill((slots[:, choice] < 0)[:, None], 0)
+    return total.to(hidden.dtype)
+
+
+@combine.register_fake
+def _(hidden: Tensor, weights: Tensor | None, order: Tensor, slots: Tensor) -> Tensor:
+    return hidden.new_empty(slots.shape[0], hidden.shape[1])
+
+
+@torch.library.custom_op(
+    "moeify::combine_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor hidden, Tensor weights, Tensor order, Tensor slots) "
+    "-> (Tensor, Tensor)",
+)
+def combine_backward(
+    grad: Tensor, hidden: Tensor, weights: Tensor, order: Tensor, slots: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of `combine` for hidden [R, D] and weights [T, K], in their dtypes.
+
+    Unused rows and dropped routes get zeros.
+    """
+    dtype = accumulation_dtype(hidden.dtype)
+    top_k = slots.shape[1]
+    with without_autocast(hidden):
+        route_of_row = order.clamp_min(0)
+        token_of_row = route_of_row.div(top_k, rounding_mode="floor")
+        weight_of_row = weights.flatten().index_select(0, route_of_row).to(dtype)
+        grad_hidden = grad.index_select(0, token_of_row).to(dtype) * weight_of_row[:, None]
+        grad_hidden.masked_fill_((order < 0)[:, None], 0)
+        wide = grad.to(dtype)
+        grad_weights = torch.stack(
+            [(_rows_of(hidden, slots[:, j], dtype) * wide).sum(1) for j in range(top_k)], dim=1
+        ).masked_fill(slots < 0, 0)
+    return grad_hidden.to(hidden.dtype), grad_weights.to(weights.dtype)
+
+
+@combine_backward.register_fake
+def _(
+    grad: Tensor, hidden: Tensor, weights: Tensor, order: Tensor, slots: Tensor
+) -> tuple[Tensor, Tensor]:
+    return hidden.new_empty(hidden.shape), weights.new_empty(weights.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    hidden, weights, order, slots = ctx.saved_tensors
+    ones = grad.new_ones(slots.shape) if weights is None else weights
+    grad_hidden, grad_weights = torch.ops.moeify.combine_backward(grad, hidden, ones, order, slots)
+    return grad_hidden, grad_weights if weights is not None else None, None, None
+
+
+combine.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _rows_of(hidden: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor:
+    return hidden.index_select(0, slots.clamp_min(0)).to(dtype)

@@ -1,0 +1,157 @@
+"""Routing in one call: gate, drop over capacity, weigh.
+
+`normalized` weights are over the *kept* routes, so the order is fixed: the gate chooses, `assign`
+drops, `weigh` turns the scores of what is left into combine weights.
+
+Shapes: T tokens, D model width, E experts, K top-k, R = T * K rows.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moeify.kernels.assign import DROPS, assign
+from moeify.kernels.gate import BALANCES, LOGIT_NOISES, SCORES, gate
+from moeify.kernels.weigh import COMBINES, weigh
+
+__all__ = [
+    "BALANCES",
+    "COMBINES",
+    "DROPS",
+    "LOGIT_NOISES",
+    "SCORES",
+    "Routing",
+    "assign",
+    "gate",
+    "route",
+    "weigh",
+]
+
+IDS: Final = 0
+WEIGHTS: Final = 1
+SLOTS: Final = 2
+ORDER: Final = 3
+OFFSETS: Final = 4
+COUNTS: Final = 5
+AUX_LOSS: Final = 6
+Z_LOSS: Final = 7
+ENTROPY: Final = 8
+DROPPED: Final = 9
+LOGITS: Final = 10
+
+
+class Routing(NamedTuple):
+    """What a router decided. The order of the fields is fixed: graphs read them by index.
+
+    A is float64 for float64 tokens, else float32.
+
+    Attributes:
+        ids: [T, K] int32, the chosen experts in order of choice.
+        weights: [T, K] A, combine weights; 0 where dropped.
+        slots: [T, K] int32, row of each route in the packed buffer; -1 where dropped.
+        order: [R] int32, flat route `t * K + j` of each row; -1 where unused.
+        offsets: [E] int32, end of each expert's rows; the last is the number of kept routes.
+        counts: [E] int32, routes per expert before dropping.
+        aux_loss: [] A, balance loss without its coefficient.
+        z_loss: [] A, z-loss without its coefficient.
+        entropy: [] A, mean entropy of the scores over experts, in nats; no gradient.
+        dropped: [] int32, number of dropped routes.
+        logits: [T, E] A, the router's logits.
+    """
+
+    ids: Tensor
+    weights: Tensor
+    slots: Tensor
+    order: Tensor
+    offsets: Tensor
+    counts: Tensor
+    aux_loss: Tensor
+    z_loss: Tensor
+    entropy: Tensor
+    dropped: Tensor
+    logits: Tensor
+
+
+def route(
+    tokens: Tensor,
+    weight: Tensor,
+    *,
+    top_k: int,
+    capacity: int | torch.SymInt,
+    selection_bias: Tensor | None = None,
+    input_noise: Tensor | None = None,
+    logit_noise: Tensor | None = None,
+    random_priority: Tensor | None = None,
+    score: str = "softmax",
+    combine: str = "probability",
+    noise: str = "none",
+    drop: str = "position",
+    balance: str = "all",
+) -> Routing:
+    """Route tokens to experts.
+
+    Deterministic: everything random comes in as a tensor.
+
+    Args:
+        tokens: [T, D], any float dtype.
+        weight: [E, D], any float dtype.
+        top_k: Experts per token, at most E.
+        capacity: Rows per expert at most; T or more drops nothing.
+        selection_bias: [E], added to the scores for the choice only.
+        input_noise: [T, D], factor on the tokens.
+        logit_noise: [T, E], added to the logits for the choice only.
+        random_priority: [T], uniform priorities of the tokens; needed by `drop="random"`.
+        score: "softmax" or "sigmoid".
+        combine: "probability", "normalized" or "straight_through"; see `weigh`.
+        noise: What `logit_noise` moves: "rsample" every choice, "gumbel" all but the first.
+        drop: Who stays over capacity: "random", "position" (all first choices before any second)
+            or "score".
+        balance: "all" or "first"; see `gate`.
+
+    Returns:
+        The routing.
+
+    Raises:
+        ValueError: An unknown option, a `top_k` out of range, or shapes that do not fit.
+
+    Example:
+        >>> tokens, weight = torch.eye(4), torch.eye(4)
+        >>> route(tokens, weight, top_k=1, capacity=4).ids.flatten().tolist()
+        [0, 1, 2, 3]
+    """
+    if tokens.dim() != 2 or tokens.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"tokens: shape {tuple(tokens.shape)} does not fit a router weight of shape "
+            f"{tuple(weight.shape)}; expected [tokens, {weight.shape[1]}]"
+        )
+    if not 1 <= top_k <= weight.shape[0]:
+        raise ValueError(f"top_k: {top_k} must lie between 1 and {weight.shape[0]} experts")
+    if drop not in DROPS:
+        raise ValueError(f"drop: {drop!r} is unknown; use one of {', '.join(DROPS)}")
+    if drop == "random" and random_priority is None:
+        raise ValueError("random_priority: drop='random' needs a priority per token")
+    scores, ids, logits, counts, aux_loss, z_loss, entropy = torch.ops.moeify.gate(
+        tokens,
+        weight,
+        selection_bias,
+        input_noise,
+        logit_noise,
+        top_k,
+        score,
+        noise,
+        balance,
+    )
+    priority: Tensor | None = None
+    if drop == "score":
+        priority = scores.detach()
+    elif drop == "random" and random_priority is not None:
+        priority = random_priority[:, None].expand(ids.shape)
+    slots, order, offsets = torch.ops.moeify.assign(ids, priority, weight.shape[0], capacity)
+    weights = torch.ops.moeify.weigh(scores, slots, combine)
+    dropped = ids.numel() - offsets[-1]
+    return Routing(
+        ids, weights, slots, order, offsets, counts, aux_loss, z_loss, entropy, dropped, logits
+    )

@@ -1,0 +1,82 @@
+"""moeify: turn dense PyTorch models into Mixture-of-Experts models by graph passes.
+
+```python
+from moeify import moeify
+
+model = moeify(model, "pr-moe")
+```
+
+Names are loaded on first use, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "moeify": "moeify.api",
+    "demoeify": "moeify.dense_again",
+    "export": "moeify.exporting",
+    "find_mlps": "moeify.discovery",
+    "aux_loss": "moeify.losses",
+    "router_stats": "moeify.losses",
+    "save": "moeify.checkpoint",
+    "load": "moeify.checkpoint",
+    "MoE": "moeify.layer",
+    "Plan": "moeify.plan",
+    "Site": "moeify.sites",
+    "LayerPlan": "moeify.resolve",
+    "ResolvedPlan": "moeify.resolve",
+    "MoeifyError": "moeify.errors",
+    "PlanError": "moeify.errors",
+    "CaptureError": "moeify.errors",
+    "UnsupportedModuleError": "moeify.errors",
+    "PassError": "moeify.errors",
+    "PassOrderError": "moeify.errors",
+    "VerificationError": "moeify.errors",
+    "CheckpointError": "moeify.errors",
+    "DispatchError": "moeify.errors",
+}
+
+__all__ = sorted(_HOMES)
+
+if TYPE_CHECKING:
+    from moeify.api import moeify as moeify
+    from moeify.checkpoint import load as load
+    from moeify.checkpoint import save as save
+    from moeify.dense_again import demoeify as demoeify
+    from moeify.discovery import find_mlps as find_mlps
+    from moeify.errors import CaptureError as CaptureError
+    from moeify.errors import CheckpointError as CheckpointError
+    from moeify.errors import DispatchError as DispatchError
+    from moeify.errors import MoeifyError as MoeifyError
+    from moeify.errors import PassError as PassError
+    from moeify.errors import PassOrderError as PassOrderError
+    from moeify.errors import PlanError as PlanError
+    from moeify.errors import UnsupportedModuleError as UnsupportedModuleError
+    from moeify.errors import VerificationError as VerificationError
+    from moeify.exporting import export as export
+    from moeify.layer import MoE as MoE
+    from moeify.losses import aux_loss as aux_loss
+    from moeify.losses import router_stats as router_stats
+    from moeify.plan import Plan as Plan
+    from moeify.resolve import LayerPlan as LayerPlan
+    from moeify.resolve import ResolvedPlan as ResolvedPlan
+    from moeify.sites import Site as Site
+
+
+def __getattr__(name: str) -> object:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'moeify' has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,265 @@
+"""`moeify(model, plan)`: the one line, from capture to proof; and `demoeify`, the way back."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from torch import fx, nn
+
+from moeify import losses
+from moeify.capture import ExampleInputs
+from moeify.conversion import (
+    ATTRIBUTE,
+    Conversion,
+    ConvertedLayer,
+    Installer,
+    make_ledger,
+    skeleton,
+)
+from moeify.discovery import Discovery, FoundSite, discover
+from moeify.errors import PassError, PlanError, UnsupportedModuleError
+from moeify.input_spec import describe_inputs
+from moeify.passes.base import Fact, Pass, PlanContext
+from moeify.passes.dataflow import weight_of
+from moeify.passes.find_mlps import FindMlps
+from moeify.passes.manager import PassManager
+from moeify.passes.observers import observers_from_env
+from moeify.passes.records import record_of
+from moeify.passes.replace_mlps import MOE_ROLE, ReplaceMlps, block_path, find_site
+from moeify.plan import Plan
+from moeify.resolve import LayerPlan, ResolvedPlan, resolve_sites
+from moeify.verification import check, check_untouched, compare, snapshot
+
+log = logging.getLogger("moeify")
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def moeify(
+    model: Model,
+    plan: Plan | Mapping[str, Any] | str | os.PathLike[str],
+    *,
+    example_inputs: ExampleInputs | None = None,
+    mesh: Any = None,
+    passes: Sequence[Pass] = (),
+    verify: bool = True,
+) -> Model:
+    """Turn chosen MLPs of a model into Mixture-of-Experts layers, in place.
+
+    The model is run once on fake tensors to find its MLPs by dataflow; the plan chooses among
+    them; each chosen one becomes a block that is itself a `torch.fx.GraphModule`; the result is
+    compared with the dense model. After any error the model is exactly the dense one again.
+
+    Args:
+        model: Any `nn.Module`, not compiled, sharded or wrapped yet. On `meta` it stays on `meta`.
+        plan: A `Plan`, a dict, the name of a preset such as "pr-moe", or a path to YAML or JSON.
+        example_inputs: A dict of keyword arguments, a tuple of positional ones, or a tensor; made
+            from the config of a Hugging Face model if None.
+        mesh: Reserved for parallel plans.
+        passes: Your own graph passes, ordered among moeify's by their facts.
+        verify: Run the dense and the converted model on the example inputs and compare outputs
+            and gradients; needs memory for the gradients.
+
+    Returns:
+        The same object.
+
+    Raises:
+        PlanError: The plan cannot be read or does not fit the model.
+        CaptureError: The model does not run on the example inputs.
+        UnsupportedModuleError: A chosen site cannot be converted, or the model is wrapped.
+        PassError, PassOrderError: A pass failed.
+        VerificationError: The converted model does not give the dense model's numbers.
+
+    Source:
+        Sparse upcycling: Komatsuzaki et al. 2022. Residual and pyramid: DeepSpeed-MoE
+        (Rajbhandari et al. 2022), section 4.
+
+    Example:
+        >>> import torch
+        >>> nn = torch.nn
+        >>> mlp = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+        >>> plan = {"layers": [{"select": "all", "experts": 4}]}
+        >>> model = moeify(nn.Sequential(mlp, nn.LayerNorm(8)), plan, example_inputs=torch.randn(4, 8))
+        >>> type(model[0]).__name__
+        'MoEBlock'
+    """
+    refuse_wrapped(model)
+    chosen = Plan.of(plan)
+    _refuse_parallel(chosen, mesh)
+    if example_inputs is None:
+        from moeify.hf import example_inputs_for
+
+        example_inputs = example_inputs_for(model)
+    discovery = discover(model, example_inputs)
+    resolved = resolve_sites(
+        chosen,
+        discovery.sites,
+        parameters=discovery.parameters,
+        parameter_bytes=discovery.parameter_bytes,
+        linears=discovery.linears,
+    )
+    blocks = run_pipeline(model, chosen, resolved, discovery, passes)
+    _install_checked(model, chosen, resolved, discovery, blocks, example_inputs, verify)
+    return model
+
+
+def run_pipeline(
+    model: nn.Module,
+    plan: Plan,
+    resolved: ResolvedPlan,
+    discovery: Discovery,
+    passes: Sequence[Pass] = (),
+) -> dict[str, fx.GraphModule]:
+    """Run the graph passes and return the finished blocks by path; the model is only read."""
+    gm = discovery.capture.graph_module
+    ctx = PlanContext(
+        plan=plan, resolved=resolved, facts=frozenset({Fact.CAPTURED, Fact.RESOLVED}), model=model
+    )
+    outside = _outside(gm, discovery, resolved)
+    ours: list[Pass] = [FindMlps(discovery.regions), ReplaceMlps(discovery)]
+    manager = PassManager([*ours, *passes], observers=observers_from_env())
+    gm = manager.run(gm, ctx).graph_module
+    for report in manager.reports:
+        log.debug("%s", report)
+    left = _signature(
+        node
+        for node in gm.graph.nodes
+        if (record := record_of(node)) is None or record.role != MOE_ROLE
+    )
+    foreign = sorted(set(left.items()) ^ set(outside.items()))
+    if foreign:
+        names = ", ".join(name for name, _ in foreign[:5])
+        raise PassError(
+            f"a pass changed the graph outside the MoE blocks ({names}): only blocks are installed "
+            "in the model; run such a pass on moeify.export(model, example_inputs)"
+        )
+    blocks = {}
+    for layer in resolved:
+        path = block_path(find_site(discovery, layer), layer)
+        block = gm.get_submodule(path)
+        if not isinstance(block, fx.GraphModule):
+            raise PassError(f"{path}: the pass that replaces MLPs was disabled or left no block")
+        blocks[layer.name] = block
+    return blocks
+
+
+def _outside(
+    gm: fx.GraphModule, discovery: Discovery, resolved: ResolvedPlan
+) -> dict[str, tuple[str, str]]:
+    """Return what must be left of the graph once the planned sites are gone."""
+    chosen = {layer.site.down.weight for layer in resolved}
+    inside = {n for r in discovery.regions if r.down.weight.name in chosen for n in r.nodes}
+    linear = {layer.site.down.weight for layer in resolved if layer.expert == "linear"}
+    inside |= {n for lin in discovery.linear_nodes if lin.weight.name in linear for n in lin.nodes}
+    return _signature(node for node in gm.graph.nodes if node not in inside)
+
+
+def _signature(nodes: Iterable[fx.Node]) -> dict[str, tuple[str, str]]:
+    """Return what the nodes do, weights and their views left out."""
+    return {n.name: (n.op, str(n.target)) for n in nodes if weight_of(n) is None}
+
+
+def _install_checked(
+    model: nn.Module,
+    plan: Plan,
+    resolved: ResolvedPlan,
+    discovery: Discovery,
+    blocks: Mapping[str, fx.GraphModule],
+    example_inputs: ExampleInputs,
+    verify: bool,
+) -> None:
+    before = dict(model.named_parameters(remove_duplicate=False))
+    versions = {name: (id(p), p._version) for name, p in before.items()}
+    untouched = _untouched(before, resolved)
+    numeric = verify and not any(p.is_meta for p in before.values())
+    dense = snapshot(model, example_inputs, untouched) if numeric else None
+    installer = Installer(model)
+    try:
+        layers = []
+        for layer in resolved:
+            found = find_site(discovery, layer)
+            layers.append(_install(installer, layer, found, blocks[layer.name]))
+        ledger = make_ledger(before, model, layers)
+        check_untouched(versions, model)
+        if dense is not None:
+            difference = compare(dense, snapshot(model, example_inputs, untouched), resolved.layers)
+            log.info("step-0 difference: %s", difference)
+            check(difference, next(iter(before.values())).dtype)
+    except BaseException:
+        installer.undo()
+        raise
+    for converted in layers:
+        for swap in converted.swaps:
+            swap.original = skeleton(swap.original)
+    record = Conversion(plan, layers, ledger, installer.fused, describe_inputs(example_inputs))
+    model.__dict__[ATTRIBUTE] = record
+    losses.attach(model)
+    from moeify import hf
+
+    hf.guard(model)
+
+
+def _install(
+    installer: Installer, layer: LayerPlan, found: FoundSite | None, block: fx.GraphModule
+) -> ConvertedLayer:
+    path = block_path(found, layer)
+    swaps = installer.install(layer, found, path, block)
+    if found is None:
+        return ConvertedLayer(layer, path, swaps)
+    program = found.region.program
+    return ConvertedLayer(layer, path, swaps, program.swap, program.params)
+
+
+def _untouched(before: Mapping[str, nn.Parameter], resolved: ResolvedPlan) -> list[str]:
+    touched = set()
+    for layer in resolved:
+        for projection in (*layer.site.up, layer.site.down):
+            touched |= {projection.weight, projection.bias}
+        touched |= set(layer.site.inner)
+    return [name for name in before if name not in touched]
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Refuse what cannot be converted in place.
+
+    Raises:
+        UnsupportedModuleError: The model is already converted, wrapped or sharded.
+        TypeError: It is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    if ATTRIBUTE in model.__dict__:
+        raise UnsupportedModuleError(
+            type(model).__name__, "it is converted already: call moeify.demoeify(model) first"
+        )
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise UnsupportedModuleError(
+            type(model).__name__, "convert the model inside first, then wrap it"
+        )
+    for name, parameter in model.named_parameters():
+        if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
+            raise UnsupportedModuleError(name, "it is sharded already: convert first, then shard")
+
+
+def _refuse_parallel(plan: Plan, mesh: Any) -> None:
+    parallel, zero = plan.parallel, plan.zero
+    asked = []
+    if parallel.expert > 1:
+        asked.append(f"parallel.expert: {parallel.expert}")
+    if parallel.tensor > 1:
+        asked.append(f"parallel.tensor: {parallel.tensor}")
+    if zero.stage > 0 or zero.offload != "none":
+        asked.append(f"zero.stage: {zero.stage}, offload: {zero.offload}")
+    if mesh is not None:
+        asked.append("mesh")
+    if asked:
+        raise PlanError(
+            f"{', '.join(asked)}: this version converts on one process; set parallel and zero to "
+            "their defaults (plan.resolve and `moeify plan show` accept them)",
+            path="parallel" if parallel.expert * parallel.tensor > 1 else "zero",
+        )
+
+
+__all__ = ["moeify", "refuse_wrapped", "run_pipeline"]

@@ -1,0 +1,61 @@
+"""Typed errors: each says what is wrong, where, and what to do. Importable without torch.
+
+Exit codes of the command line: a `MoeifyError` is the user's to mend and exits with 1,
+a wrong command line exits with 2.
+"""
+
+from __future__ import annotations
+
+
+class MoeifyError(Exception):
+    """Base of every error that moeify raises on purpose."""
+
+
+class PlanError(MoeifyError, ValueError):
+    """A plan that cannot be read, or that does not fit the model or the world.
+
+    Args:
+        message: What is wrong and what would work.
+        file: The plan's file, if it came from one.
+        line: 1-based line in `file`.
+        path: Where in the plan, such as `layers[1].select`.
+    """
+
+    def __init__(
+        self, message: str, *, file: str | None = None, line: int | None = None, path: str = ""
+    ) -> None:
+        self.message, self.file, self.line, self.path = message, file, line, path
+        where = ":".join(str(part) for part in (file, line) if part is not None)
+        super().__init__(": ".join(part for part in (where, path, message) if part))
+
+
+class CaptureError(MoeifyError, RuntimeError):
+    """The model could not be run once to record its graph."""
+
+
+class UnsupportedModuleError(MoeifyError, TypeError):
+    """A chosen part of the model cannot be converted; `module` names it."""
+
+    def __init__(self, module: str, reason: str) -> None:
+        self.module, self.reason = module, reason
+        super().__init__(f"{module}: {reason}")
+
+
+class PassError(MoeifyError, RuntimeError):
+    """A pass failed, or left a graph that breaks a rule of the verifier."""
+
+
+class PassOrderError(MoeifyError, ValueError):
+    """The passes cannot be ordered: a fact has no provider, or the order is a cycle."""
+
+
+class VerificationError(MoeifyError, RuntimeError):
+    """The converted model failed a check; the model has been rolled back to the dense one."""
+
+
+class CheckpointError(MoeifyError, RuntimeError):
+    """A saved model is incomplete, damaged, or does not fit."""
+
+
+class DispatchError(MoeifyError, RuntimeError):
+    """Token routing is inconsistent: splits, counts or shapes do not agree."""

@@ -1,0 +1,200 @@
+"""How experts and routers start (DESIGN of each strategy in its docstring).
+
+Everything drawn comes from a generator of its own, seeded by the plan's seed and the site's name,
+so that every rank and every layout starts from the same numbers and the global state is untouched.
+
+Shapes: D model width, F expert width, E experts, G slices per copy; `wide` is F, or 2F if gated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moeify.specs import InitSpec
+
+
+@dataclass(frozen=True, slots=True)
+class MlpWeights:
+    """The tensors of one dense MLP, oriented `[out, in]`, the gate first.
+
+    Attributes:
+        up: [wide, D].
+        up_bias: [wide] or None.
+        down: [D, F].
+        down_bias: [D] or None.
+        inner: Further parameters, [F] each.
+        gated: Whether `up` holds two halves.
+    """
+
+    up: Tensor
+    up_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+    inner: tuple[Tensor, ...]
+    gated: bool
+
+
+def generator_for(seed: int, *names: object) -> torch.Generator:
+    """Return a CPU generator that depends on `seed` and `names` alone."""
+    text = "/".join(str(part) for part in (seed, *names))
+    number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+    return torch.Generator().manual_seed(number % (2**63))
+
+
+def init_router(shape: tuple[int, int], like: Tensor, spec: InitSpec, name: str) -> Tensor:
+    """Return a router's weight [E, D] in the dtype and on the device of `like`.
+
+    `normal` draws from N(0, router_std^2). With `granular`, the G slices of one copy share a row,
+    so that they are chosen together.
+    """
+    experts, width = shape
+    if like.is_meta:
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
+    if spec.router == "zeros":
+        return torch.zeros(shape, dtype=like.dtype, device=like.device)
+    groups = experts // spec.granularity
+    drawn = torch.randn(groups, width, generator=generator_for(spec.seed, name, "router"))
+    drawn = (drawn * spec.router_std).repeat_interleave(spec.granularity, 0)
+    return drawn.to(dtype=like.dtype, device=like.device)
+
+
+def init_experts(
+    dense: MlpWeights, experts: int, spec: InitSpec, name: str, *, scale: float = 1.0
+) -> MlpWeights:
+    """Return stacked weights of `experts` experts, each tensor with a leading E.
+
+    Args:
+        dense: The weights of the dense MLP; on `meta` only shapes are made.
+        experts: E.
+        spec: The strategy and its numbers.
+        name: The site's name, which seeds what is drawn.
+        scale: Factor on what the last projection gives (weight and bias).
+
+    Returns:
+        `copy`: E copies (sparse upcycling, Komatsuzaki et al. 2022).
+        `noise`: copies plus N(0, (noise_std * std(w))^2) on every weight matrix.
+        `drop`: copies in which a part `drop_ratio` of the hidden neurons is drawn anew per expert,
+        the same neurons in gate, up and down, from N(mean, std^2) of the replaced slice
+        (Drop-Upcycling, Nakamura et al. 2025).
+        `random`: N(0, std(w)^2) for weights, zero biases, ones for inner parameters.
+        `granular`: E / G copies in G slices each; the last projection times G, because the G
+        slices of a copy share its weight (fine-grained upcycling, He et al. 2024, with the whole
+        scale in the last projection, which is exact for gated MLPs too).
+    """
+    if spec.experts == "granular" and spec.granularity > 1:
+        stacked = _granular(dense, experts, spec.granularity)
+    else:
+        stacked = _map(dense, lambda t: _repeat(t, experts))
+        if not dense.up.is_meta:
+            _STRATEGIES[spec.experts](stacked, dense, spec, name)
+    if scale != 1.0 and not dense.up.is_meta:
+        stacked.down.mul_(scale)
+        if stacked.down_bias is not None:
+            stacked.down_bias.mul_(scale)
+    return stacked
+
+
+def _map(weights: MlpWeights, function: Callable[[Tensor], Tensor]) -> MlpWeights:
+    def each(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else function(tensor)
+
+    return MlpWeights(
+        function(weights.up),
+        each(weights.up_bias),
+        function(weights.down),
+        each(weights.down_bias),
+        tuple(function(t) for t in weights.inner),
+        weights.gated,
+    )
+
+
+def _repeat(tensor: Tensor, experts: int) -> Tensor:
+    stacked = torch.empty((experts, *tensor.shape), dtype=tensor.dtype, device=tensor.device)
+    return stacked if tensor.is_meta else stacked.copy_(tensor)
+
+
+def _granular(dense: MlpWeights, experts: int, slices: int) -> MlpWeights:
+    copies = experts // slices
+    halves = 2 if dense.gated else 1
+    width = dense.down.shape[1] // slices
+
+    def rows(tensor: Tensor) -> Tensor:  # [wide, ...] -> [E, wide / G, ...]
+        rest = tensor.shape[1:]
+        parts = tensor.view(halves, slices, width, *rest).transpose(0, 1)
+        parts = parts.reshape(slices, halves * width, *rest)
+        return parts.repeat(copies, *([1] * (parts.dim() - 1)))
+
+    down = dense.down.view(dense.down.shape[0], slices, width).permute(1, 0, 2) * slices
+    return MlpWeights(
+        rows(dense.up),
+        None if dense.up_bias is None else rows(dense.up_bias),
+        down.repeat(copies, 1, 1),
+        None if dense.down_bias is None else _repeat(dense.down_bias, experts),
+        (),
+        dense.gated,
+    )
+
+
+def _draw(shape: torch.Size, generator: torch.Generator, like: Tensor) -> Tensor:
+    return torch.randn(shape, generator=generator).to(device=like.device)
+
+
+def _keep(stacked: MlpWeights, dense: MlpWeights, spec: InitSpec, name: str) -> None:
+    """Leave copies as they are."""
+
+
+def _add_noise(stacked: MlpWeights, dense: MlpWeights, spec: InitSpec, name: str) -> None:
+    generator = generator_for(spec.seed, name, "noise")
+    for tensor, source in ((stacked.up, dense.up), (stacked.down, dense.down)):
+        std = spec.noise_std * source.float().std()
+        for expert in tensor.unbind(0):
+            noise = _draw(expert.shape, generator, expert) * std
+            expert.copy_((expert.float() + noise).to(expert.dtype))
+
+
+def _drop(stacked: MlpWeights, dense: MlpWeights, spec: InitSpec, name: str) -> None:
+    width = dense.down.shape[1]
+    count = round(spec.drop_ratio * width)
+    generator = generator_for(spec.seed, name, "drop")
+
+    def redraw(target: Tensor, index: Tensor, dim: int) -> None:
+        kept = target.index_select(dim, index).float()
+        std, mean = torch.std_mean(kept, correction=0)
+        drawn = _draw(kept.shape, generator, kept) * std + mean
+        target.index_copy_(dim, index, drawn.to(target.dtype))
+
+    for expert in range(stacked.down.shape[0]):
+        chosen = torch.randperm(width, generator=generator)[:count].sort().values
+        neurons = chosen.to(dense.up.device)
+        for half in range(2 if dense.gated else 1):
+            redraw(stacked.up[expert], neurons + half * width, 0)
+            if stacked.up_bias is not None:
+                redraw(stacked.up_bias[expert], neurons + half * width, 0)
+        redraw(stacked.down[expert], neurons, 1)
+
+
+def _random(stacked: MlpWeights, dense: MlpWeights, spec: InitSpec, name: str) -> None:
+    generator = generator_for(spec.seed, name, "random")
+    for tensor, source in ((stacked.up, dense.up), (stacked.down, dense.down)):
+        std = source.float().std(correction=0)
+        for expert in tensor.unbind(0):
+            expert.copy_((_draw(expert.shape, generator, expert) * std).to(expert.dtype))
+    for bias in (stacked.up_bias, stacked.down_bias):
+        if bias is not None:
+            bias.zero_()
+    for inner in stacked.inner:
+        inner.fill_(1.0)
+
+
+_STRATEGIES = {
+    "copy": _keep,
+    "granular": _keep,
+    "noise": _add_noise,
+    "drop": _drop,
+    "random": _random,
+}

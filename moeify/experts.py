@@ -1,0 +1,240 @@
+"""Experts over the packed, expert-major buffer: stacked MLP weights, or any modules.
+
+Shapes: R rows, D model width, F expert width, E experts. Rows from `offsets[-1]` on are unused:
+they come out as zeros and send back no gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moeify.activations import activation as activation_named
+from moeify.kernels import grouped_linear as _grouped_linear  # noqa: F401  registers the op
+from moeify.kernels.precision import autocast_enabled
+
+
+class Experts(nn.Module):
+    """E two-layer MLPs with stacked weights: grouped linear, activation, grouped linear.
+
+    Args:
+        experts: E.
+        d_in: Input width D.
+        d_ff: Hidden width F (of one half, if gated).
+        d_out: Output width; D if None.
+        activation: A canonical name of `moeify.activations`; ignored if `inner` is given.
+        gated: True computes `act(gate) * up`, where `gate` is the first half of the projection.
+        bias: Whether the projections have biases.
+        up_bias: Bias of the first projection alone; `bias` if None.
+        down_bias: Bias of the last projection alone; `bias` if None.
+        inner: Module for what is no canonical activation, called as
+            `inner(hidden [R, F or 2F], *inner_rows)` and returning [R, F].
+        inner_params: Number of further per-expert parameters [E, F], passed to `inner` row by row.
+        dropout: Probability of dropping hidden elements in training.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+
+    Attributes:
+        gate_up_proj: [E, 2F, D] parameter if gated, else `up_proj` [E, F, D].
+        gate_up_bias: [E, 2F] parameter or None if gated, else `up_bias` [E, F].
+        down_proj: [E, d_out, F] parameter.
+        down_bias: [E, d_out] parameter or None.
+        inner_0: [E, F] parameter, and so on for each of `inner_params`; ones at first.
+
+    Raises:
+        ValueError: An unknown activation, or a number out of range.
+
+    Source:
+        The layout is that of Hugging Face transformers 5 and of grouped matmul.
+
+    Example:
+        >>> experts = Experts(experts=2, d_in=4, d_ff=8, activation="silu", gated=True, bias=False)
+        >>> experts(torch.randn(3, 4), torch.tensor([1, 3], dtype=torch.int32)).shape
+        torch.Size([3, 4])
+    """
+
+    gate_up_proj: Tensor
+    gate_up_bias: Tensor | None
+    up_proj: Tensor
+    up_bias: Tensor | None
+    down_proj: Tensor
+    down_bias: Tensor | None
+
+    def __init__(
+        self,
+        *,
+        experts: int,
+        d_in: int,
+        d_ff: int,
+        d_out: int | None = None,
+        activation: str = "gelu",
+        gated: bool = False,
+        bias: bool = True,
+        up_bias: bool | None = None,
+        down_bias: bool | None = None,
+        inner: nn.Module | None = None,
+        inner_params: int = 0,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if min(experts, d_in, d_ff) < 1:
+            raise ValueError(f"experts, d_in, d_ff: {experts}, {d_in}, {d_ff} must be at least 1")
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"dropout: {dropout} must lie in [0, 1]")
+        if inner is None:
+            activation_named(activation)
+            if inner_params:
+                raise ValueError(f"inner_params: {inner_params} need a module `inner` to read them")
+        self.experts, self.d_in, self.d_ff = experts, d_in, d_ff
+        self.d_out = d_in if d_out is None else d_out
+        self.activation, self.gated, self.dropout = activation, gated, dropout
+        self.inner, self.inner_params = inner, inner_params
+        first, width = ("gate_up", 2 * d_ff) if gated else ("up", d_ff)
+        shapes: dict[str, tuple[int, ...] | None] = {
+            f"{first}_proj": (experts, width, d_in),
+            f"{first}_bias": (experts, width) if (bias if up_bias is None else up_bias) else None,
+            "down_proj": (experts, self.d_out, d_ff),
+            "down_bias": (experts, self.d_out)
+            if (bias if down_bias is None else down_bias)
+            else None,
+            **{f"inner_{i}": (experts, d_ff) for i in range(inner_params)},
+        }
+        for name, shape in shapes.items():
+            empty = None if shape is None else torch.empty(shape, device=device, dtype=dtype)
+            self.register_parameter(name, None if empty is None else nn.Parameter(empty))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw each expert as two `nn.Linear` would be drawn; inner parameters become ones."""
+        for name, parameter in self.named_parameters(recurse=False):
+            if name.startswith("inner_"):
+                nn.init.ones_(parameter)
+                continue
+            fan_in = self.d_ff if name.startswith("down") else self.d_in
+            bound = 1 / math.sqrt(fan_in)
+            nn.init.uniform_(parameter, -bound, bound)
+
+    def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
+        """Run every row through its expert.
+
+        Under autocast rows and parameters are cast as `F.linear` would cast them.
+
+        Args:
+            rows: [R, D].
+            offsets: [E] int32, end of each expert's rows.
+
+        Returns:
+            [R, d_out]; zeros from row `offsets[-1]` on.
+        """
+        if self.gated:
+            hidden = _linear(rows, self.gate_up_proj, self.gate_up_bias, offsets)
+        else:
+            hidden = _linear(rows, self.up_proj, self.up_bias, offsets)
+        if self.inner is not None:
+            hidden = self.inner(hidden, *self._inner_rows(hidden, offsets))
+        else:
+            hidden = self._activate(hidden)
+        if self.dropout > 0:
+            hidden = F.dropout(hidden, self.dropout, self.training)
+        return _linear(hidden, self.down_proj, self.down_bias, offsets)
+
+    def extra_repr(self) -> str:
+        inner = self.activation if self.inner is None else "inner"
+        return (
+            f"experts={self.experts}, {self.d_in} -> {self.d_ff} -> {self.d_out}, "
+            f"{'gated ' if self.gated else ''}{inner}, dropout={self.dropout}"
+        )
+
+    def _activate(self, hidden: Tensor) -> Tensor:
+        act = activation_named(self.activation)
+        if not self.gated:
+            return act(hidden)
+        gate, up = hidden.chunk(2, dim=1)
+        return act(gate) * up
+
+    def _inner_rows(self, hidden: Tensor, offsets: Tensor) -> list[Tensor]:
+        """Return each inner parameter [E, F] spread over the rows: [R, F], zeros where unused.
+
+        A grouped linear of a column of ones is that gather, with a gradient that sums in a fixed
+        order and never reads an unused row.
+        """
+        ones = hidden.new_ones(hidden.shape[0], 1)
+        return [
+            torch.ops.moeify.grouped_linear(
+                ones.to(parameter.dtype), parameter[:, :, None], None, offsets
+            )
+            for parameter in (getattr(self, f"inner_{i}") for i in range(self.inner_params))
+        ]
+
+
+class ModuleExperts(nn.Module):
+    """Experts of any kind: expert e is a module that maps its rows [n, D] to [n, d_out].
+
+    The slice sizes are data, so this path runs outside `torch.compile` (a graph break; it cannot
+    be part of a `fullgraph=True` region): compile the experts themselves, or use `Experts`. Every
+    expert runs in every forward, also with zero rows, so that its gradients are zeros and not
+    None. If an expert returns a tuple, its first element counts, as in DeepSpeed.
+
+    Args:
+        experts: One module per expert.
+
+    Raises:
+        ValueError: No experts.
+
+    Example:
+        >>> experts = ModuleExperts([nn.Linear(4, 4), nn.Linear(4, 4)])
+        >>> experts(torch.randn(3, 4), torch.tensor([1, 3], dtype=torch.int32)).shape
+        torch.Size([3, 4])
+    """
+
+    def __init__(self, experts: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(experts)
+        if len(self.experts) == 0:
+            raise ValueError("experts: at least one module is needed")
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
+        """Run every row through its expert.
+
+        Args:
+            rows: [R, D].
+            offsets: [E] int32, end of each expert's rows.
+
+        Returns:
+            [R, d_out]; zeros from row `offsets[-1]` on.
+        """
+        ends: Sequence[int] = offsets.tolist()
+        outputs = []
+        for expert, start, end in zip(self.experts, [0, *ends[:-1]], ends, strict=True):
+            outputs.append(_first_of(expert(rows[start:end])))
+        unused = rows.shape[0] - ends[-1]
+        padding = outputs[0].new_zeros(unused, *outputs[0].shape[1:])
+        return torch.cat([*outputs, padding])
+
+
+def _first_of(output: Any) -> Tensor:
+    result: Tensor = output[0] if isinstance(output, tuple) else output
+    return result
+
+
+def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
+    """Return the grouped linear, with the casts of autocast."""
+    device_type = rows.device.type
+    if autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        rows, weight = _lowered(rows, dtype), _lowered(weight, dtype)
+        bias = None if bias is None else _lowered(bias, dtype)
+    out: Tensor = torch.ops.moeify.grouped_linear(rows, weight, bias, offsets)
+    return out
+
+
+def _lowered(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)

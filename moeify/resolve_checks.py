@@ -1,0 +1,110 @@
+"""What must hold for one layer of a resolved plan; every failure names the field that said so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, TypeAlias
+
+from moeify.strict_yaml import Where
+
+if TYPE_CHECKING:
+    from moeify.plan import Plan
+    from moeify.resolve import LayerPlan
+
+_Fault: TypeAlias = tuple[str, str]
+
+
+def check_layer(plan: Plan, layer: LayerPlan, said: Mapping[str, Where]) -> None:
+    """Checks one layer.
+
+    Args:
+        plan: The plan, for its layout and for error places.
+        layer: The layer.
+        said: Where each field was stated in a rule; others are the plan's own.
+
+    Raises:
+        PlanError: On the first thing that does not fit.
+    """
+    for dotted, message in _faults(plan, layer):
+        where = said.get(dotted)
+        if where is None:
+            # A default of the rule itself has no place of its own: point at the rule.
+            parts = tuple(dotted.split("."))
+            where = parts if len(parts) > 1 else ("layers", layer.rule)
+        raise plan.fault(where, f"{layer.name}: {message}")
+
+
+def _faults(plan: Plan, layer: LayerPlan) -> Iterator[_Fault]:
+    yield from _routing(layer)
+    yield from _granular(layer)
+    yield from _layout(plan, layer)
+
+
+def _routing(layer: LayerPlan) -> Iterator[_Fault]:
+    experts, top_k, router = layer.experts, layer.top_k, layer.router
+    if top_k > experts:
+        yield "top_k", f"top_k {top_k} is more than its {experts} experts; use at most {experts}"
+    if router.combine == "straight_through" and top_k > 1:
+        yield (
+            "router.combine",
+            f"straight_through needs top_k 1, not {top_k}; use normalized or auto",
+        )
+    if router.noise == "rsample" and top_k != 1:
+        yield "router.noise", f"rsample needs top_k 1, not {top_k}; use jitter or none"
+    if router.noise == "gumbel" and top_k != 2:
+        yield "router.noise", f"gumbel draws a second expert: top_k 2, not {top_k}"
+
+
+def _granular(layer: LayerPlan) -> Iterator[_Fault]:
+    slices, site = layer.init.granularity, layer.site
+    if layer.init.experts != "granular":
+        if slices > 1:
+            yield "init.granularity", f"{slices} slices need `init: {{experts: granular}}`"
+        return
+    if layer.expert == "linear":
+        yield "init.experts", "granular slices hidden neurons, and a linear has none; use copy"
+    if site.inner:
+        yield "init.experts", f"granular cannot slice the inner norm {site.inner[0]}; use copy"
+    if layer.experts % slices:
+        yield "experts", f"{layer.experts} experts are no multiple of granularity {slices}"
+    if layer.top_k % slices:
+        yield (
+            "top_k",
+            f"top_k {layer.top_k} is no multiple of granularity {slices}; use top_k {slices}",
+        )
+    if site.d_ff % slices:
+        yield "init.granularity", f"hidden width {site.d_ff} does not divide by {slices}"
+    if layer.top_k < 2:
+        yield "top_k", "granular needs top_k of at least 2; use copy for top_k 1"
+    if layer.router.combine != "normalized":
+        yield "router.combine", f"granular needs normalized, not {layer.router.combine}"
+
+
+def _layout(plan: Plan, layer: LayerPlan) -> Iterator[_Fault]:
+    experts, ranks = layer.experts, plan.parallel.expert
+    if experts % ranks and ranks % experts:
+        yield (
+            "experts",
+            f"{experts} experts do not divide over an expert axis of {ranks}; "
+            f"use {_nearest_counts(experts, ranks)}",
+        )
+    tensor = plan.parallel.tensor
+    if plan.parallel.experts_in_tp == "slice" and layer.expert == "mlp":
+        width = layer.site.d_ff // layer.init.granularity
+        if width % tensor:
+            yield (
+                "parallel.tensor",
+                f"hidden width {width} does not slice over a tensor axis of {tensor}; "
+                "use experts_in_tp: replicate",
+            )
+
+
+def _nearest_counts(experts: int, ranks: int) -> str:
+    """Names the counts next to `experts` that divide over the ranks, or into them."""
+    # Below the number of ranks, the divisors of it work; from there on, its multiples.
+    above = -(-experts // ranks) * ranks
+    divisors = [count for count in range(1, min(experts, ranks)) if ranks % count == 0]
+    below = experts // ranks * ranks if experts > ranks else max(divisors)
+    if experts < ranks:
+        above = next(count for count in range(experts, ranks + 1) if ranks % count == 0)
+    return f"{below} or {above}"

@@ -1,0 +1,77 @@
+"""A site: one MLP of the dense model, as `find_mlps` describes it. Importable without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Install = Literal["T1", "T2", "refused"]
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """One linear map of a site.
+
+    Attributes:
+        weight: Qualified name of the weight parameter.
+        bias: Qualified name of the bias parameter, or None.
+        module: Path of the module whose whole body is this projection, or None if it is inlined.
+        transposed: True if the weight is stored `[in, out]` (Conv1D) instead of `[out, in]`.
+        in_features: Input width.
+        out_features: Output width.
+    """
+
+    weight: str
+    bias: str | None
+    module: str | None
+    transposed: bool
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One MLP: projections that share an input, elementwise ops, one projection back.
+
+    Attributes:
+        name: Unique name: the path of the module that holds the MLP (T1), or of the smallest module
+            around it, or of its last projection where that is not unique (T2).
+        index: Position among the installable sites in execution order, from 0; -1 if refused.
+        install: "T1" (swap one module), "T2" (tap and block), or "refused".
+        reason: Why it was refused; empty otherwise.
+        d_in: Input width.
+        d_ff: Hidden width (of one half, if gated).
+        d_out: Output width.
+        activation: Canonical name such as "gelu", "silu", "relu", or "custom".
+        gated: True if the hidden value is a product of an activated and a linear half.
+        up: First projections, in the order of their use; one fused projection counts once.
+        down: Last projection.
+        inner: Names of further parameters inside the region (an inner norm).
+        calls: How often one forward pass runs it (ALBERT: once per layer that shares it).
+        dtype: Name of the parameters' dtype, such as "float32".
+        itemsize: Bytes per parameter element.
+        parameters: Number of parameter elements in the site.
+    """
+
+    name: str
+    index: int
+    install: Install
+    reason: str
+    d_in: int
+    d_ff: int
+    d_out: int
+    activation: str
+    gated: bool
+    up: tuple[Projection, ...]
+    down: Projection
+    inner: tuple[str, ...] = ()
+    calls: int = 1
+    dtype: str = "float32"
+    itemsize: int = 4
+    parameters: int = field(default=0)
+
+    def __str__(self) -> str:
+        shape = f"{self.d_in} -> {self.d_ff} -> {self.d_out}"
+        kind = f"{'gated ' if self.gated else ''}{self.activation}"
+        how = self.install if self.install != "refused" else f"refused: {self.reason}"
+        return f"{self.name}: {shape}, {kind}, {how}"

@@ -1,0 +1,106 @@
+"""The parts of a plan beside its rules: routing, start, layout, partitioning. Without torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import Discriminator, Field, Tag
+
+from moeify.selection import Count, Natural, Strict
+
+_Amount: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_Factor: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class RouterSpec(Strict):
+    """How tokens find their experts.
+
+    Attributes:
+        score: Function from logits to scores, in float32.
+        combine: Weight of an expert's output. `auto` is `straight_through` (value 1, gradient of
+            the probability) for `top_k: 1` and `normalized` (over the kept routes) above.
+        noise: What is added in training: `jitter` on the router's input, `rsample` Gumbel noise on
+            the choice (`top_k: 1`), `gumbel` sampling of the second expert (`top_k: 2`).
+        jitter_eps: Half width of the jitter around 1.
+        capacity_factor: Rows per expert in training, relative to an even load; null drops nothing.
+        eval_capacity_factor: The same in evaluation.
+        min_capacity: Fewest rows per expert.
+        drop: Who goes when an expert is full: `random`, later `position`, or lower `score`.
+        balance: Balance loss over `all` choices or the `first` only.
+        aux_loss: Weight of the balance loss.
+        z_loss: Weight of the squared log-partition of the logits.
+        bias_update: Step of the bias that balances without a loss; 0 for none.
+    """
+
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    combine: Literal["auto", "straight_through", "probability", "normalized"] = "auto"
+    noise: Literal["none", "jitter", "rsample", "gumbel"] = "none"
+    jitter_eps: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.01
+    capacity_factor: _Factor | None = 1.25
+    eval_capacity_factor: _Factor | None = None
+    min_capacity: Natural = 4
+    drop: Literal["random", "position", "score"] = "random"
+    balance: Literal["all", "first"] = "all"
+    aux_loss: _Amount = 0.01
+    z_loss: _Amount = 0.0
+    bias_update: _Amount = 0.0
+
+
+class InitSpec(Strict):
+    """Where experts and routers start.
+
+    Attributes:
+        experts: `copy` of the dense MLP; copies with `noise`; with neurons re-drawn (`drop`);
+            `random`; or slices of copies (`granular`).
+        router: `normal` or `zeros`.
+        router_std: Standard deviation of a normal router.
+        seed: Seed of everything that is drawn.
+        noise_std: Standard deviation of `noise`, relative to each weight's own.
+        drop_ratio: Part of the hidden neurons that `drop` re-draws.
+        granularity: Slices per copy, with `granular`.
+    """
+
+    experts: Literal["copy", "noise", "drop", "random", "granular"] = "copy"
+    router: Literal["normal", "zeros"] = "normal"
+    router_std: _Amount = 0.02
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
+    noise_std: _Amount = 0.01
+    drop_ratio: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.5
+    granularity: Count = 1
+
+
+def _word_or_bool(value: Any) -> str:
+    return "<bool>" if isinstance(value, bool) else "<word>"
+
+
+class ParallelSpec(Strict):
+    """How the model lies on the ranks.
+
+    Attributes:
+        expert: Ranks that share the experts of a layer.
+        tensor: Ranks that share each dense layer.
+        experts_in_tp: Experts in a tensor group: `replicate`, `slice`, or `fold` (different ones).
+        all_to_all: How rows travel.
+        coordinated: Exchange only among ranks of equal tensor rank.
+    """
+
+    expert: Count = 1
+    tensor: Count = 1
+    experts_in_tp: Literal["replicate", "slice", "fold"] = "replicate"
+    all_to_all: Literal["auto", "flat", "hierarchical", "allgather"] = "auto"
+    coordinated: Annotated[
+        Annotated[bool, Tag("<bool>")] | Annotated[Literal["auto"], Tag("<word>")],
+        Discriminator(_word_or_bool),
+    ] = "auto"
+
+
+class ZeroSpec(Strict):
+    """What is partitioned over the data-parallel ranks.
+
+    Attributes:
+        stage: 1: optimizer states; 2: and gradients; 3: and parameters.
+        offload: What lives in CPU memory.
+    """
+
+    stage: Annotated[int, Field(ge=0, le=3)] = 0
+    offload: Literal["none", "optimizer", "parameters", "all"] = "none"

@@ -1,0 +1,1 @@
+"""Graph passes: one file per pass, the pass protocol (`base`) and the manager (`manager`)."""

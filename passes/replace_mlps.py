@@ -1,0 +1,406 @@
+"""replace-mlps: turn each planned site into a call of a MoE block, a graph of its own.
+
+Before::
+
+    %up   = linear(%x, h.0.mlp.up.weight)
+    %gelu = gelu(%up)
+    %down = linear(%gelu, h.0.mlp.down.weight)
+
+After::
+
+    %moe  = call_module[h.0.mlp](%x)
+
+and the block `h.0.mlp`, printed by `print(block.code)`::
+
+    tokens  = hidden_states.reshape(-1, 768)
+    routing = self.router(tokens)
+    rows    = torch.ops.moeify.dispatch(tokens, order, slots)
+    hidden  = self.experts(rows, offsets)
+    y       = torch.ops.moeify.combine(hidden, weights, order, slots)
+    mlp     = self.mlp(tokens)
+    mixed   = self.residual_mix(y, mlp, tokens)
+    out     = mixed.reshape(hidden_states.shape)
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx, nn
+
+from moeify.block import DenseMLP, LinearExperts, ResidualMix, StoredLinear
+from moeify.discovery import Discovery, FoundSite
+from moeify.errors import UnsupportedModuleError
+from moeify.expert_init import MlpWeights, init_experts, init_router
+from moeify.experts import Experts
+from moeify.kernels import combine as _combine  # noqa: F401  registers the op
+from moeify.kernels import dispatch as _dispatch  # noqa: F401  registers the op
+from moeify.kernels import route
+from moeify.passes.base import Fact, PassResult, PlanContext
+from moeify.passes.dataflow import Linear, weight_of
+from moeify.passes.find_mlps import Region
+from moeify.passes.records import NodeRecord, record_of, set_record
+from moeify.resolve import LayerPlan
+from moeify.router import Router
+
+MOE_ROLE = "moe"
+
+
+@dataclass(frozen=True, slots=True)
+class ReplaceMlps:
+    """Replace every planned site of the graph by a block with the chosen experts.
+
+    Args:
+        discovery: The sites of this graph.
+    """
+
+    discovery: Discovery
+    name: ClassVar[str] = "replace-mlps"
+    requires: ClassVar[frozenset[str]] = frozenset({Fact.MLP_SITES, Fact.RESOLVED})
+    provides: ClassVar[frozenset[str]] = frozenset({Fact.MOE_BLOCKS})
+    invalidates: ClassVar[frozenset[str]] = frozenset()
+
+    def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
+        """Build the blocks of `ctx.resolved` and call them instead of the MLPs.
+
+        Raises:
+            UnsupportedModuleError: A planned site cannot be replaced.
+        """
+        assert ctx.resolved is not None and ctx.model is not None
+        changed = False
+        for layer in ctx.resolved:
+            site = find_site(self.discovery, layer)
+            path = block_path(site, layer)
+            runs = self._runs(gm, site, layer)
+            if not runs:
+                continue
+            block = build_block(ctx.model, layer, site)
+            for source, out, nodes in runs:
+                _call_block(gm, path, layer.name, source, out, nodes)
+            gm.delete_all_unused_submodules()
+            gm.add_submodule(path, block)
+            changed = True
+        return PassResult(gm, changed)
+
+    def _runs(
+        self, gm: fx.GraphModule, site: FoundSite | None, layer: LayerPlan
+    ) -> list[tuple[fx.Node, fx.Node, tuple[fx.Node, ...]]]:
+        """Return (input, output, nodes) of each run that is still in the graph."""
+        alive = set(gm.graph.nodes)
+        if site is not None:
+            regions = [r for r in self.discovery.regions if r.key == site.region.key]
+            return [(r.ups[0].source, r.down.out, r.nodes) for r in regions if r.down.out in alive]
+        name = layer.site.down.weight
+        found = [lin for lin in self.discovery.linear_nodes if lin.weight.name == name]
+        return [(lin.source, lin.out, lin.nodes) for lin in found if lin.out in alive]
+
+
+def find_site(discovery: Discovery, layer: LayerPlan) -> FoundSite | None:
+    """Return the site that a layer plan is for, or None for `expert: linear`."""
+    if layer.expert == "linear":
+        return None
+    return next(found for found in discovery.found if found.site.name == layer.site.name)
+
+
+def block_path(site: FoundSite | None, layer: LayerPlan) -> str:
+    """Return where the block goes in the model."""
+    if site is None:
+        return layer.site.name
+    placement = site.placement
+    return placement.module if placement.install == "T1" else placement.block
+
+
+def blocks_of(gm: fx.GraphModule) -> Iterator[tuple[str, fx.GraphModule]]:
+    """Yield (path, block) of every MoE block that a graph calls, each once, in execution order."""
+    seen = set()
+    for node in gm.graph.nodes:
+        record = record_of(node)
+        if record is None or record.role != MOE_ROLE or node.target in seen:
+            continue
+        seen.add(node.target)
+        block = gm.get_submodule(str(node.target))
+        assert isinstance(block, fx.GraphModule)
+        yield str(node.target), block
+
+
+def _call_block(
+    gm: fx.GraphModule,
+    path: str,
+    name: str,
+    source: fx.Node,
+    out: fx.Node,
+    nodes: tuple[fx.Node, ...],
+) -> None:
+    with gm.graph.inserting_before(out):
+        call = gm.graph.call_module(path, (source,))
+    old = record_of(out) or NodeRecord("")
+    record = NodeRecord(
+        module_path=path,
+        modules=old.modules,
+        shapes=old.shapes,
+        dtypes=old.dtypes,
+        call=old.call,
+        site=name,
+        role=MOE_ROLE,
+    )
+    set_record(call, record)
+    out.replace_all_uses_with(call)
+    order = {node: i for i, node in enumerate(gm.graph.nodes)}
+    freed: list[fx.Node] = []
+    alive = set(order)
+    for node in sorted(nodes, key=order.__getitem__, reverse=True):
+        freed += [source for source in node.all_input_nodes if weight_of(source) is not None]
+        gm.graph.erase_node(node)
+        alive.discard(node)
+    while freed:  # weights and their views, once nothing reads them
+        node = freed.pop()
+        if not node.users and node in alive:
+            freed += node.all_input_nodes
+            gm.graph.erase_node(node)
+            alive.discard(node)
+
+
+def build_block(model: nn.Module, layer: LayerPlan, found: FoundSite | None) -> fx.GraphModule:
+    """Build the block of one layer, with experts from the model's weights.
+
+    Args:
+        model: The dense model; read only. On `meta` the block is on `meta` too.
+        layer: The resolved plan of this layer.
+        found: Its site, or None for `expert: linear`.
+
+    Raises:
+        UnsupportedModuleError: The layer asks for something that this site does not have.
+    """
+    weight = model.get_parameter(layer.site.down.weight)
+    root = nn.Module()
+    root.add_module("router", _router(layer, weight))
+    scale = 1.0
+    if found is None:
+        _linear_parts(root, model, layer)
+        channel, tail, argument = -1, 0.0, "input"
+    else:
+        scale = 0.5 if layer.residual in ("add", "sigmoid") else 1.0
+        root.add_module("experts", _experts(model, layer, found.region, scale))
+        if layer.residual != "none":
+            half = 0.5 if layer.residual == "add" else 1.0
+            root.add_module("mlp", _dense(model, found.region, half))
+            mix = ResidualMix(
+                layer.residual, layer.site.d_in, device=weight.device, dtype=weight.dtype
+            )
+            root.add_module("residual_mix", mix)
+        channel, tail = found.region.down.channel, found.placement.tail_dropout
+        argument = found.placement.argument or "hidden_states"
+    if tail:
+        root.add_module("dropout", nn.Dropout(tail))
+    graph = _block_graph(layer, channel, argument, root)
+    return fx.GraphModule(root, graph, class_name="MoEBlock")
+
+
+def _block_graph(layer: LayerPlan, channel: int, argument: str, root: nn.Module) -> fx.Graph:
+    graph = fx.Graph()
+    x = graph.placeholder(argument)
+    last = x if channel == -1 else graph.call_method("movedim", (x, channel, -1))
+    tokens = _named(graph.call_method("reshape", (last, -1, layer.site.d_in)), "tokens")
+    routing = _named(graph.call_module("router", (tokens,)), "routing")
+    parts = {}
+    for name, index in (
+        ("weights", route.WEIGHTS),
+        ("slots", route.SLOTS),
+        ("order", route.ORDER),
+        ("offsets", route.OFFSETS),
+    ):
+        parts[name] = _named(graph.call_function(operator.getitem, (routing, index)), name)
+    ops = torch.ops.moeify
+    sent = (tokens, parts["order"], parts["slots"])
+    rows = _named(graph.call_function(ops.dispatch, sent), "rows")
+    hidden = _named(graph.call_module("experts", (rows, parts["offsets"])), "hidden")
+    back = (hidden, parts["weights"], parts["order"], parts["slots"])
+    y = _named(graph.call_function(ops.combine, back), "y")
+    if hasattr(root, "mlp"):
+        mlp = _named(graph.call_module("mlp", (tokens,)), "dense")
+        y = _named(graph.call_module("residual_mix", (y, mlp, tokens)), "mixed")
+    width = layer.site.d_in
+    if hasattr(root, "projection"):
+        y = _named(graph.call_module("projection", (y,)), "projected")
+        width = layer.site.d_out
+    if hasattr(root, "dropout"):
+        y = _named(graph.call_module("dropout", (y,)), "dropped")
+    shape = graph.call_function(getattr, (last, "shape"))
+    if width != layer.site.d_in:
+        lead = graph.call_function(operator.getitem, (shape, slice(None, -1)))
+        shape = graph.call_function(operator.add, (lead, (width,)))
+    out = _named(graph.call_method("reshape", (y, shape)), "out")
+    if channel != -1:
+        out = graph.call_method("movedim", (out, -1, channel))
+    graph.output(out)
+    graph.lint()
+    return graph
+
+
+def _named(node: fx.Node, name: str) -> fx.Node:
+    node._rename(name)
+    return node
+
+
+def _router(layer: LayerPlan, like: Tensor) -> Router:
+    spec = layer.router
+    router = Router(
+        layer.site.d_in,
+        experts=layer.experts,
+        top_k=layer.top_k,
+        score=spec.score,
+        combine=spec.combine,
+        noise=spec.noise,
+        jitter_eps=spec.jitter_eps,
+        capacity_factor=spec.capacity_factor,
+        eval_capacity_factor=spec.eval_capacity_factor,
+        min_capacity=spec.min_capacity,
+        drop=spec.drop,
+        balance=spec.balance,
+        aux_loss=spec.aux_loss,
+        z_loss=spec.z_loss,
+        bias_update=spec.bias_update,
+        calls=layer.site.calls,
+        device="meta",
+        dtype=like.dtype,
+    )
+    weight = init_router((layer.experts, layer.site.d_in), like, layer.init, layer.name)
+    router.weight = nn.Parameter(weight)
+    for name, buffer in list(router.named_buffers()):
+        setattr(router, name, torch.zeros_like(buffer, device=like.device))
+    return router
+
+
+def mlp_weights(model: nn.Module, region: Region) -> MlpWeights:
+    """Return the dense weights of a site, oriented `[out, in]`, the gate first, detached."""
+    program = region.program
+    ups = [_oriented(model, up) for up in region.ups]
+    biases = [_bias(model, up) for up in region.ups]
+    if program.swap and len(ups) == 2:
+        ups, biases = ups[::-1], biases[::-1]
+    up = ups[0] if len(ups) == 1 else torch.cat(ups)
+    bias = None
+    if any(b is not None for b in biases):
+        full = [
+            torch.zeros(u.shape[0], dtype=u.dtype, device=u.device) if b is None else b
+            for u, b in zip(ups, biases, strict=True)
+        ]
+        bias = full[0] if len(full) == 1 else torch.cat(full)
+    if program.swap and len(ups) == 1:
+        up = torch.cat(up.chunk(2)[::-1])
+        bias = None if bias is None else torch.cat(bias.chunk(2)[::-1])
+    width = region.down.in_features
+    inner = tuple(model.get_parameter(n).detach().expand(width) for n in program.params)
+    gated = up.shape[0] == 2 * width
+    down = _oriented(model, region.down)
+    return MlpWeights(up, bias, down, _bias(model, region.down), inner, gated)
+
+
+def _oriented(model: nn.Module, linear: Linear) -> Tensor:
+    weight = model.get_parameter(linear.weight.name).detach()
+    weight = weight.flatten(1) if weight.dim() > 2 else weight
+    return weight.t() if linear.transposed else weight
+
+
+def _bias(model: nn.Module, linear: Linear) -> Tensor | None:
+    return None if linear.bias is None else model.get_parameter(linear.bias.name).detach()
+
+
+def _experts(model: nn.Module, layer: LayerPlan, region: Region, scale: float) -> Experts:
+    dense = mlp_weights(model, region)
+    weights = init_experts(dense, layer.experts, layer.init, layer.name, scale=scale)
+    program = region.program
+    experts = Experts(
+        experts=layer.experts,
+        d_in=layer.site.d_in,
+        d_ff=weights.down.shape[2],
+        activation=program.activation if program.module is None else "identity",
+        gated=dense.gated,
+        up_bias=dense.up_bias is not None,
+        down_bias=dense.down_bias is not None,
+        inner=None if program.module is None else copy.deepcopy(program.module),
+        inner_params=len(dense.inner),
+        dropout=program.dropout,
+        device="meta",
+        dtype=dense.up.dtype,
+    )
+    trains = model.get_parameter(region.down.weight.name).requires_grad
+    first = "gate_up" if dense.gated else "up"
+    values = {
+        f"{first}_proj": weights.up,
+        f"{first}_bias": weights.up_bias,
+        "down_proj": weights.down,
+        "down_bias": weights.down_bias,
+    }
+    values |= {f"inner_{i}": tensor for i, tensor in enumerate(weights.inner)}
+    for name, value in values.items():
+        if value is not None:
+            setattr(experts, name, nn.Parameter(value.contiguous(), requires_grad=trains))
+    return experts
+
+
+def _dense(model: nn.Module, region: Region, scale: float) -> DenseMLP:
+    """Move the dense MLP's own parameters into a module of its own; `scale` the last projection."""
+    linears = (*region.ups, region.down)
+    names = _leaf_names([linear.weight.name for linear in linears])
+    modules = []
+    for linear, name in zip(linears, names, strict=True):
+        weight = model.get_parameter(linear.weight.name)
+        bias = None if linear.bias is None else model.get_parameter(linear.bias.name)
+        if linear is region.down and scale != 1.0:
+            weight = nn.Parameter(weight.detach() * scale, requires_grad=weight.requires_grad)
+            if bias is not None:
+                bias = nn.Parameter(bias.detach() * scale, requires_grad=bias.requires_grad)
+        modules.append((name, StoredLinear(weight, bias, transposed=linear.transposed)))
+    program = region.program
+    return DenseMLP(
+        modules[:-1],
+        modules[-1],
+        activation=program.activation,
+        gated=program.gated,
+        swap=program.swap,
+        inner=None if program.module is None else copy.deepcopy(program.module),
+        params={f"inner_{i}": model.get_parameter(n) for i, n in enumerate(program.params)},
+        dropout=program.dropout,
+    )
+
+
+def _leaf_names(weights: list[str]) -> list[str]:
+    """Shorten parameter names to distinct module names: `h.0.mlp.c_fc.weight` -> `c_fc`."""
+    parts = [w.removesuffix(".weight").split(".") for w in weights]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["_".join(p[-depth:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"projection_{i}" for i in range(len(weights))]
+
+
+def _linear_parts(root: nn.Module, model: nn.Module, layer: LayerPlan) -> None:
+    """`expert: linear`: square linear experts, then the layer itself.
+
+    There is no square map to copy, so experts start as the identity, which keeps step 0; `random`
+    draws them from N(0, 1/D).
+    """
+    if layer.residual != "none" or layer.init.experts not in ("copy", "random"):
+        what = "residual" if layer.residual != "none" else f"init `{layer.init.experts}`"
+        raise UnsupportedModuleError(layer.name, f"`expert: linear` has no {what}; remove it")
+    own = model.get_submodule(layer.site.name)
+    weight = model.get_parameter(layer.site.down.weight)
+    width = layer.site.d_in
+    identity = torch.eye(width, dtype=weight.dtype, device=weight.device)
+    dense = MlpWeights(identity, None, identity, None, (), False)
+    stacked = init_experts(dense, layer.experts, layer.init, layer.name).up
+    if layer.init.experts == "random" and not weight.is_meta:
+        stacked = stacked / identity.float().std(correction=0).to(stacked.dtype) / width**0.5
+    bias = torch.zeros(layer.experts, width, dtype=weight.dtype, device=weight.device)
+    trains = weight.requires_grad
+    experts = LinearExperts(
+        nn.Parameter(stacked, requires_grad=trains), nn.Parameter(bias, requires_grad=trains)
+    )
+    root.add_module("experts", experts)
+    root.add_module("projection", own)
