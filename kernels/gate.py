@@ -28,7 +28,7 @@ EPSILON = 1e-20
     "moeify::gate",
     mutates_args=(),
     schema="(Tensor tokens, Tensor weight, Tensor? selection_bias, Tensor? input_noise, "
-    "Tensor? logit_noise, int top_k, str score, str noise, str balance) "
+    "Tensor? logit_noise, int top_k, str score, str noise, str balance, bool surrogate) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def gate(
@@ -41,6 +41,7 @@ def gate(
     score: str,
     noise: str,
     balance: str,
+    surrogate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Choose `top_k` experts per token and compute the router's losses.
 
@@ -56,6 +57,8 @@ def gate(
         score: "softmax", or "sigmoid" (independent scores).
         noise: Which choices `logit_noise` moves: "rsample" all, "gumbel" all but the first.
         balance: "all" counts every choice in the balance loss, "first" only first choices.
+        surrogate: The gradient of the scores is a surrogate that trains the weight alone: it does
+            not go on to the tokens, whose true gradient through it is zero (straight-through).
 
     Returns:
         scores [T, K] A of the chosen experts, without bias and logit noise; ids [T, K] int32 in
@@ -96,6 +99,7 @@ def _(
     score: str,
     noise: str,
     balance: str,
+    surrogate: bool,
 ) -> tuple[Tensor, ...]:
     rows, experts = tokens.shape[0], weight.shape[0]
     dtype = accumulation_dtype(tokens.dtype)
@@ -115,7 +119,7 @@ def _(
     mutates_args=(),
     schema="(Tensor? grad_scores, Tensor? grad_logits, Tensor? grad_aux, Tensor? grad_z, "
     "Tensor tokens, Tensor weight, Tensor? input_noise, Tensor logits, Tensor ids, "
-    "str score, str balance) -> (Tensor, Tensor)",
+    "str score, str balance, bool surrogate) -> (Tensor, Tensor)",
 )
 def gate_backward(
     grad_scores: Tensor | None,
@@ -129,6 +133,7 @@ def gate_backward(
     ids: Tensor,
     score: str,
     balance: str,
+    surrogate: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of `gate` for tokens [T, D] and weight [E, D], in their dtypes.
 
@@ -137,25 +142,24 @@ def gate_backward(
     dtype = logits.dtype
     with without_autocast(tokens):
         probabilities = _probabilities(logits, score)
-        grad_probabilities = torch.zeros_like(probabilities)
+        grad = torch.zeros_like(logits)
         if grad_aux is not None:
             target = _balance_target(ids.long(), weight.shape[0], balance, dtype)
             grad_share = grad_aux * target / max(tokens.shape[0], 1)
-            grad_probabilities += _share_backward(grad_share, probabilities, score)
-        if grad_scores is not None:
-            grad_probabilities.scatter_add_(1, ids.long(), grad_scores.to(dtype))
-        if score == "softmax":
-            inner = (grad_probabilities * probabilities).sum(1, keepdim=True)
-            grad = probabilities * (grad_probabilities - inner)
-        else:
-            grad = grad_probabilities * probabilities * (1 - probabilities)
+            grad_probabilities = _share_backward(grad_share, probabilities, score)
+            grad += _probabilities_backward(grad_probabilities, probabilities, score)
         if grad_z is not None:
             slope = 2 * grad_z / max(tokens.shape[0], 1)
             grad += slope * logits.logsumexp(1, keepdim=True) * logits.softmax(1)
         if grad_logits is not None:
             grad += grad_logits
+        true_grad = grad
+        if grad_scores is not None:
+            grad_probabilities = torch.zeros_like(probabilities)
+            grad_probabilities.scatter_(1, ids.long(), grad_scores.to(dtype))
+            grad = grad + _probabilities_backward(grad_probabilities, probabilities, score)
         grad_weight = grad.t() @ _noisy_tokens(tokens, input_noise, dtype)
-        grad_tokens = grad @ weight.to(dtype)
+        grad_tokens = (true_grad if surrogate else grad) @ weight.to(dtype)
         if input_noise is not None:
             grad_tokens *= input_noise.to(dtype)
     return grad_tokens.to(tokens.dtype), grad_weight.to(weight.dtype)
@@ -174,12 +178,13 @@ def _(
     ids: Tensor,
     score: str,
     balance: str,
+    surrogate: bool,
 ) -> tuple[Tensor, Tensor]:
     return tokens.new_empty(tokens.shape), weight.new_empty(weight.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tokens, weight, _, input_noise, _, _, ctx.score, _, ctx.balance = inputs
+    tokens, weight, _, input_noise, _, _, ctx.score, _, ctx.balance, ctx.surrogate = inputs
     _, ids, logits, counts, _, _, entropy = output
     ctx.save_for_backward(tokens, weight, input_noise, logits, ids)
     ctx.mark_non_differentiable(ids, counts, entropy)
@@ -189,9 +194,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     grad_scores, _, grad_logits, _, grad_aux, grad_z, _ = grads
     grad_tokens, grad_weight = torch.ops.moeify.gate_backward(
-        grad_scores, grad_logits, grad_aux, grad_z, *ctx.saved_tensors, ctx.score, ctx.balance
+        grad_scores,
+        grad_logits,
+        grad_aux,
+        grad_z,
+        *ctx.saved_tensors,
+        ctx.score,
+        ctx.balance,
+        ctx.surrogate,
     )
-    return grad_tokens, grad_weight, None, None, None, None, None, None, None
+    return grad_tokens, grad_weight, None, None, None, None, None, None, None, None
 
 
 gate.register_autograd(_backward, setup_context=_setup_context)
@@ -208,6 +220,13 @@ def _probabilities(logits: Tensor, score: str) -> Tensor:
     if score == "sigmoid":
         return logits.sigmoid()
     raise ValueError(f"score: {score!r} is unknown; use one of {', '.join(SCORES)}")
+
+
+def _probabilities_backward(grad: Tensor, probabilities: Tensor, score: str) -> Tensor:
+    """Return the gradient of the logits, given that of the probabilities."""
+    if score == "softmax":
+        return probabilities * (grad - (grad * probabilities).sum(1, keepdim=True))
+    return grad * probabilities * (1 - probabilities)
 
 
 def _choose(

@@ -143,6 +143,7 @@ def route(
         score,
         noise,
         balance,
+        combine == "straight_through",
     )
     priority: Tensor | None = None
     if drop == "score":

@@ -28,7 +28,7 @@ def weigh(scores: Tensor, slots: Tensor, combine: str) -> Tensor:
         slots: [T, K] int32, negative where the route was dropped.
         combine: "probability" is the score itself; "normalized" divides by the sum over the kept
             routes; "straight_through" has the value of "normalized" (exactly 1 for K = 1) and the
-            gradient of "probability".
+            gradient of "probability", which `gate` passes on to the router alone.
 
     Returns:
         [T, K] weights in the dtype of `scores`.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Final
 
 import torch
@@ -29,25 +28,24 @@ def _identity(x: Tensor) -> Tensor:
     return x
 
 
-ACTIVATIONS: Final[Mapping[str, Activation]] = MappingProxyType(
-    {
-        "gelu": F.gelu,
-        "gelu_tanh": _gelu_tanh,
-        "quick_gelu": _quick_gelu,
-        "silu": F.silu,
-        "relu": F.relu,
-        "relu2": _relu2,
-        "relu6": F.relu6,
-        "leaky_relu": F.leaky_relu,
-        "elu": F.elu,
-        "mish": F.mish,
-        "softplus": F.softplus,
-        "sigmoid": torch.sigmoid,
-        "tanh": torch.tanh,
-        "hardswish": F.hardswish,
-        "identity": _identity,
-    }
-)
+# A plain dict: dynamo refuses to read a MappingProxyType after any dict of the frame has changed.
+ACTIVATIONS: Final[Mapping[str, Activation]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": _gelu_tanh,
+    "quick_gelu": _quick_gelu,
+    "silu": F.silu,
+    "relu": F.relu,
+    "relu2": _relu2,
+    "relu6": F.relu6,
+    "leaky_relu": F.leaky_relu,
+    "elu": F.elu,
+    "mish": F.mish,
+    "softplus": F.softplus,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "hardswish": F.hardswish,
+    "identity": _identity,
+}
 """Canonical name to function; parameters are torch's defaults."""
 
 

@@ -123,6 +123,13 @@ def run_pipeline(
     gm = manager.run(gm, ctx).graph_module
     for report in manager.reports:
         log.debug("%s", report)
+    blocks = {}
+    for layer in resolved:
+        path = block_path(find_site(discovery, layer), layer)
+        block = gm.get_submodule(path)
+        if not isinstance(block, fx.GraphModule):
+            raise PassError(f"{path}: the pass that replaces MLPs was disabled or left no block")
+        blocks[layer.name] = block
     left = _signature(
         node
         for node in gm.graph.nodes
@@ -135,13 +142,6 @@ def run_pipeline(
             f"a pass changed the graph outside the MoE blocks ({names}): only blocks are installed "
             "in the model; run such a pass on moeify.export(model, example_inputs)"
         )
-    blocks = {}
-    for layer in resolved:
-        path = block_path(find_site(discovery, layer), layer)
-        block = gm.get_submodule(path)
-        if not isinstance(block, fx.GraphModule):
-            raise PassError(f"{path}: the pass that replaces MLPs was disabled or left no block")
-        blocks[layer.name] = block
     return blocks
 
 

@@ -5,10 +5,16 @@ Tested on torch 2.11 and 2.13.
 
 from __future__ import annotations
 
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointFunction
 
 
 def in_backward() -> bool:
@@ -20,6 +26,11 @@ def in_backward() -> bool:
     if torch.compiler.is_compiling():
         return False
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+def is_exporting() -> bool:
+    """Tell whether `torch.export` is tracing; torch 2.11 says so in every compilation."""
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 
 def fake_mode() -> Any:
@@ -81,3 +92,196 @@ def disable_fused_encoder(layer: nn.Module) -> object | None:
     former: object = layer.activation_relu_or_gelu
     layer.activation_relu_or_gelu = 0
     return former
+
+
+def record_under_compiled_checkpointing() -> None:
+    """Let the router keep its losses and counts inside a checkpointed region that is compiled.
+
+    Without this switch dynamo refuses any attribute write there. It says what we want: the write
+    happens in the forward and is not replayed by the recomputation in the backward. A private
+    config, because torch has no public name for it.
+    """
+    from torch._dynamo import config
+
+    if hasattr(config, "skip_fwd_side_effects_in_bwd_under_checkpoint"):
+        config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+
+
+def program_module(program: torch.export.ExportedProgram) -> fx.GraphModule:
+    """Return an exported program as a module, without guards on its shapes.
+
+    `check_guards` is named only where it exists. Private because the graph remembers the tracer
+    that made it, which pickling would try to make again without its arguments.
+    """
+    known = inspect.signature(program.module).parameters
+    options: dict[str, Any] = {"check_guards": False} if "check_guards" in known else {}
+    made = program.module(**options)
+    made.graph._tracer_cls = None
+    return made
+
+
+def call_structure(graph: fx.Graph) -> Any:
+    """Return how an exported graph nests its arguments and results; None if it does not.
+
+    Private because this lives in the graph's code generator, which pickling a graph leaves out.
+    """
+    from torch.fx.graph import _PyTreeCodeGen
+
+    codegen = graph._codegen
+    return codegen.pytree_info if isinstance(codegen, _PyTreeCodeGen) else None
+
+
+def set_call_structure(graph: fx.Graph, structure: Any) -> None:
+    """Give a graph the structure that `call_structure` returned; None makes it flat."""
+    from torch.fx.graph import CodeGen, _PyTreeCodeGen
+
+    graph.set_codegen(CodeGen() if structure is None else _PyTreeCodeGen(structure))
+
+
+class _Watch(TorchDispatchMode):
+    """Sees every operator, also those that Python did not call, and what each is about to write.
+
+    Private because torch documents dispatch modes but exports them from a private module.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, before_write: Callable[[Tensor], None] | None) -> None:
+        super().__init__()
+        self.before_write = before_write
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.before_write is not None:
+            for tensor in _written(func, args, kwargs):
+                self.before_write(tensor)
+        if func is torch.ops.aten._grouped_mm.default:
+            return _grouped_mm(func, args, kwargs)
+        return func(*args, **kwargs)
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    """Yield the tensors that an operator writes to."""
+    schema = getattr(func, "_schema", None)
+    if schema is None:
+        return
+    all_of_them = "batch_norm" in schema.name or "instance_norm" in schema.name  # not in the schema
+    if not (schema.is_mutable or all_of_them):
+        return
+    for place, argument in enumerate(schema.arguments):
+        value = args[place] if place < len(args) else kwargs.get(argument.name)
+        writes = argument.alias_info is not None and argument.alias_info.is_write
+        if writes or all_of_them:
+            parts = value if isinstance(value, list | tuple) else (value,)
+            yield from (part for part in parts if isinstance(part, Tensor))
+
+
+def _grouped_mm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a grouped matmul; its shape function knows bfloat16 only."""
+    first = args[0]
+    if first.dtype == torch.bfloat16 or not is_fake(first):
+        return func(*args, **kwargs)
+    cast = [a.bfloat16() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+    named = {
+        k: v.bfloat16() if isinstance(v, Tensor) and v.is_floating_point() else v
+        for k, v in kwargs.items()
+        if k != "out_dtype"
+    }
+    return func(*cast, **named).to(first.dtype)
+
+
+def watching(*, before_write: Callable[[Tensor], None] | None = None) -> Any:
+    """Return a mode in which every operator shows itself to Python.
+
+    A `TorchFunctionMode` that is active then sees the operators that ran without Python, too.
+
+    Args:
+        before_write: Called with each tensor that an operator is about to write to.
+    """
+    return _Watch(before_write)
+
+
+@contextmanager
+def custom_functions(around: Callable[..., Any]) -> Iterator[None]:
+    """Call `around(function, call, args, kwargs)` for each use of an `autograd.Function`.
+
+    Replaces `Function.apply` for the duration, because torch has no hook for it; calls by other
+    threads pass through.
+
+    Args:
+        around: Must return `call()`.
+    """
+    Function = torch.autograd.Function
+    former = Function.__dict__["apply"]
+    thread = threading.get_ident()
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        def call() -> Any:
+            return former.__get__(None, cls)(*args, **kwargs)
+
+        if threading.get_ident() != thread or cls is CheckpointFunction:
+            return call()
+        return around(cls, call, args, kwargs)
+
+    Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        Function.apply = former  # type: ignore[method-assign]
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Tell whether a tensor is a fake one."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(tensor, FakeTensor)
+
+
+def storage_of(tensor: Tensor) -> torch.UntypedStorage | None:
+    """Return the memory behind `tensor`, or None where it has none of its own."""
+    try:
+        return tensor.untyped_storage()
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+def storage_id(storage: torch.UntypedStorage) -> int:
+    """Return what identifies a storage, also that of a fake tensor, which has no data pointer."""
+    return storage._cdata
+
+
+def copy_of(storage: torch.UntypedStorage) -> torch.UntypedStorage:
+    """Return a copy of a storage, out of sight of every active mode."""
+    with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
+        return storage.clone()
+
+
+def base_name(func: Any) -> tuple[str, str]:
+    """Return (namespace, name) of an operator such as `aten::mul.Tensor`, else ("", its name).
+
+    Private because operators show their schema only through a private attribute.
+    """
+    packet = getattr(func, "overloadpacket", func)
+    if isinstance(packet, torch._ops.OpOverloadPacket):
+        namespace, _, name = packet._qualified_op_name.partition("::")
+        return namespace, name
+    return "", str(getattr(func, "__name__", func))
+
+
+def operator_name(target: object) -> tuple[str, str, str] | None:
+    """Return (namespace, name, overload) of an operator of `torch.ops`, or None for anything else.
+
+    Private because the classes of operators have no public names, and operators do not pickle.
+    """
+    if isinstance(target, torch._ops.OpOverload):
+        namespace, _, name = target._schema.name.partition("::")
+        return namespace, name, target._overloadname
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return "higher_order", target.name(), ""
+    return None

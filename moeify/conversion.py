@@ -24,7 +24,7 @@ from moeify.router import Router
 
 ATTRIBUTE = "_moeify_conversion"
 
-_HOOK_TABLES = (
+HOOK_TABLES = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
@@ -175,7 +175,7 @@ class Installer:
         if "forward" in original.__dict__:
             raise UnsupportedModuleError(path, "its forward is patched; remove the patch first")
         if keep_hooks:
-            for table in _HOOK_TABLES:
+            for table in HOOK_TABLES:
                 new.__dict__[table] = original.__dict__[table]
         new.train(original.training)
         for parent in list(self.model.modules()):  # a shared module stands in several places
@@ -236,12 +236,12 @@ def make_ledger(
     now: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         now.setdefault(id(parameter), []).append(name)
-    copied = {}
+    copied: dict[int, str] = {}  # by identity: a shared module has several names
     for converted in layers:
         site = converted.layer.site
         linears = (*site.up, site.down)
         names = [n for p in linears for n in (p.weight, p.bias) if n is not None]
-        copied |= dict.fromkeys((*names, *site.inner), converted.block)
+        copied |= {id(before[name]): converted.block for name in (*names, *site.inner)}
     ledger: dict[str, tuple[Fate, str]] = {}
     for name, parameter in before.items():
         places = now.get(id(parameter), [])
@@ -249,8 +249,8 @@ def make_ledger(
             ledger[name] = ("kept", name)
         elif places:
             ledger[name] = ("moved", places[0])
-        elif name in copied:
-            ledger[name] = ("copied", copied[name])
+        elif id(parameter) in copied:
+            ledger[name] = ("copied", copied[id(parameter)])
         else:
             raise MoeifyError(f"{name} would be lost: it is in no MoE block and not in the model")
     return ledger

@@ -12,6 +12,7 @@ from moeify.passes.dataflow import Linear, linears_of
 from moeify.passes.find_mlps import NearMiss, Region, find_regions
 from moeify.passes.placement import Placement, Placer, parameter_names
 from moeify.sites import Projection, Site
+from moeify.training_check import TrainingCheck
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,7 +80,8 @@ def discover(model: nn.Module, example_inputs: ExampleInputs | None = None) -> D
     groups: dict[tuple[str, ...], list[Region]] = {}
     for region in regions:
         groups.setdefault(region.key, []).append(region)
-    placed = [(runs, placer.placement(runs)) for runs in groups.values()]
+    check = TrainingCheck(model, example_inputs) if groups else None
+    placed = [(runs, _placement(placer, check, runs)) for runs in groups.values()]
     names = _unique_names([(runs[0], placement) for runs, placement in placed])
     found, index = [], 0
     for (runs, placement), name in zip(placed, names, strict=True):
@@ -99,6 +101,17 @@ def discover(model: nn.Module, example_inputs: ExampleInputs | None = None) -> D
         sum(p.numel() for p in parameters),
         sum(p.numel() * p.element_size() for p in parameters),
     )
+
+
+def _placement(placer: Placer, check: TrainingCheck | None, runs: list[Region]) -> Placement:
+    """Place one MLP as it is in evaluation, where training mode does not object."""
+    place = placer.placement(runs)
+    if check is None or place.install == "refused":
+        return place
+    verdict = check.verdict(runs, place)
+    if verdict.reason:
+        return Placement("refused", verdict.reason, module=place.module)
+    return place if verdict.whole else placer.placement(runs, whole=False)
 
 
 def find_mlps(model: nn.Module, example_inputs: ExampleInputs | None = None) -> list[Site]:

@@ -177,10 +177,11 @@ class Experts(nn.Module):
 class ModuleExperts(nn.Module):
     """Experts of any kind: expert e is a module that maps its rows [n, D] to [n, d_out].
 
-    The slice sizes are data, so this path runs outside `torch.compile` (a graph break; it cannot
-    be part of a `fullgraph=True` region): compile the experts themselves, or use `Experts`. Every
-    expert runs in every forward, also with zero rows, so that its gradients are zeros and not
-    None. If an expert returns a tuple, its first element counts, as in DeepSpeed.
+    Eager, every expert gets exactly its rows. Their numbers are data, so under `torch.compile`
+    every expert gets `capacity` rows instead, padded with zeros whose results are not used: one
+    graph without breaks. Every expert runs in every forward, also with zero rows, so that its
+    gradients are zeros and not None. If an expert returns a tuple, its first element counts, as
+    in DeepSpeed.
 
     Args:
         experts: One module per expert.
@@ -200,17 +201,19 @@ class ModuleExperts(nn.Module):
         if len(self.experts) == 0:
             raise ValueError("experts: at least one module is needed")
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
+    def forward(self, rows: Tensor, offsets: Tensor, capacity: int | None = None) -> Tensor:
         """Run every row through its expert.
 
         Args:
             rows: [R, D].
             offsets: [E] int32, end of each expert's rows.
+            capacity: Upper bound of the rows per expert; R if None. Read by a compiler only.
 
         Returns:
             [R, d_out]; zeros from row `offsets[-1]` on.
         """
+        if torch.compiler.is_compiling():
+            return self._padded(rows, offsets, rows.shape[0] if capacity is None else capacity)
         ends: Sequence[int] = offsets.tolist()
         outputs = []
         for expert, start, end in zip(self.experts, [0, *ends[:-1]], ends, strict=True):
@@ -218,6 +221,20 @@ class ModuleExperts(nn.Module):
         unused = rows.shape[0] - ends[-1]
         padding = outputs[0].new_zeros(unused, *outputs[0].shape[1:])
         return torch.cat([*outputs, padding])
+
+    def _padded(self, rows: Tensor, offsets: Tensor, capacity: int) -> Tensor:
+        """Give every expert `capacity` rows, of which the first ones are its own."""
+        starts = torch.cat([offsets.new_zeros(1), offsets[:-1]])
+        place = torch.arange(capacity, device=rows.device)
+        own = place < (offsets - starts)[:, None]
+        source = torch.where(own, starts[:, None] + place, 0)
+        padded = torch.where(own[..., None], rows[source], 0)
+        outputs = torch.stack([_first_of(e(padded[i])) for i, e in enumerate(self.experts)])
+        row = torch.arange(rows.shape[0], device=rows.device, dtype=offsets.dtype)
+        expert = torch.searchsorted(offsets, row, right=True).clamp_max(len(self.experts) - 1)
+        used = row < offsets[-1]
+        slot = torch.where(used, row - starts[expert], 0)
+        return torch.where(used[:, None], outputs[expert, slot], 0)
 
 
 def _first_of(output: Any) -> Tensor:

@@ -130,7 +130,7 @@ class MoE(nn.Module):
         tokens = x.reshape(-1, self.hidden_size)
         routing = self.router(tokens)
         rows = torch.ops.moeify.dispatch(tokens, routing.order, routing.slots)
-        hidden = self.experts(rows, routing.offsets)
+        hidden = self.experts(rows, routing.offsets, self.router.capacity(tokens.shape[0]))
         y = torch.ops.moeify.combine(hidden, routing.weights, routing.order, routing.slots)
         out = y.view(*x.shape[:-1], y.shape[-1])
         if self.mlp is not None and self.coefficient is not None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
+from moeify.compat import in_backward, is_exporting
 from moeify.conversion import routers_of
 from moeify.errors import MoeifyError
+from moeify.hf import is_hf
+from moeify.router_losses import RouterLosses
 
 
 class LayerStats(TypedDict):
@@ -37,7 +41,7 @@ def aux_loss(model: nn.Module) -> Tensor:
     A Hugging Face model that returns a loss in training has them added already.
 
     Args:
-        model: A converted model, also compiled or wrapped.
+        model: A converted model, also compiled or wrapped, or what `moeify.export` made of it.
 
     Returns:
         Scalar tensor with a graph to the routers; zero if no forward has run.
@@ -51,6 +55,9 @@ def aux_loss(model: nn.Module) -> Tensor:
     """
     routers = [router for _, router in routers_of(model)]
     if not routers:
+        exported = [m.last_aux_loss for m in model.modules() if isinstance(m, RouterLosses)]
+        if exported:
+            return torch.zeros(()) if exported[0] is None else exported[0]
         raise MoeifyError("this model has no MoE layer: convert it with moeify(model, plan) first")
     losses = [r.last_aux_loss for r in routers if r.last_aux_loss is not None]
     if not losses:
@@ -103,23 +110,50 @@ def router_stats(model: nn.Module) -> dict[str, LayerStats]:
     return stats
 
 
-def add_router_losses(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-) -> Any:
-    """Forward hook: add the router losses to the loss that the model returns, in training.
+class ForwardWithRouterLosses:
+    """Stands before a Hugging Face model's `forward`: adds the router losses to its loss.
 
-    Losses of an evaluation stay comparable with the dense model's.
+    In training only, so that losses of an evaluation stay comparable with the dense model's. It is
+    an attribute of the model and not a forward hook, because `torch.compile` runs the hooks of the
+    outermost module in a graph of their own.
+
+    Args:
+        model: The converted model.
     """
-    if not module.training:
-        return None
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The signature of the model's own forward, which trainers look at."""
+        return inspect.signature(type(self.model).forward.__get__(self.model))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model's own forward and add the losses to what it returns."""
+        model = self.model
+        output = type(model).forward(model, *args, **kwargs)
+        if model.training and not is_exporting():
+            return with_router_losses(model, output, kwargs.get("labels") is not None)
+        return output
+
+
+def with_router_losses(model: nn.Module, output: Any, labelled: bool) -> Any:
+    """Return a model's output with the router losses in its loss, if it has one.
+
+    Args:
+        model: The converted model.
+        output: A tuple whose first element is the loss if `labelled`, or anything with a `loss`.
+        labelled: Whether the model was given labels.
+    """
     if isinstance(output, tuple):
-        if kwargs.get("labels") is None or not output or not _is_loss(output[0]):
-            return None
-        return (output[0] + aux_loss(module).to(output[0].dtype), *output[1:])
+        if not labelled or not output or not _is_loss(output[0]):
+            return output
+        return (output[0] + aux_loss(model).to(output[0].dtype), *output[1:])
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if not _is_loss(loss):
-        return None
-    total = loss + aux_loss(module).to(loss.dtype)
+        return output
+    total = loss + aux_loss(model).to(loss.dtype)
     if isinstance(output, Mapping):
         output["loss"] = total  # type: ignore[index]
     else:
@@ -131,15 +165,31 @@ def _is_loss(value: object) -> bool:
     return isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point()
 
 
+def update_router_biases(model: nn.Module, args: tuple[Any, ...]) -> None:
+    """Forward pre-hook: move the selection biases before a training forward, never in a recompute.
+
+    Source:
+        Auxiliary-loss-free load balancing (Wang et al. 2024) algorithm 1.
+    """
+    if not model.training or in_backward() or is_exporting():
+        return
+    for _, router in routers_of(model):
+        if not router.lift_capacity:
+            router.update_bias()
+
+
 def attach(model: nn.Module) -> None:
-    """Add the hook to a model, once."""
-    if add_router_losses not in model._forward_hooks.values():
-        model.register_forward_hook(add_router_losses, with_kwargs=True)
+    """Let a Hugging Face model add the router losses to its loss, and any model move its biases."""
+    if any(router.bias_update > 0 for _, router in routers_of(model)):
+        model.register_forward_pre_hook(update_router_biases)
+    if is_hf(model) and "forward" not in model.__dict__:
+        model.__dict__["forward"] = ForwardWithRouterLosses(model)
 
 
 def detach(model: nn.Module) -> None:
-    """Remove the hook."""
-    for key, hook in list(model._forward_hooks.items()):
-        if hook is add_router_losses:
-            del model._forward_hooks[key]
-            model._forward_hooks_with_kwargs.pop(key, None)
+    """Undo `attach`."""
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if hook is update_router_biases:
+            del model._forward_pre_hooks[key]
+    if isinstance(model.__dict__.get("forward"), ForwardWithRouterLosses):
+        del model.__dict__["forward"]

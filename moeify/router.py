@@ -18,9 +18,11 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from moeify.compat import in_backward
+from moeify.compat import in_backward, is_exporting, record_under_compiled_checkpointing
 from moeify.kernels.precision import accumulation_dtype, without_autocast
 from moeify.kernels.route import BALANCES, COMBINES, DROPS, SCORES, Routing, route
+
+record_under_compiled_checkpointing()
 
 NOISES = ("none", "jitter", "rsample", "gumbel", "jitter+gumbel")
 
@@ -94,8 +96,8 @@ class Router(nn.Module):
         balance: Choices that the balance loss counts: "all" or "first".
         aux_loss: Coefficient of the balance loss in `last_aux_loss`.
         z_loss: Coefficient of the z-loss in `last_aux_loss`.
-        bias_update: Step of auxiliary-loss-free balancing; 0 is off. The selection bias moves by
-            it at the start of a training forward, away from the load of the one before.
+        bias_update: Step of auxiliary-loss-free balancing; 0 is off. `update_bias` moves the
+            selection bias by it, away from the load since the last update.
         calls: How often one forward of the model calls this router; losses and counts are summed
             over that many consecutive calls.
         device: Device of the weight.
@@ -119,10 +121,7 @@ class Router(nn.Module):
     Note:
         Reentrant checkpointing runs the real forward without a graph, so `last_aux_loss` cannot
         train the router there; use `use_reentrant=False`. With `bias_update`, run backward before
-        the next training forward if activations are checkpointed. `torch.compile` around a
-        checkpointed region refuses what a forward leaves behind, unless
-        `torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint` is set; do not set it
-        with `bias_update`, whose recomputation in the compiled backward sees the moved bias.
+        the next training forward if activations are checkpointed: it reads the bias again.
 
     Example:
         >>> routing = Router(16, experts=4, top_k=2)(torch.randn(8, 16))
@@ -185,11 +184,8 @@ class Router(nn.Module):
         """Route tokens [T, D] of any float dtype; see `Routing` for the result."""
         stochastic = self.training and not self.lift_capacity
         live = not self.lift_capacity and not in_backward()
-        if stochastic and live and self.selection_bias is not None:
-            self._update_bias()
         count = tokens.shape[0]
-        factor = self.capacity_factor if self.training else self.eval_capacity_factor
-        factor = None if self.lift_capacity else factor
+        factor = self._factor()
         drop = self.drop
         if drop == "random" and (factor is None or not stochastic):
             drop = "position"
@@ -198,13 +194,7 @@ class Router(nn.Module):
             tokens,
             self.weight,
             top_k=self.top_k,
-            capacity=expert_capacity(
-                count,
-                top_k=self.top_k,
-                experts=self.experts,
-                factor=factor,
-                minimum=self.min_capacity,
-            ),
+            capacity=self.capacity(count),
             selection_bias=self.selection_bias,
             input_noise=input_noise,
             logit_noise=logit_noise,
@@ -217,11 +207,24 @@ class Router(nn.Module):
         )
         if stochastic and live and self.pending_counts is not None:
             self.pending_counts.add_(routing.counts)
-        # Dynamo of torch 2.11 answers True to is_exporting in every compilation.
-        exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
-        if live and not exporting:
+        if live and not is_exporting():
             self._record(routing, count)
         return routing
+
+    def capacity(self, tokens: int) -> int:
+        """Return the rows per expert for that many tokens, in the present mode."""
+        return expert_capacity(
+            tokens,
+            top_k=self.top_k,
+            experts=self.experts,
+            factor=self._factor(),
+            minimum=self.min_capacity,
+        )
+
+    def _factor(self) -> float | None:
+        if self.lift_capacity:
+            return None
+        return self.capacity_factor if self.training else self.eval_capacity_factor
 
     def extra_repr(self) -> str:
         factors = f"capacity_factor={self.capacity_factor}, eval={self.eval_capacity_factor}"
@@ -248,10 +251,16 @@ class Router(nn.Module):
                 logit_noise = -exponential.log()
         return input_noise, logit_noise
 
-    @torch.no_grad()
-    def _update_bias(self) -> None:
-        """Answer the pending load: overloaded experts down, underloaded ones up."""
-        if self.selection_bias is None or self.pending_counts is None or self._call != 0:
+    def update_bias(self) -> None:
+        """Answer the pending load: overloaded experts down, underloaded ones up.
+
+        Nothing in it has a gradient. A `no_grad` region without results, though, would vanish from
+        the graph of `moeify.export`.
+
+        A converted model calls it at the start of a training forward, outside of any region that
+        is recomputed, so that a recomputation sees the bias that its forward saw.
+        """
+        if self.selection_bias is None or self.pending_counts is None:
             return
         load = self.pending_counts.to(torch.float32)
         self.selection_bias.add_((load.mean() - load).sign(), alpha=self.bias_update)

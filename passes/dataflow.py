@@ -1,92 +1,27 @@
-"""Reading a recorded graph: which nodes are projections, which only reshape, which are elementwise.
+"""Reading a recorded graph: which nodes are projections by a parameter.
 
 Everything here is decided by operations, shapes and parameters; no module or model is ever named.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass
 
-import networkx as nx
-from torch import fx
+from torch import fx, nn
 
+from moeify.passes.operations import (
+    CASTS,
+    PLAIN_VIEWS,
+    TRANSPOSES,
+    VIEWS,
+    argument,
+    dtype_of,
+    op_name,
+    shape_of,
+    tensor_args,
+)
 from moeify.passes.records import record_of
-
-RESHAPES = frozenset("view reshape contiguous flatten unflatten clone squeeze unsqueeze alias".split())
-CASTS = frozenset("to type float half bfloat16 double type_as".split())
-DROPOUTS = frozenset("dropout alpha_dropout feature_alpha_dropout".split())
-NONLINEAR = frozenset(
-    "gelu silu relu relu6 tanh sigmoid elu selu celu mish softplus softsign hardtanh hardswish "
-    "hardsigmoid leaky_relu rrelu logsigmoid erf exp square pow abs clamp clamp_min clamp_max clip "
-    "threshold softmax log1p log sqrt rsqrt sin cos prelu glu maximum minimum tanhshrink "
-    "softshrink hardshrink expm1 erfc".split()
-)
-LINEAR_MAPS = frozenset(
-    "add sub mul div truediv rmul radd rsub rtruediv neg where lerp addcmul ones_like zeros_like "
-    "full_like true_divide rdiv rpow positive to".split()
-)
-OVER_WIDTH = frozenset("layer_norm rms_norm mean sum var std softmax norm vector_norm amax".split())
-"""Operations that are allowed where they reduce over the hidden width alone."""
-
-SPLITS = frozenset("chunk split split_with_sizes tensor_split unbind".split())
-ELEMENTWISE = NONLINEAR | LINEAR_MAPS
-_TRANSPOSES = frozenset("t T mT H transpose swapaxes permute movedim".split())
-_PLAIN_VIEWS = frozenset("detach contiguous clone alias data".split())
-
-
-def op_name(node: fx.Node) -> str:
-    """Return the plain name of a node's operation: `relu` for `relu_`, `add` for `__iadd__`."""
-    if node.op == "call_method":
-        name = str(node.target)
-    elif node.op == "call_function":
-        if node.target is getattr:
-            return str(node.args[1])
-        name = getattr(node.target, "__name__", str(node.target))
-    else:
-        return node.op
-    if name.startswith("__i") and name.endswith("__") and name[3:-2] in LINEAR_MAPS | {"pow"}:
-        return name[3:-2]
-    return name.strip("_")
-
-
-def shape_of(node: fx.Node) -> tuple[int, ...]:
-    """Return the shape of the (first) tensor that a node returned."""
-    record = record_of(node)
-    return record.shapes[0] if record and record.shapes else ()
-
-
-def dtype_of(node: fx.Node) -> str:
-    """Return the dtype's name of the (first) tensor that a node returned."""
-    record = record_of(node)
-    return record.dtypes[0] if record and record.dtypes else ""
-
-
-def tensor_args(node: fx.Node) -> list[fx.Node]:
-    """Return the nodes that a node reads, each once, in argument order."""
-    return list(node.all_input_nodes)
-
-
-def dataflow(graph: fx.Graph) -> nx.DiGraph[fx.Node]:
-    """Return the graph as a networkx DiGraph: an edge from each value to each of its readers."""
-    flow: nx.DiGraph[fx.Node] = nx.DiGraph()
-    flow.add_nodes_from(graph.nodes)
-    flow.add_edges_from((source, node) for node in graph.nodes for source in node.all_input_nodes)
-    return flow
-
-
-def strip(node: fx.Node) -> fx.Node:
-    """Go back through reshapes and casts that change nothing: same elements, same width."""
-    while True:
-        name = op_name(node)
-        inputs = tensor_args(node)
-        if not inputs or node.op not in ("call_method", "call_function"):
-            return node
-        if name in RESHAPES or (name in CASTS and dtype_of(inputs[0]) == dtype_of(node)):
-            node = inputs[0]
-        else:
-            return node
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,15 +55,15 @@ def weight_of(node: object) -> Weight | None:
         if not inputs:
             return None
         source = inputs[0]
-        if name in _TRANSPOSES and len(shape_of(source)) == 2:
+        if name in TRANSPOSES and len(shape_of(source)) == 2:
             flipped = not flipped
-        elif name in _TRANSPOSES and len(shape_of(source)) == 3:
+        elif name in TRANSPOSES and len(shape_of(source)) == 3:
             flipped = not flipped
         elif name in ("getitem", "select", "unbind", "index_select") and (
             stacked or len(shape_of(source)) == 3 or shape_of(node) == ()
         ):
             stacked = True
-        elif name in _PLAIN_VIEWS or (name in CASTS and dtype_of(source) == dtype_of(node)):
+        elif name in PLAIN_VIEWS or (name in CASTS and dtype_of(source) == dtype_of(node)):
             pass
         else:
             return None
@@ -176,45 +111,33 @@ class Linear:
         return (self.node,) if self.out is self.node else (self.node, self.out)
 
 
-def _argument(node: fx.Node, place: int, name: str) -> object:
-    return node.args[place] if len(node.args) > place else node.kwargs.get(name)
-
-
 def linear_of(node: fx.Node) -> Linear | None:
     """Read a node as a projection by a parameter, or return None."""
-    name = op_name(node)
-    bias: Weight | None = None
-    channel, problem = -1, ""
-    if name == "linear":
-        source, weight = _argument(node, 0, "input"), weight_of(_argument(node, 1, "weight"))
-        bias_node = _argument(node, 2, "bias")
-        stored_in_out = False
-    elif name == "addmm":
-        source, weight = _argument(node, 1, "mat1"), weight_of(_argument(node, 2, "mat2"))
-        bias_node, stored_in_out = _argument(node, 0, "input"), True
-        if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1:
-            problem = "addmm scales its terms"
-    elif name in ("matmul", "mm"):
-        source, weight = _argument(node, 0, "input"), weight_of(_argument(node, 1, "mat2"))
-        if weight is None:
-            weight = weight_of(node.kwargs.get("other"))
-        bias_node, stored_in_out = None, True
-    elif name in ("conv1d", "conv2d", "conv3d"):
-        source, weight = _argument(node, 0, "input"), weight_of(_argument(node, 1, "weight"))
-        bias_node, stored_in_out, channel = _argument(node, 2, "bias"), False, 1
-        problem = _conv_problem(node, weight)
-    else:
+    operands = _operands(node)
+    if operands is None:
         return None
+    source, weight_node, bias_node, stored_in_out, problem = operands
+    weight = weight_of(weight_node)
+    if weight is None and isinstance(weight_node, fx.Node):
+        weight = _computed(weight_node)
+        problem = f"its weight is computed from {weight.name}: {_MERGE}" if weight else ""
     if weight is None or not isinstance(source, fx.Node):
         return None
+    channel = 1 if op_name(node) in _CONVOLUTIONS else -1
+    if channel == 1:
+        problem = problem or _conv_problem(node, weight)
     if weight.stacked:
-        problem = "its weight is one slice of a stacked parameter, as in an existing MoE block"
+        problem = f"its weight is one slice of {weight.name}, as in an existing MoE block"
     elif channel == -1 and len(weight.shape) != 2:
         return None
+    problem = problem or _not_a_parameter(node.graph, weight)
+    bias: Weight | None = None
     if isinstance(bias_node, fx.Node):
         bias = weight_of(bias_node)
         if bias is None:
             problem = problem or "its bias is computed, not a parameter"
+        else:
+            problem = problem or _not_a_parameter(node.graph, bias)
     out = node
     transposed = stored_in_out != weight.flipped
     if not problem and bias is None and len(node.users) == 1:
@@ -222,16 +145,100 @@ def linear_of(node: fx.Node) -> Linear | None:
     return Linear(node, out, source, weight, bias, transposed, channel, problem)
 
 
+_CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
+_MERGE = "remove the parametrization, or merge the adapter, first"
+
+Operands = tuple[object, object, object, bool, str]
+
+
+def _operands(node: fx.Node) -> Operands | None:
+    """Return (source, weight, bias, weight stored as [in, out], problem) of what multiplies."""
+    name = op_name(node)
+    if name == "linear" or name in _CONVOLUTIONS:
+        source, weight = argument(node, 0, "input"), argument(node, 1, "weight")
+        return source, weight, argument(node, 2, "bias"), False, ""
+    if name == "addmm":
+        scaled = node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1
+        problem = "addmm scales its terms" if scaled else ""
+        source, weight = argument(node, 1, "mat1"), argument(node, 2, "mat2")
+        return source, weight, argument(node, 0, "input"), True, problem
+    if name in ("matmul", "mm"):
+        weight = argument(node, 1, "mat2")
+        weight = node.kwargs.get("other") if weight is None else weight
+        return argument(node, 0, "input"), weight, None, True, ""
+    if name == "einsum":
+        return _einsum(node)
+    return None
+
+
+def _einsum(node: fx.Node) -> Operands | None:
+    """Read `einsum("...d,fd->...f", x, weight)`, in either order of the operands."""
+    equation, *operands = node.args
+    if len(operands) == 1 and isinstance(operands[0], list | tuple):
+        operands = list(operands[0])
+    if not isinstance(equation, str) or "->" not in equation or len(operands) != 2:
+        return None
+    terms, _, out = equation.replace(" ", "").partition("->")
+    parts = list(zip(terms.split(","), operands, strict=True))
+    for (left, source), (right, weight) in (parts, parts[::-1]):
+        if len(right) != 2 or not isinstance(weight, fx.Node) or _is_data(weight):
+            continue
+        for inner, outer in (right, right[::-1]):
+            if inner in left and left.replace(inner, outer) == out and outer not in left:
+                problem = "" if left[-1] == inner else f"`{equation}` projects no last dimension"
+                return source, weight, None, right[0] == inner, problem
+    return None
+
+
+def _is_data(node: fx.Node) -> bool:
+    return weight_of(node) is None and _computed(node) is None
+
+
+def _computed(node: fx.Node) -> Weight | None:
+    """Return the largest of the parameters that a weight is computed from, and from nothing else.
+
+    `stacked` where it is a slice of something three-dimensional, such as a view of all experts.
+    """
+    todo, seen, found = [node], {node}, []
+    while todo:
+        current = todo.pop()
+        if current.op == "get_attr":
+            found.append(current)
+        elif current.op == "placeholder" or not current.all_input_nodes or len(seen) > 32:
+            return None
+        for source in current.all_input_nodes:
+            if source not in seen:
+                seen.add(source)
+                todo.append(source)
+    shape = shape_of(node)
+    refs = [ref for source in found if (record := record_of(source)) for ref in record.params]
+    if len(shape) < 2 or not refs or max(len(ref.shape) for ref in refs) < 2:
+        return None
+    sliced = all(n.op == "get_attr" or op_name(n) in VIEWS for n in seen)
+    stacked = sliced and any(len(shape_of(n)) == 3 for n in seen)
+    return Weight(max(refs, key=lambda ref: math.prod(ref.shape)).name, shape, False, stacked)
+
+
+def _not_a_parameter(graph: fx.Graph, weight: Weight) -> str:
+    """Say so where a weight is a buffer."""
+    value: object = graph.owning_module
+    for part in weight.name.split("."):
+        value = getattr(value, part, None)
+    if value is None or isinstance(value, nn.Parameter):
+        return ""
+    return f"{weight.name} is a buffer, not a parameter"
+
+
 def _conv_problem(node: fx.Node, weight: Weight | None) -> str:
     if weight is None:
         return ""
     if any(size != 1 for size in weight.shape[2:]):
         return f"a convolution of kernel {weight.shape[2:]} mixes neighbouring positions"
-    groups = _argument(node, 6, "groups") or 1
+    groups = argument(node, 6, "groups") or 1
     if groups != 1:
         return f"a convolution with {groups} groups is no full projection"
     for place, name, plain in ((3, "stride", 1), (4, "padding", 0)):
-        value = _argument(node, place, name)
+        value = argument(node, place, name)
         values = value if isinstance(value, tuple | list) else (plain if value is None else value,)
         if any(v not in (plain, "valid", "same") for v in values):
             return f"a convolution with {name} {value} changes the positions"
@@ -258,59 +265,4 @@ def linears_of(graph: fx.Graph) -> list[Linear]:
     return [linear for linear in found if linear is not None]
 
 
-def is_slice_of_width(node: fx.Node, channel: int) -> bool:
-    """Tell whether a `getitem` node slices the hidden width and nothing else."""
-    if node.target is not operator.getitem:
-        return False
-    source, index = node.args[0], node.args[1]
-    if not isinstance(source, fx.Node):
-        return False
-    if op_name(source) in SPLITS:
-        return isinstance(index, int)
-    ndim = len(shape_of(source))
-    parts = index if isinstance(index, tuple) else (index,)
-    if any(p is None or not isinstance(p, slice | type(Ellipsis)) for p in parts):
-        return False
-    if Ellipsis in parts:
-        gap = ndim - (len(parts) - 1)
-        at = parts.index(Ellipsis)
-        parts = (*parts[:at], *([slice(None)] * gap), *parts[at + 1 :])
-    at = channel % ndim
-    return all(p == slice(None) for i, p in enumerate(parts) if i != at)
-
-
-def changed_views(node: fx.Node) -> Iterator[fx.Node]:
-    """Yield nodes that write through a view of `node`'s value, which the graph cannot show."""
-    todo = [u for u in node.users if op_name(u) in RESHAPES | _TRANSPOSES | {"getitem"} | SPLITS]
-    while todo:
-        view = todo.pop()
-        for user in view.users:
-            record = record_of(user)
-            if record and record.mutates and user.args and user.args[0] is view:
-                yield user
-            elif op_name(user) in RESHAPES | _TRANSPOSES | {"getitem"} | SPLITS:
-                todo.append(user)
-
-
-__all__ = [
-    "CASTS",
-    "DROPOUTS",
-    "ELEMENTWISE",
-    "NONLINEAR",
-    "OVER_WIDTH",
-    "RESHAPES",
-    "SPLITS",
-    "Linear",
-    "Weight",
-    "changed_views",
-    "dataflow",
-    "dtype_of",
-    "is_slice_of_width",
-    "linear_of",
-    "linears_of",
-    "op_name",
-    "shape_of",
-    "strip",
-    "tensor_args",
-    "weight_of",
-]
+__all__ = ["Linear", "Weight", "linear_of", "linears_of", "weight_of"]

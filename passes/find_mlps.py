@@ -16,7 +16,6 @@ went in. What fails one of these tests only is a near miss, kept with its reason
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,23 +23,26 @@ import networkx as nx
 from torch import fx
 
 from moeify.passes.base import Fact, PassResult, PlanContext
-from moeify.passes.dataflow import (
+from moeify.passes.dataflow import Linear, linears_of
+from moeify.passes.inner_program import InnerProgram, NotTokenwise, build_program
+from moeify.passes.operations import (
     CASTS,
+    CONSTANTS,
     DROPOUTS,
     ELEMENTWISE,
+    GATES,
     NONLINEAR,
     OVER_WIDTH,
     RESHAPES,
     SPLITS,
-    Linear,
     changed_views,
     dataflow,
     is_slice_of_width,
-    linears_of,
     op_name,
+    opaque_call,
+    shape_of,
     strip,
 )
-from moeify.passes.inner_program import InnerProgram, NotTokenwise, build_program
 from moeify.passes.records import record_of, update_record
 
 _INNER = ELEMENTWISE | RESHAPES | CASTS | DROPOUTS | OVER_WIDTH | SPLITS | {"glu", "prelu"}
@@ -116,16 +118,17 @@ class FindMlps:
         return PassResult(gm, False)
 
 
-def find_regions(graph: fx.Graph) -> tuple[list[Region], list[NearMiss]]:
+def find_regions(graph: fx.Graph, *, training: bool = False) -> tuple[list[Region], list[NearMiss]]:
     """Return the MLPs of a recorded graph in execution order, and what nearly was one.
 
     Args:
         graph: A graph whose nodes carry records, as `capture` writes it.
+        training: It was recorded in training mode.
 
     Returns:
         The regions (an MLP that runs twice gives two), and the near misses.
     """
-    search = _Search(graph)
+    search = _Search(graph, training)
     found: list[Region] = []
     missed: list[NearMiss] = []
     for down in search.linears:
@@ -140,7 +143,8 @@ def find_regions(graph: fx.Graph) -> tuple[list[Region], list[NearMiss]]:
 
 
 class _Search:
-    def __init__(self, graph: fx.Graph) -> None:
+    def __init__(self, graph: fx.Graph, training: bool) -> None:
+        self.training = training
         self.flow: nx.DiGraph[fx.Node] = dataflow(graph)
         self.order = {node: place for place, node in enumerate(graph.nodes)}
         self.linears = linears_of(graph)
@@ -150,40 +154,73 @@ class _Search:
     def match(self, down: Linear) -> Region | NearMiss | None:
         """Match one projection as the end of an MLP."""
         ups, interior, obstacle = self._walk(down)
-        name = _path(down)
-        if not ups or not any(_is_nonlinear(node, interior) for node in interior):
+        if not ups or not any(_is_nonlinear(node) for node in interior):
             return None
         sources = {strip(up.source) for up in ups}
+        square = down.out_features == ups[0].in_features
         if len(sources) != 1 or down.node in {up.node for up in ups}:
-            if len(sources) > 1 and not obstacle and down.out_features == ups[0].in_features:
-                return NearMiss(name, "its first projections do not share one input")
+            if len(sources) > 1 and obstacle is None and square:
+                return NearMiss(_path(down), self._several_inputs(ups))
             return None
         leak = self._leak(ups, interior, down)
-        if leak is not None and (obstacle is not None or down.out_features != ups[0].in_features):
+        if leak is not None and (obstacle is not None or not square):
             return None
-        for linear in (*ups, down):
-            if linear.problem:
-                return NearMiss(name, f"{_path(linear)}: {linear.problem}")
-        if obstacle is not None:
-            path = getattr(record_of(obstacle), "module_path", "")
-            where = f" in {path}" if path else ""
-            return NearMiss(name, f"`{op_name(obstacle)}`{where} is not elementwise")
-        if down.out_features != ups[0].in_features:
-            widths = f"{down.out_features} is not its input width {ups[0].in_features}"
-            return NearMiss(name, f"its output width {widths}")
-        if leak is not None:
-            return NearMiss(name, leak)
-        if len({up.weight.name for up in ups} | {down.weight.name}) != len(ups) + 1:
-            return NearMiss(name, "two of its projections share one weight")
-        if len({linear.channel for linear in (*ups, down)}) != 1:
-            return NearMiss(name, "it mixes convolutions and linear layers")
+        reason = self._defect((*ups, down), obstacle, leak)
+        if reason:
+            return NearMiss(_path(down), reason)
         ordered = tuple(sorted(ups, key=lambda up: self.order[up.node]))
         inner = tuple(sorted(interior, key=lambda node: self.order[node]))
         try:
-            program = build_program(ordered, inner, down)
-        except NotTokenwise as reason:
-            return NearMiss(name, str(reason))
+            program = build_program(ordered, inner, down, training=self.training)
+        except NotTokenwise as problem:
+            return NearMiss(_path(down), str(problem))
         return Region(ordered, down, inner, next(iter(sources)), program)
+
+    def _defect(
+        self, linears: tuple[Linear, ...], obstacle: fx.Node | None, leak: str | None
+    ) -> str:
+        """Return why projections around one hidden value are no MLP, or ""."""
+        *ups, down = linears
+        for linear in linears:
+            if linear.problem:
+                return f"{_path(linear)}: {linear.problem}"
+        if obstacle is not None:
+            return _describe_obstacle(obstacle)
+        if down.out_features != ups[0].in_features:
+            widths = f"{down.out_features} is not its input width {ups[0].in_features}"
+            return f"its output width {widths}"
+        if leak is not None:
+            return leak
+        if len({linear.weight.name for linear in linears}) != len(linears):
+            return "two of its projections share one weight"
+        if len({linear.channel for linear in linears}) != 1:
+            return "it mixes convolutions and linear layers"
+        return self._is_gate(down)
+
+    def _several_inputs(self, ups: list[Linear]) -> str:
+        """Say why the first projections have different inputs: often an adapter beside one."""
+        by_out = {strip(linear.out): linear for linear in self.linears}
+        widest = max(up.out_features for up in ups)
+        for up in ups:
+            first = by_out.get(strip(up.source))
+            if first is not None and first.out_features < min(widest, first.in_features):
+                return (
+                    f"a low-rank adapter ({_path(first)}, {_path(up)}) is added to its first "
+                    "projection: merge the adapter first"
+                )
+        return "its first projections do not share one input"
+
+    def _is_gate(self, down: Linear) -> str:
+        """Say so where the output only scales another value, as in squeeze-and-excitation."""
+        node = down.out
+        while len(node.users) == 1:
+            user = next(iter(node.users))
+            if op_name(user) in GATES and all(op_name(u) == "mul" for u in user.users):
+                return "its output only scales another value (squeeze and excitation)"
+            if op_name(user) not in RESHAPES:
+                break
+            node = user
+        return ""
 
     def _walk(self, down: Linear) -> tuple[list[Linear], list[fx.Node], fx.Node | None]:
         """Go backwards from `down`; return projections, nodes between, and the first obstacle."""
@@ -199,25 +236,31 @@ class _Search:
             seen.add(node)
             if node in self.by_out:
                 ups.append(self.by_out[node])
-            elif self._is_parameter(node):
+            elif node.op == "get_attr":
                 continue
-            elif self._passes(node):
+            elif self._passes(node, down.channel):
                 interior.append(node)
                 todo += self._data_inputs(node)
             elif obstacle is None:
                 obstacle = node
         return ups, interior, obstacle
 
-    def _is_parameter(self, node: fx.Node) -> bool:
-        return node.op == "get_attr"
-
-    def _passes(self, node: fx.Node) -> bool:
+    def _passes(self, node: fx.Node, channel: int) -> bool:
         if node.op not in ("call_method", "call_function"):
             return False
         name = op_name(node)
         if name == "getitem":
-            return is_slice_of_width(node, -1) or self._unpacks(node)
-        return name in _INNER and bool(node.all_input_nodes)
+            return is_slice_of_width(node, channel) or self._unpacks(node)
+        if not node.all_input_nodes:
+            return name in CONSTANTS and shape_of(node) == ()
+        if name not in _INNER:
+            return self._is_opaque_elementwise(node)
+        return True
+
+    def _is_opaque_elementwise(self, node: fx.Node) -> bool:
+        if opaque_call(node) is None:
+            return False
+        return shape_of(node) == shape_of(node.all_input_nodes[0])
 
     def _unpacks(self, node: fx.Node) -> bool:
         source = node.args[0]
@@ -264,9 +307,17 @@ class _Search:
         return kept, missed
 
 
-def _is_nonlinear(node: fx.Node, interior: Iterable[fx.Node]) -> bool:
+def _describe_obstacle(node: fx.Node) -> str:
+    if node.op == "placeholder":
+        return f"its hidden value also depends on `{node.name}`, which comes from outside"
+    path = getattr(record_of(node), "module_path", "")
+    where = f" in {path}" if path else ""
+    return f"`{op_name(node)}`{where} is not elementwise"
+
+
+def _is_nonlinear(node: fx.Node) -> bool:
     name = op_name(node)
-    if name in NONLINEAR:
+    if name in NONLINEAR or opaque_call(node) is not None:
         return True
     tensors = [a for a in node.args if isinstance(a, fx.Node) and a.op != "get_attr"]
     return name in ("mul", "rmul") and len(tensors) == 2
@@ -289,7 +340,12 @@ def _before_choice(node: fx.Node) -> fx.Node:
 
 
 def _path(linear: Linear) -> str:
-    return linear.weight.name.rpartition(".")[0] or linear.weight.name
+    """Name a projection by its weight's module, or by where it ran if that is elsewhere."""
+    own = linear.weight.name.rpartition(".")[0] or linear.weight.name
+    record = record_of(linear.node)
+    if record is None or not record.module_path or own.startswith(record.module_path):
+        return own
+    return record.module_path
 
 
 def _without_overlaps(regions: list[Region]) -> tuple[list[Region], list[NearMiss]]:

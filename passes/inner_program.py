@@ -15,21 +15,22 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from moeify.activations import ACTIVATIONS
-from moeify.passes.dataflow import (
+from moeify import compat
+from moeify.passes.dataflow import Linear, weight_of
+from moeify.passes.operations import (
     CASTS,
     DROPOUTS,
     OVER_WIDTH,
     RESHAPES,
     SPLITS,
-    Linear,
     dtype_of,
     op_name,
+    opaque_call,
     shape_of,
-    weight_of,
 )
+from moeify.passes.probing import acts_elementwise, only_normalises, recognise
 
 
 class NotTokenwise(Exception):
@@ -59,29 +60,32 @@ class InnerProgram:
     narrow: int
 
 
-def build_program(ups: Sequence[Linear], interior: Sequence[fx.Node], down: Linear) -> InnerProgram:
+def build_program(
+    ups: Sequence[Linear], interior: Sequence[fx.Node], down: Linear, *, training: bool = False
+) -> InnerProgram:
     """Rewrite the nodes between the projections over rows and name what they compute.
 
     Args:
         ups: The first projections.
         interior: The nodes between, in execution order.
         down: The last projection.
+        training: The nodes were recorded in training mode.
 
     Raises:
         NotTokenwise: A node mixes tokens or needs something that rows do not have.
     """
-    writer = _Writer(ups, interior, down, lift_dropout=True)
-    named = None if writer.params else _recognise(writer.module, writer.width)
+    writer = _Writer(ups, interior, down, lift_dropout=True, training=training)
+    if only_normalises(writer.module, writer.width, len(writer.params)):
+        raise NotTokenwise("between its projections is only a normalisation, no activation")
+    named = None if writer.params else recognise(writer.module, writer.width)
     narrow = _narrow_width(interior)
     if named is not None:
         activation, gated, swap = named
         return InnerProgram(activation, gated, swap, writer.dropout, (), None, narrow)
     if writer.dropout:  # a custom program keeps every dropout where it was
-        writer = _Writer(ups, interior, down, lift_dropout=False)
+        writer = _Writer(ups, interior, down, lift_dropout=False, training=training)
     gated = len(ups) > 1
-    return InnerProgram(
-        "custom", gated, False, 0.0, tuple(writer.params), writer.module, narrow
-    )
+    return InnerProgram("custom", gated, False, 0.0, tuple(writer.params), writer.module, narrow)
 
 
 def _narrow_width(interior: Sequence[fx.Node]) -> int:
@@ -116,7 +120,9 @@ class _Writer:
         down: Linear,
         *,
         lift_dropout: bool,
+        training: bool,
     ) -> None:
+        self.training = training
         self.ups, self.interior, self.down = ups, list(interior), down
         self.graph = fx.Graph()
         self.root = nn.Module()
@@ -133,7 +139,7 @@ class _Writer:
         last = self._last_dropout() if lift_dropout else None
         for node in self.interior:
             if node is last:
-                self.dropout = float(_option(node, 1, "p", 0.5))
+                self.dropout = self._probability(node)
                 self.env[node] = self.env[node.all_input_nodes[0]]
             else:
                 self.env[node] = self._emit(node)
@@ -165,8 +171,13 @@ class _Writer:
             if weight is None or value in self.env or value in self.interior:
                 continue
             if weight.name not in self._slots:
-                if weight.stacked or weight.flipped or len(weight.shape) > 1:
-                    raise NotTokenwise(f"`{op_name(node)}` uses {weight.name} {weight.shape}")
+                plain = not (weight.stacked or weight.flipped) and _is_parameter(value)
+                if not plain or weight.shape not in ((), (1,), (self.down.in_features,)):
+                    raise NotTokenwise(
+                        f"`{op_name(node)}` between its projections reads {weight.name} of shape "
+                        f"{weight.shape}: only parameters of one value, or one per hidden unit, "
+                        "can be copied into experts"
+                    )
                 slot = self.graph.placeholder(f"param_{len(self.params)}")
                 self._slots[weight.name] = slot
                 self.params.append(weight.name)
@@ -186,7 +197,12 @@ class _Writer:
 
     def _emit(self, node: fx.Node) -> fx.Node:
         name = op_name(node)
+        if not node.all_input_nodes:  # a constant
+            return self._call(node, list(node.args), dict(node.kwargs))
         first = node.all_input_nodes[0]
+        opaque = opaque_call(node)
+        if opaque is not None:
+            return self._opaque(node, opaque)
         if name in RESHAPES:
             channel = self.ups[0].channel
             before, after = shape_of(first), shape_of(node)
@@ -216,10 +232,9 @@ class _Writer:
             self._use_last(node, name, args, kwargs)
         return self._call(node, args, kwargs)
 
-    def _use_last(
-        self, node: fx.Node, name: str, args: list[Any], kwargs: dict[str, Any]
-    ) -> None:
-        place = 1 if name not in ("chunk", "split", "split_with_sizes", "norm", "vector_norm") else 2
+    def _use_last(self, node: fx.Node, name: str, args: list[Any], kwargs: dict[str, Any]) -> None:
+        second = ("chunk", "split", "split_with_sizes", "tensor_split", "norm", "vector_norm")
+        place = 2 if name in second else 1
         default = -1 if name == "glu" else (0 if name in SPLITS else None)
         key = "axis" if "axis" in kwargs else "dim"
         dim = args[place] if len(args) > place else kwargs.get(key, default)
@@ -234,6 +249,13 @@ class _Writer:
             kwargs.pop(key, None)
             kwargs["dim"] = -1
 
+    def _opaque(self, node: fx.Node, module: nn.Module) -> fx.Node:
+        if not acts_elementwise(module):
+            raise NotTokenwise(f"`{op_name(node)}` is not elementwise")
+        name = f"custom_{len(list(self.root.children()))}"
+        self.root.add_module(name, module)
+        return self.graph.call_module(name, (self.env[node.all_input_nodes[0]],))
+
     def _call(self, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> fx.Node:
         if node.op == "call_method":
             target = str(node.target)
@@ -243,9 +265,12 @@ class _Writer:
                 target = target[:-1]
             return self.graph.call_method(target, tuple(args), kwargs)
         func: Callable[..., Any] = node.target  # type: ignore[assignment]
-        plain = getattr(func, "__name__", "")
+        space, plain = compat.base_name(func)
         if plain.endswith("_") and not plain.endswith("__"):
-            func = getattr(torch, plain[:-1], None) or getattr(F, plain[:-1])
+            if space:
+                func = getattr(getattr(torch.ops, space), plain[:-1])
+            else:
+                func = getattr(torch, plain[:-1], None) or getattr(F, plain[:-1])
         return self.graph.call_function(func, tuple(args), kwargs)
 
     def _as_node(self, value: Any) -> fx.Node:
@@ -263,7 +288,7 @@ class _Writer:
         return self.graph.call_method("to", (value, dtype))
 
     def _dropout(self, node: fx.Node) -> fx.Node:
-        p = float(_option(node, 1, "p", 0.5))
+        p = self._probability(node)
         value = self._as_node(self.env[node.all_input_nodes[0]])
         if p == 0.0:
             return value
@@ -271,6 +296,14 @@ class _Writer:
         name = f"dropout_{len(list(self.root.children()))}"
         self.root.add_module(name, kind(p))
         return self.graph.call_module(name, (value,))
+
+    def _probability(self, node: fx.Node) -> float:
+        """Return the probability that a dropout has in training."""
+        p = float(_option(node, 1, "p", 0.5))
+        active = bool(_option(node, 2, "train" if "train" in node.kwargs else "training", True))
+        if active and not self.training and p:
+            raise NotTokenwise(f"`{op_name(node)}` between its projections is on in evaluation too")
+        return p if active or not self.training else 0.0
 
     def _norm(self, node: fx.Node, name: str) -> fx.Node:
         first = node.all_input_nodes[0]
@@ -292,35 +325,11 @@ class _Writer:
         return out
 
 
-_probed: dict[tuple[str, int], tuple[str, bool, bool] | None] = {}
-
-
-def _recognise(module: fx.GraphModule, width: int) -> tuple[str, bool, bool] | None:
-    """Return (activation, gated, swap) where the program equals a canonical one, else None."""
-    key = (module.code, width)
-    if key not in _probed:
-        _probed[key] = _probe(module, width)
-    return _probed[key]
-
-
-def _probe(module: fx.GraphModule, width: int) -> tuple[str, bool, bool] | None:
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(4, width, generator=generator) * 3
-    module.eval()
-    try:
-        with torch.no_grad():
-            got: Tensor = module(hidden)
-    finally:
-        module.train()
-    candidates: list[tuple[Tensor, Tensor | None, bool, bool]] = []
-    if got.shape == hidden.shape:
-        candidates.append((hidden, None, False, False))
-    elif got.shape[-1] * 2 == width:
-        first, second = hidden.chunk(2, -1)
-        candidates += [(first, second, True, False), (second, first, True, True)]
-    for name, function in ACTIVATIONS.items():
-        for gate, linear, gated, swap in candidates:
-            want = function(gate) if linear is None else function(gate) * linear
-            if torch.allclose(got, want, rtol=1e-5, atol=1e-6):
-                return name, gated, swap
-    return None
+def _is_parameter(node: fx.Node) -> bool:
+    """Tell whether the tensor behind a view is a parameter, not a buffer."""
+    while node.op != "get_attr":
+        node = node.all_input_nodes[0]
+    value: object = node.graph.owning_module
+    for part in str(node.target).split("."):
+        value = getattr(value, part, None)
+    return value is None or isinstance(value, nn.Parameter)

@@ -17,9 +17,23 @@ from typing import Literal
 
 from torch import fx, nn
 
+from moeify import compat
 from moeify.capture import Capture, ModuleCall
-from moeify.passes.dataflow import DROPOUTS, RESHAPES, Linear, op_name, strip
+from moeify.passes.dataflow import Linear
 from moeify.passes.find_mlps import Region
+from moeify.passes.operations import (
+    CASTS,
+    DROPOUTS,
+    RESHAPES,
+    VIEWS,
+    op_name,
+    shape_of,
+    strip,
+    written_after,
+)
+from moeify.passes.records import record_of
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,28 +69,38 @@ class Placer:
         self.calls_of: dict[str, list[ModuleCall]] = {}
         for call in capture.calls:
             self.calls_of.setdefault(call.path, []).append(call)
-        self.owners: dict[int, list[str]] = {}
+        self.owners: dict[object, list[str]] = {}
         for path, module in self.modules.items():
             for name, parameter in module.named_parameters(recurse=False):
-                self.owners.setdefault(id(parameter), []).append(f"{path}.{name}".lstrip("."))
-        self.readers: dict[str, int] = {}
-        for node in capture.graph_module.graph.nodes:
-            if node.op == "get_attr":
-                self.readers[str(node.target)] = len(node.users)
+                owners = self.owners.setdefault(_memory(parameter), [])
+                owners.append(f"{path}.{name}".lstrip("."))
+        self.sources = {
+            str(node.target): node
+            for node in capture.graph_module.graph.nodes
+            if node.op == "get_attr"
+        }
 
-    def placement(self, regions: Sequence[Region]) -> Placement:
-        """Place one MLP, given every run of it in the graph."""
-        reason = self._shared(regions[0]) or self._unfit(regions[0])
+    def placement(self, regions: Sequence[Region], *, whole: bool = True) -> Placement:
+        """Place one MLP, given every run of it in the graph.
+
+        Args:
+            regions: The runs.
+            whole: Whether a whole module may be swapped.
+        """
+        reason = self._shared(regions[0]) or self._unfit(regions[0]) or self._also_read(regions)
         if reason:
             return Placement("refused", reason, module=self._around(regions))
-        whole = self._whole_module(regions)
-        if whole is not None:
-            return whole
-        return self._tapped(regions)
+        place = self.whole_module(regions) if whole else None
+        place = place or self._tapped(regions)
+        if place.install == "refused":
+            return place
+        reason = self._customised(regions, place)
+        return Placement("refused", reason, module=place.module) if reason else place
 
     # -- T1
 
-    def _whole_module(self, regions: Sequence[Region]) -> Placement | None:
+    def whole_module(self, regions: Sequence[Region]) -> Placement | None:
+        """Return the T1 placement of one MLP, given every run of it, or None."""
         found = [self._whole_call(region) for region in regions]
         if any(one is None for one in found):
             return None
@@ -90,9 +114,11 @@ class Placer:
 
     def _whole_call(self, region: Region) -> Placement | None:
         for call in self._common_calls(region.nodes):
-            if not call.path or call.others or len(call.inputs) != 1 or not call.single:
+            if not call.path or not call.plain:
                 continue
             name, given = call.inputs[0]
+            if shape_of(given) != shape_of(call.outputs[0]):
+                continue  # it flattens its input for good
             if strip(given) is not region.source or not self._only_these(call.path, region):
                 continue
             tail = self._tail(call, region)
@@ -148,6 +174,9 @@ class Placer:
             if len(self.calls_of[path]) != len(regions):
                 return Placement("refused", f"{path} is also called elsewhere", module=around)
             taps.append(path)
+        reason = next((r for region in regions if (r := self._out_of_step(region))), "")
+        if reason:
+            return Placement("refused", reason, module=around)
         block = taps.pop()
         return Placement("T2", module=around, taps=tuple(taps), block=block)
 
@@ -157,7 +186,7 @@ class Placer:
 
     def _is_own_module(self, path: str, linear: Linear) -> bool:
         call = next((c for c in self.capture.chain(linear.node) if c.path == path), None)
-        if call is None or call.others or len(call.inputs) != 1 or not call.single:
+        if call is None or not call.plain:
             return False
         if strip(call.inputs[0][1]) is not strip(linear.source):
             return False
@@ -173,7 +202,7 @@ class Placer:
     def _shared(self, region: Region) -> str:
         """Return which of the MLP's parameters are used elsewhere too, or ""."""
         for name in parameter_names(region):
-            owners = self.owners.get(self._parameter_id(name), [])
+            owners = self.owners.get(_memory(self.model.get_parameter(name)), [])
             if len(owners) > 1:
                 other = next(o for o in owners if o != name)
                 return f"its parameter {name} is tied to {other}"
@@ -197,14 +226,58 @@ class Placer:
             return f"some of its parameters are frozen ({frozen}) and some are not"
         if len({t.device for t in tensors}) > 1:
             return "its parameters are on different devices"
-        return self._hooked(region)
+        return ""
 
-    def _hooked(self, region: Region) -> str:
-        for name in parameter_names(region):
-            path = name.rpartition(".")[0]
+    def _customised(self, regions: Sequence[Region], place: Placement) -> str:
+        """Return which module that would be lost has hooks or a patched forward, or ""."""
+        if place.install == "T1":
+            lost = {p for p in self.modules if p.startswith(f"{place.module}.")}
+            patched = {place.module, *lost}
+        else:
+            patched = {*place.taps, place.block}
+            lost = set(patched)
+            for node in (node for region in regions for node in region.nodes):
+                paths = [call.path for call in self.capture.chain(node)]
+                inside = paths[: paths.index(place.module)] if place.module in paths else []
+                lost.update(inside)
+        for path in sorted(patched):
+            if "forward" in self.modules[path].__dict__:
+                return f"the forward of {path} is patched: remove the patch first"
+        for path in sorted(lost):
             module = self.modules[path]
-            if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+            if any(getattr(module, table) for table in _HOOKS):
                 return f"{path} has hooks, which would be lost: remove them first"
+        return ""
+
+    def _also_read(self, regions: Sequence[Region]) -> str:
+        """Return which of the MLP's parameters something else reads, or ""."""
+        own = {node for region in regions for node in region.nodes}
+        for name in parameter_names(regions[0]):
+            todo = [self.sources[name]] if name in self.sources else []
+            while todo:
+                for user in todo.pop().users:
+                    if user in own:
+                        continue
+                    if op_name(user) in VIEWS | CASTS:
+                        todo.append(user)
+                    elif user.op != "output":
+                        where = getattr(record_of(user), "module_path", "") or "the model itself"
+                        return f"its parameter {name} is also used by `{op_name(user)}` in {where}"
+        return ""
+
+    def _out_of_step(self, region: Region) -> str:
+        """Return why the block cannot stand in for the last projection, or ""."""
+        first, last = region.ups[0], region.down
+        if _without(shape_of(first.source), first.channel) != _without(
+            shape_of(last.out), last.channel
+        ):
+            return "its tokens are reshaped between its projections"
+        start = min(self.place[up.node] for up in region.ups)
+        stop = self.place[last.node]
+        for up in region.ups:
+            for node in written_after(up.source):
+                if node not in region.nodes and start < self.place.get(node, -1) < stop:
+                    return "its input is changed in place before its last projection has run"
         return ""
 
     def _around(self, regions: Sequence[Region]) -> str:
@@ -232,6 +305,16 @@ def parameter_names(region: Region) -> tuple[str, ...]:
         if linear.bias is not None:
             names.append(linear.bias.name)
     return (*names, *region.program.params)
+
+
+def _memory(parameter: nn.Parameter) -> object:
+    """Return what two names of one tensor have in common, even if they are two objects."""
+    return id(parameter) if parameter.is_meta else compat.storage_key(parameter) or id(parameter)
+
+
+def _without(shape: tuple[int, ...], channel: int) -> tuple[int, ...]:
+    place = channel % len(shape)
+    return shape[:place] + shape[place + 1 :]
 
 
 def _carries_values(node: fx.Node) -> bool:

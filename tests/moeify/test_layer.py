@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from moeify.layer import MoE
 
@@ -208,3 +209,34 @@ def test_bad_arguments_are_named(options, name):
 def test_a_wrong_width_is_named():
     with pytest.raises(ValueError, match="hidden_size"):
         build()(torch.randn(3, WIDTH + 1, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("k", "drop_tokens"), [(1, True), (2, True), (3, True), (1, False)])
+def test_compiles_in_one_graph_for_any_expert(k, drop_tokens):
+    class Expert(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.norm, self.down = nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 8)
+
+        def forward(self, x):
+            return self.down(self.norm(self.up(x).relu()))
+
+    layer = MoE(8, Expert(), 4, k=k, use_rts=False, drop_tokens=drop_tokens, use_residual=True)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.add_(torch.randn_like(p), alpha=0.1)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    layer.router.noise = "none"  # both draw nothing
+    for count in (8, 24, 40, 17):
+        x = torch.randn(count, 8)
+        results = []
+        for run in (layer, compiled):
+            layer.zero_grad()
+            out, l_aux, counts = run(x)
+            (out.square().sum() + l_aux).backward()
+            results.append([out, counts, *(p.grad.clone() for p in layer.parameters())])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert counter.frame_count <= 2

@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m benchmarks`. Each run states its hardware and versions."""

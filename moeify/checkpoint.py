@@ -1,0 +1,293 @@
+"""`save` and `load`: a converted model as a folder of safetensors files, its plan and its config.
+
+A folder is there whole or not at all: it is staged beside the target and renamed at the end. It
+is read without unpickling anything, and every byte is accounted for. The dense model is rebuilt
+from its config with its parameters on `meta`, converted there by the same plan, and given the
+saved tensors, so that the dense weights are needed no more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moeify import compat, strict_yaml
+from moeify.api import refuse_wrapped
+from moeify.checkpoint_build import build, config_texts, describable, describe_model
+from moeify.checkpoint_files import Folder, new_file, replace_folder
+from moeify.checkpoint_json import parse_json
+from moeify.checkpoint_manifest import (
+    MAX_BYTES,
+    FileRecord,
+    Manifest,
+    TensorRecord,
+    encode,
+    read_manifest,
+)
+from moeify.checkpoint_replay import check_conversion, convert_again, layer_records, versions
+from moeify.checkpoint_shards import (
+    DTYPES,
+    Shard,
+    check_shard,
+    dtype_name,
+    parse_size,
+    read_shard,
+    split_shards,
+    write_shard,
+)
+from moeify.checkpoint_state import (
+    Rollback,
+    assign,
+    check_places,
+    collect,
+    describe_modes,
+    restore_modes,
+    tensors_of,
+)
+from moeify.conversion import Conversion, require_conversion
+from moeify.errors import CheckpointError, MoeifyError
+from moeify.hf import is_hf
+from moeify.passes.base import Pass
+
+
+def save(
+    model: nn.Module, directory: str | os.PathLike[str], *, max_shard_size: int | str = "5GB"
+) -> None:
+    """Save a converted model, all or nothing.
+
+    The folder holds `moeify-*.safetensors`, `moeify.json` (the plan, what was converted, and the
+    digest of every file), `plan.yaml`, and the config of a Hugging Face model as
+    `source_config.json`. No file has a name that `from_pretrained` would take for a dense model.
+
+    Args:
+        model: A converted model; also inside `torch.compile`, `DataParallel` or DDP.
+        directory: A folder that does not exist, is empty, or holds an older save, which is
+            replaced in one step; what else lies in an older save (a tokenizer) stays.
+        max_shard_size: Bytes per file, or such as "5GB" and "512MiB".
+
+    Raises:
+        CheckpointError: The folder holds something else, the disk is full, or the model has state
+            that no safetensors file can hold. What was there before is then as it was.
+        MoeifyError: The model has not been converted.
+        ValueError: `max_shard_size` is no size.
+
+    Example:
+        >>> import tempfile
+        >>> from moeify import moeify
+        >>> mlp = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+        >>> plan = {"layers": [{"select": "all", "experts": 2}]}
+        >>> model = moeify(nn.Sequential(mlp), plan, example_inputs=torch.randn(4, 8))
+        >>> folder = tempfile.mkdtemp()
+        >>> save(model, folder)
+        >>> sorted(os.listdir(folder))
+        ['moeify-00001-of-00001.safetensors', 'moeify.json', 'plan.yaml']
+        >>> again = nn.Sequential(nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8)))
+        >>> x = torch.randn(4, 8)
+        >>> torch.equal(load(folder, model=again)(x), model(x))
+        True
+    """
+    limit = parse_size(max_shard_size)
+    inner = _unwrapped(model)
+    conversion = require_conversion(inner)
+    for path, module in inner.named_modules():
+        if compat.is_compiled_module(module):
+            raise CheckpointError(
+                f"{path}: is wrapped by torch.compile; save before, or use {path}.compile()"
+            )
+    state = collect(inner)
+    shards = split_shards(state.tensors, limit)
+    records = {
+        name: TensorRecord(
+            shard=file,
+            dtype=dtype_name(state.tensors[name].dtype),  # type: ignore[arg-type]
+            shape=list(state.tensors[name].shape),
+            role=state.roles[name],
+            requires_grad=state.tensors[name].requires_grad,
+        )
+        for file, names in shards.items()
+        for name in names
+    }
+    texts = {
+        "plan.yaml": strict_yaml.dump(conversion.plan.data(), "plan.yaml"),
+        **config_texts(inner),
+    }
+    common = {
+        "format": "moeify",
+        "version": 1,
+        "versions": versions(),
+        "model": describe_model(inner, describe_modes(inner)),
+        "plan": conversion.plan.data(),
+        "plan_sha256": conversion.plan.digest(),
+        "layers": layer_records(inner, conversion),
+        "inputs": _inputs(inner, conversion),
+        "ledger": {name: list(fate) for name, fate in conversion.ledger.items()},
+        "dtype": state.main_dtype(),
+        "parameters": state.parameters,
+        "tensors": records,
+        "aliases": state.aliases,
+    }
+
+    def write(folder: Path) -> None:
+        written = [
+            write_shard(folder / file, {name: state.tensors[name] for name in names})
+            for file, names in shards.items()
+        ]
+        files = [_write(folder / name, text.encode()) for name, text in texts.items()]
+        manifest = Manifest.model_validate(common | {"shards": written, "files": files})
+        _write(folder / "moeify.json", encode(manifest))
+
+    replace_folder(directory, write)
+
+
+def load(
+    directory: str | os.PathLike[str],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    model: nn.Module | None = None,
+    passes: Sequence[Pass] = (),
+    verify: bool = True,
+) -> nn.Module:
+    """Load a saved model, in any process, without the dense weights.
+
+    Args:
+        directory: What `save` wrote.
+        device: Where the tensors go; "meta" reads none, for planning.
+        dtype: Floating-point dtype to cast parameters and buffers to; as saved if None. The
+            buffers of routers keep theirs.
+        model: For a model that is not of transformers: an instance of its dense class, as it was
+            before the conversion. Its weights do not matter and may be on meta; it is converted
+            in place and returned.
+        passes: The graph passes of your own that the model was converted with.
+        verify: Compare every file with its SHA-256.
+
+    Returns:
+        The converted model, in the mode it was saved in, which gives the same outputs bit for bit.
+
+    Raises:
+        CheckpointError: The folder is incomplete or damaged, or does not fit the model. A model
+            that was passed is then as it was.
+        ValueError: `dtype` is no floating-point dtype.
+    """
+    place = torch.device(device)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype: {dtype!r} is no floating-point dtype such as torch.bfloat16")
+    with Folder(directory) as folder:
+        manifest = read_manifest(folder)
+        texts = _read_texts(folder, manifest)
+        shards = [check_shard(folder, s, manifest.of_shard(s.file)) for s in manifest.shards]
+        if model is not None:
+            try:
+                refuse_wrapped(model)
+            except MoeifyError as error:
+                raise CheckpointError(f"model: {error}") from error
+        target = model if model is not None else _build(folder, manifest, texts)
+        rollback = Rollback(target)
+        try:
+            convert_again(target, manifest, passes, folder.path)
+            check_conversion(target, manifest, folder.path)
+            check_places(target, manifest.tensors, manifest.names(), folder.path)
+            tensors = _read_tensors(folder, manifest, shards, place, dtype, verify)
+            assign(target, tensors, manifest.tensors, manifest.names())
+            for item in tensors_of(target):
+                if item.tensor.device != place and item.name not in manifest.names():
+                    setattr(item.module, item.key, item.tensor.to(place))
+        except BaseException:
+            rollback.restore()
+            raise
+    restore_modes(target, manifest.model)
+    if dtype is not None and is_hf(target):
+        target.config.dtype = dtype
+    return target
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside `torch.compile`, `DataParallel` and DDP."""
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif compat.is_compiled_module(model):
+            model = next(model.children())
+        else:
+            return model
+
+
+def _inputs(model: nn.Module, conversion: Conversion) -> Any:
+    """Return the description of the example inputs, if others can be made from it."""
+    if describable(conversion.inputs):
+        return conversion.inputs
+    if is_hf(model):
+        return None
+    raise CheckpointError(
+        f"the example inputs of the conversion cannot be made again ({conversion.inputs!r:.200}): "
+        "convert with tensors, numbers, texts, dicts and tuples"
+    )
+
+
+def _write(path: Path, data: bytes) -> FileRecord:
+    with new_file(path) as file:
+        file.write(data)
+        return FileRecord(file=path.name, sha256=file.close(), bytes=file.size)
+
+
+def _read_texts(folder: Folder, manifest: Manifest) -> dict[str, bytes]:
+    """Read the small files and hold them against their digests."""
+    texts = {}
+    for record in manifest.files:
+        texts[record.file] = folder.read(record.file, limit=MAX_BYTES, size=record.bytes)
+        if hashlib.sha256(texts[record.file]).hexdigest() != record.sha256:
+            raise CheckpointError(
+                f"{folder.where(record.file)}: its SHA-256 is not the one in moeify.json: "
+                "it was changed or damaged"
+            )
+    return texts
+
+
+def _build(folder: Folder, manifest: Manifest, texts: Mapping[str, bytes]) -> nn.Module:
+    parsed = {
+        name: parse_json(data, folder.where(name))
+        for name, data in texts.items()
+        if name in ("source_config.json", "generation_config.json")
+    }
+    for name, data in parsed.items():
+        if not isinstance(data, dict):
+            raise CheckpointError(f"{folder.where(name)}: is no mapping")
+    config = parsed.get("source_config.json", {})
+    return build(manifest.model, config, parsed.get("generation_config.json"), folder.path)
+
+
+def _read_tensors(
+    folder: Folder,
+    manifest: Manifest,
+    shards: Sequence[Shard],
+    device: torch.device,
+    dtype: torch.dtype | None,
+    verify: bool,
+) -> dict[str, Tensor]:
+    """Read every tensor to its device, in its final dtype."""
+    routers = {f".{name}" for name in ("selection_bias", "pending_counts")}
+    tensors = {}
+
+    def final(name: str, tensor: Tensor) -> Tensor:
+        record = manifest.tensors[name]
+        keep = record.role == "scratch" or any(name.endswith(router) for router in routers)
+        wanted = dtype if dtype is not None and tensor.is_floating_point() and not keep else None
+        return tensor.to(device=device, dtype=wanted)
+
+    if device.type == "meta":
+        for name, record in manifest.tensors.items():
+            empty = torch.empty(record.shape, dtype=DTYPES[record.dtype], device="meta")
+            tensors[name] = final(name, empty)
+        return tensors
+    for shard in shards:
+        for name, tensor in read_shard(
+            folder, shard, manifest.of_shard(shard.record.file), verify=verify
+        ):
+            tensors[name] = final(name, tensor)
+    return tensors

@@ -1,0 +1,222 @@
+"""Builds the dense model that a saved one was converted from, without its weights.
+
+Only classes of transformers are built by name, from their config alone: nothing is downloaded,
+unpickled or imported from elsewhere. Parameters go to `meta` the moment a module registers them;
+buffers are computed as ever, because some (rotary frequencies) are in no file.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import random
+import re
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Final
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from moeify.checkpoint_manifest import Manifest, ModelRecord
+from moeify.errors import CheckpointError
+from moeify.hf import is_hf
+from moeify.input_spec import make_inputs
+
+_OWN: Final = re.compile(r"transformers\.models\.[A-Za-z0-9_.]+\.[A-Za-z0-9_]+")
+_KINDS: Final = ("attention", "experts")
+MAX_ELEMENTS: Final = 1 << 28
+"""Most elements that example inputs may have."""
+
+
+def describe_model(model: nn.Module, modes: tuple[bool, list[str]]) -> ModelRecord:
+    """Return what is kept of a model beside its tensors and its config."""
+    cls = type(model)
+    found: dict[str, dict[str, str | None]] = {kind: {} for kind in _KINDS}
+    if is_hf(model):
+        config: Any = model.config
+        parts = {"": config} | {k: getattr(config, k, None) for k in _parts(config)}
+        for kind in _KINDS:
+            for key, part in parts.items():
+                value = getattr(part, _attribute(kind), None)
+                if value is None or isinstance(value, str):
+                    found[kind][key] = value
+    return ModelRecord(
+        name=f"{cls.__module__}.{cls.__qualname__}",
+        training=modes[0],
+        other_mode=modes[1],
+        attention=found["attention"],
+        experts=found["experts"],
+    )
+
+
+def config_texts(model: nn.Module) -> dict[str, str]:
+    """Return the texts of a Hugging Face model's config files by file name; none for others."""
+    texts = {}
+    for file, attribute in (
+        ("source_config.json", "config"),
+        ("generation_config.json", "generation_config"),
+    ):
+        config: Any = getattr(model, attribute, None)
+        if is_hf(model) and hasattr(config, "to_json_string"):
+            texts[file] = str(config.to_json_string(use_diff=False))
+    return texts
+
+
+def build(
+    record: ModelRecord, config: Mapping[str, Any], generation: Mapping[str, Any] | None, where: str
+) -> nn.Module:
+    """Build a dense Hugging Face model with its parameters on meta.
+
+    Args:
+        record: The model's class and attention.
+        config: The content of `source_config.json`.
+        generation: The content of `generation_config.json`.
+        where: The folder, for messages.
+
+    Raises:
+        CheckpointError: Its class is not of transformers, or cannot be built.
+    """
+    if _OWN.fullmatch(record.name) is None:
+        raise CheckpointError(
+            f"{where}: a {record.name} is not of the transformers package, which alone is imported "
+            "by name: pass model=, an instance of that class (its weights do not matter)"
+        )
+    try:
+        cls = _class(record.name)
+        settings = cls.config_class.from_dict(_harmless(dict(config)))
+        for kind in _KINDS:
+            values = getattr(record, kind)
+            if values:
+                setattr(settings, _attribute(kind), dict(values))
+        with _quiet_random_state(), _parameters_on_meta():
+            model = cls(settings)
+        if generation is not None and getattr(model, "generation_config", None) is not None:
+            model.generation_config = type(model.generation_config).from_dict(dict(generation))
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{where}: a {record.name} cannot be built from source_config.json "
+            f"({type(error).__name__}: {error}): use the transformers that saved it, or pass "
+            "model=, an instance of that class"
+        ) from error
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def inputs_of(manifest: Manifest, where: str) -> Any:
+    """Make example inputs as described; None where moeify is to make them from the config.
+
+    Raises:
+        CheckpointError: The description is damaged.
+    """
+    if manifest.inputs is None:
+        return None
+    try:
+        _check_inputs(manifest.inputs)
+        return make_inputs(manifest.inputs)
+    except (ValueError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
+        raise CheckpointError(f"{where}: inputs: {error}") from error
+
+
+def describable(description: Any) -> bool:
+    """Tell whether inputs of this description can be made again, from JSON."""
+    try:
+        _check_inputs(description)
+        json.dumps(description, allow_nan=False)
+    except (ValueError, TypeError, RecursionError):
+        return False
+    return True
+
+
+def _check_inputs(description: Any) -> None:
+    if not isinstance(description, dict) or len(description) != 1:
+        raise ValueError("a description has one key")
+    kind, content = next(iter(description.items()))
+    if kind == "tensor":
+        shape, dtype = content["shape"], getattr(torch, str(content["dtype"]), None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{content['dtype']!r:.40} is no dtype")
+        if not all(type(n) is int and n >= 0 for n in shape) or math.prod(shape) > MAX_ELEMENTS:
+            raise ValueError(f"{shape!r:.80} is no shape for an example")
+    elif kind == "dict":
+        for part in dict(content).values():
+            _check_inputs(part)
+    elif kind == "tuple":
+        for part in list(content):
+            _check_inputs(part)
+    elif kind != "value" or not (content is None or isinstance(content, bool | int | float | str)):
+        raise ValueError(f"{kind!r:.40}: {content!r:.80} cannot be made again")
+
+
+def _class(name: str) -> Any:
+    import transformers
+
+    module, _, leaf = name.rpartition(".")
+    cls = getattr(importlib.import_module(module), leaf)
+    if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
+        raise TypeError(f"{leaf} is no model")
+    return cls
+
+
+def _attribute(kind: str) -> str:
+    return "_attn_implementation" if kind == "attention" else "_experts_implementation"
+
+
+def _parts(config: Any) -> list[str]:
+    return [str(key) for key in getattr(config, "sub_configs", {})]
+
+
+def _harmless(value: Any) -> Any:
+    """Take from a config what would make transformers download something."""
+    if isinstance(value, dict):
+        kept = {}
+        for key, part in value.items():
+            if "_implementation" in key:
+                continue
+            kept[key] = False if key == "use_pretrained_backbone" else _harmless(part)
+        return kept
+    return [_harmless(part) for part in value] if isinstance(value, list) else value
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Send every parameter that this thread registers to meta, where filling it costs nothing."""
+    thread = threading.get_ident()
+    twins: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+
+    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
+        if parameter is None or parameter.is_meta or threading.get_ident() != thread:
+            return parameter
+        if id(parameter) not in twins:
+            twin = nn.Parameter(
+                torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad
+            )
+            twins[id(parameter)] = parameter, twin
+        return twins[id(parameter)][1]
+
+    handle = register_module_parameter_registration_hook(register)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _quiet_random_state() -> Iterator[None]:
+    """Leave every random state as it was."""
+    numpy = sys.modules.get("numpy")
+    python_state = random.getstate()
+    numpy_state = None if numpy is None else numpy.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(python_state)
+        if numpy is not None:
+            numpy.random.set_state(numpy_state)

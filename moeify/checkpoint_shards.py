@@ -1,0 +1,284 @@
+"""Safetensors files, written in one pass and read in one pass, with every byte accounted for.
+
+The reader allocates nothing that a header merely claims: sizes are held against the file first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+import torch
+from torch import Tensor
+
+from moeify.checkpoint_files import CHUNK, Folder, new_file
+from moeify.checkpoint_json import parse_json
+from moeify.checkpoint_manifest import FileRecord, TensorRecord
+from moeify.errors import CheckpointError
+
+MAX_HEADER: Final = 100_000_000
+"""Longest header in bytes; the limit of the safetensors library."""
+
+_CODES: Final = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
+    "C64": "complex64",
+}
+DTYPES: Final[dict[str, torch.dtype]] = {name: getattr(torch, name) for name in _CODES.values()}
+_CODE_OF: Final = {name: code for code, name in _CODES.items()}
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:([KMGT])(I?)B|B)?\s*", re.IGNORECASE)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return a dtype's name, such as `float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def parse_size(size: int | str) -> int:
+    """Read a size such as `5GB` (decimal), `512MiB` (binary) or a number of bytes.
+
+    Raises:
+        ValueError: It is none, or not positive.
+    """
+    if isinstance(size, str) and (match := _SIZE.fullmatch(size)) is not None:
+        base = 1024 if match[3] else 1000
+        power = " KMGT".index((match[2] or " ").upper())
+        size = int(float(match[1]) * base**power)
+    if isinstance(size, str | bool) or size < 1:
+        raise ValueError(f'max_shard_size: {size!r} is no size; use bytes, or such as "5GB"')
+    return size
+
+
+def split_shards(tensors: Mapping[str, Tensor], limit: int) -> dict[str, list[str]]:
+    """Spread tensors over shards, in the order of their names.
+
+    Args:
+        tensors: By name.
+        limit: Bytes per shard; a larger tensor gets a shard of its own.
+
+    Returns:
+        Tensor names by file name.
+    """
+    groups: list[list[str]] = [[]]
+    room = limit
+    for name in sorted(tensors):
+        size = tensors[name].numel() * tensors[name].element_size()
+        if groups[-1] and size > room:
+            groups.append([])
+            room = limit
+        groups[-1].append(name)
+        room -= size
+    count = len(groups)
+    return {f"moeify-{i:05d}-of-{count:05d}.safetensors": g for i, g in enumerate(groups, 1)}
+
+
+def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
+    """Write a safetensors file; wide elements first, so that all are aligned.
+
+    Args:
+        path: A new file.
+        tensors: Any strides and devices; copied to the CPU one at a time.
+
+    Returns:
+        Name, size and digest.
+    """
+    names = sorted(tensors, key=lambda n: (-tensors[n].element_size(), n))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _CODE_OF[dtype_name(tensor.dtype)],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with new_file(path) as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for name in names:
+            file.write(_bytes_of(tensors[name]))
+        return FileRecord(file=path.name, sha256=file.close(), bytes=file.size)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    plain = tensor.detach().resolve_conj().resolve_neg().to("cpu").contiguous()
+    return plain.reshape(-1).view(torch.uint8).numpy().data
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A shard whose header has been checked.
+
+    Attributes:
+        record: Its name, size and digest.
+        start: Where the data begins.
+        names: The tensors, in the order of their data, which leaves no gaps.
+    """
+
+    record: FileRecord
+    start: int
+    names: tuple[str, ...]
+
+
+def check_shard(folder: Folder, record: FileRecord, expected: Mapping[str, TensorRecord]) -> Shard:
+    """Check a shard's size and header against what should be in it; its data is not read.
+
+    Raises:
+        CheckpointError: Anything is off; the message names the file and the tensor.
+    """
+    where = folder.where(record.file)
+    with folder.open(record.file, size=record.bytes) as stream:
+        head = stream.read(8)
+        length = int.from_bytes(head, "little")
+        if len(head) < 8 or length > min(MAX_HEADER, record.bytes - 8):
+            raise CheckpointError(f"{where}: its header claims {length} bytes of {record.bytes}")
+        text = stream.read(length)
+    header = parse_json(text, where)
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{where}: its header is no mapping")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise CheckpointError(f"{where}: __metadata__: is no mapping of texts")
+    _same_names(where, header, expected)
+    spans = sorted(
+        (*_span(f"{where}: {name}", header[name], expected[name]), name) for name in header
+    )
+    end = 0
+    for start, stop, name in spans:
+        if start != end:
+            what = "overlaps the data before it" if start < end else "leaves a gap before it"
+            raise CheckpointError(f"{where}: {name}: data_offsets {[start, stop]}: {what}")
+        end = stop
+    if 8 + length + end != record.bytes:
+        raise CheckpointError(
+            f"{where}: its tensors end at byte {8 + length + end} of {record.bytes}"
+        )
+    return Shard(record, 8 + length, tuple(name for _, _, name in spans))
+
+
+def _same_names(where: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    for name in sorted(expected.keys() ^ found.keys()):
+        what = "is missing" if name in expected else "should not be there"
+        raise CheckpointError(f"{where}: {name}: {what}")
+
+
+def _span(where: str, entry: object, expected: TensorRecord) -> tuple[int, int]:
+    """Return where a tensor's data begins and ends.
+
+    Raises:
+        CheckpointError: The entry is damaged, or not the tensor that was saved.
+    """
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(f"{where}: its entry in the header is damaged")
+    if entry["dtype"] != _CODE_OF[expected.dtype]:
+        raise CheckpointError(f"{where}: dtype {entry['dtype']!r:.40} instead of {expected.dtype}")
+    if not _numbers(entry["shape"]) or entry["shape"] != expected.shape:
+        raise CheckpointError(f"{where}: shape {entry['shape']!r:.80}, not {expected.shape}")
+    offsets = entry["data_offsets"]
+    if not _numbers(offsets) or len(offsets) != 2:
+        raise CheckpointError(f"{where}: data_offsets {offsets!r:.80}: two numbers are needed")
+    start, stop = offsets
+    if stop - start != nbytes(expected):
+        raise CheckpointError(
+            f"{where}: data_offsets {offsets}: {stop - start} bytes instead of {nbytes(expected)}"
+        )
+    return start, stop
+
+
+def _numbers(value: object) -> bool:
+    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+
+
+def nbytes(record: TensorRecord) -> int:
+    """Return the bytes of a tensor's data."""
+    return math.prod(record.shape) * DTYPES[record.dtype].itemsize
+
+
+def read_shard(
+    folder: Folder, shard: Shard, expected: Mapping[str, TensorRecord], *, verify: bool = True
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor of a checked shard, on the CPU, in memory of its own.
+
+    Args:
+        folder: Where it is.
+        shard: What `check_shard` returned.
+        expected: Dtype and shape by name.
+        verify: Hash the file meanwhile, and compare at its end.
+
+    Raises:
+        CheckpointError: The file is not the one that was saved. Tensors that were yielded before
+            that are not to be used.
+    """
+    where = folder.where(shard.record.file)
+    digest = hashlib.sha256()
+    with folder.open(shard.record.file, size=shard.record.bytes) as stream:
+        head = bytearray(shard.start)
+        _fill(stream, memoryview(head), where)
+        digest.update(head)
+        for name in shard.names:
+            record = expected[name]
+            raw = torch.empty(nbytes(record), dtype=torch.uint8)
+            view: memoryview = raw.numpy().data
+            for start in range(0, len(view), CHUNK):
+                part = view[start : start + CHUNK]
+                _fill(stream, part, where)
+                if verify:
+                    digest.update(part)
+            if record.dtype == "bool" and bool((raw > 1).any()):
+                raise CheckpointError(f"{where}: {name}: holds bytes that are no booleans")
+            yield name, raw.view(DTYPES[record.dtype]).view(record.shape)
+    if verify and digest.hexdigest() != shard.record.sha256:
+        raise CheckpointError(
+            f"{where}: its SHA-256 is not the one in moeify.json: the file was changed or damaged"
+        )
+
+
+def _fill(stream: BinaryIO, view: memoryview, where: str) -> None:
+    done = 0
+    while done < len(view):
+        try:
+            count = stream.readinto(view[done:])  # type: ignore[attr-defined]
+        except OSError as error:
+            raise CheckpointError(f"{where}: cannot be read: {error}") from error
+        if not count:
+            raise CheckpointError(f"{where}: ends too early: it is being changed")
+        done += count
+
+
+def storable(names: Sequence[str], tensor: Tensor) -> None:
+    """Check that a tensor can be kept in a safetensors file.
+
+    Raises:
+        CheckpointError: It is sharded, on meta, sparse, quantised, or of an odd dtype.
+    """
+    name = names[0]
+    if type(tensor).__name__ == "DTensor" or type(tensor.data).__name__ == "DTensor":
+        raise CheckpointError(f"{name}: is sharded over ranks: gather the model first")
+    if tensor.is_meta:
+        raise CheckpointError(f"{name}: is on meta and has no values to save")
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        raise CheckpointError(f"{name}: is sparse or quantised, which cannot be saved")
+    if dtype_name(tensor.dtype) not in _CODE_OF:
+        raise CheckpointError(f"{name}: safetensors has no dtype for {dtype_name(tensor.dtype)}")

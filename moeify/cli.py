@@ -1,0 +1,256 @@
+"""The command line. What needs torch is imported inside the command that needs it.
+
+Exit codes: 0 done; 1 a mistake of the user's or a failed check, told on standard error; 2 a wrong
+command line.
+"""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from moeify import __version__
+from moeify.errors import MoeifyError, PlanError
+
+if TYPE_CHECKING:
+    from moeify.plan import Plan
+
+
+class Dtype(StrEnum):
+    """Dtypes that a model may be loaded in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float64 = "float64"
+
+
+class ReportingGroup(TyperGroup):
+    """Tells expected errors in one message, without a traceback unless `--debug` asks for it."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the chosen command."""
+        try:
+            return super().invoke(ctx)
+        except (MoeifyError, OSError) as error:
+            if ctx.params.get("debug") or isinstance(error, BrokenPipeError):
+                raise
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(
+    cls=ReportingGroup,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"max_content_width": 100},
+    help="Turn dense PyTorch models into Mixture-of-Experts models by graph passes.",
+)
+plans = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at plans.")
+app.add_typer(plans, name="plan")
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="An option of a preset, such as experts=16."),
+]
+PLAN_HELP = "A plan file (.yaml, .json) or the name of a preset."
+MODEL_HELP = "A local Hugging Face folder."
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"moeify {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Take the options that stand before a command; `debug` is read where errors are told."""
+
+
+@app.command()
+def inspect(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help=f"{MODEL_HELP} Or one that moeify saved.")
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Show the MLPs of a model. Reads the config only."""
+    from moeify.cli_inspect import inspect_model
+    from moeify.cli_output import make_console, write_json
+
+    data = inspect_model(model, make_console(quiet=as_json))
+    if as_json:
+        write_json(data)
+
+
+@plans.command()
+def check(
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Plan files.")],
+    as_json: AsJson = False,
+) -> None:
+    """Say whether plan files are plans."""
+    from moeify.cli_output import write_json
+    from moeify.plan import Plan
+
+    results: list[dict[str, Any]] = []
+    for file in files:
+        try:
+            plan = Plan.load(file)
+        except PlanError as error:
+            place = {"message": error.message, "line": error.line, "path": error.path}
+            results.append({"file": file, "ok": False, **place})
+            if not as_json:
+                typer.echo(f"error: {error}", err=True)
+            continue
+        rules = len(plan.layers)
+        results.append({"file": file, "ok": True, "rules": rules, "digest": plan.digest()})
+        if not as_json:
+            many = "rule" if rules == 1 else "rules"
+            typer.echo(f"{file}: ok, {rules} {many}, digest {plan.digest()[:12]}")
+    if as_json:
+        write_json(results)
+    if not all(result["ok"] for result in results):
+        raise typer.Exit(1)
+
+
+@plans.command()
+def show(
+    plan: Annotated[str, typer.Argument(metavar="PLAN", help=PLAN_HELP)],
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="MODEL", help=f"{MODEL_HELP} Shows what becomes of it."),
+    ] = None,
+    settings: Settings = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show a plan in full, or what it makes of a model. Reads the model's config only."""
+    from moeify.cli_output import make_console, write_json
+
+    chosen = _plan(plan, settings)
+    if model is None:
+        from moeify import strict_yaml
+
+        if as_json:
+            write_json(chosen.data())
+        else:
+            typer.echo(strict_yaml.dump(chosen.data(), "plan.yaml"), nl=False)
+        return
+    from moeify.cli_inspect import resolve_on_meta
+
+    resolved = resolve_on_meta(chosen, model)
+    if as_json:
+        write_json(resolved.to_dict())
+    else:
+        make_console().print(resolved)
+
+
+@plans.command()
+def schema() -> None:
+    """Print the JSON Schema of plan files, for editors."""
+    from moeify.cli_output import write_json
+    from moeify.plan import Plan
+
+    write_json(Plan.json_schema())
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help=f"{MODEL_HELP} Safetensors only.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder to write; must not exist.")],
+    plan: Annotated[str, typer.Option("--plan", metavar="PLAN", help=PLAN_HELP)],
+    settings: Settings = None,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(
+            "--dtype",
+            metavar="DTYPE",
+            help="Load as float32, bfloat16, ..., not as the config says.",
+        ),
+    ] = None,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Do not compare with the dense model.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if moeify saved it.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Convert a model and save it. Needs memory for the whole of it."""
+    chosen = _plan(plan, settings)
+    from moeify.cli_convert import convert as run
+    from moeify.cli_output import make_console, write_json
+
+    report = run(
+        source,
+        out,
+        chosen,
+        make_console(quiet=as_json),
+        dtype=dtype.value if dtype is not None else None,
+        verify=not no_verify,
+        force=force,
+    )
+    if as_json:
+        write_json(report)
+
+
+@app.command()
+def demo(
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder for the converted model; replaced if it is one.")
+    ] = Path("out/demo"),
+    steps: Annotated[int, typer.Option("--steps", min=0, help="Training steps.")] = 20,
+    no_compile: Annotated[
+        bool, typer.Option("--no-compile", help="Use aot_eager instead of inductor.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Take real weights through all of it, every step checked."""
+    from moeify.cli_output import make_console, write_json
+    from moeify.demo import run_demo
+
+    console = make_console(quiet=as_json)
+    numbers = run_demo(out, steps=steps, compile=not no_compile, console=console)
+    if as_json:
+        write_json(numbers)
+
+
+def _plan(text: str, settings: list[str] | None) -> Plan:
+    """Return the plan that PLAN and `--set` stand for."""
+    from moeify.plan import Plan
+    from moeify.presets import PRESETS
+
+    if not settings:
+        return Plan.of(text)
+    if text not in PRESETS:
+        raise typer.BadParameter(f"{text!r} is no preset; --set changes presets only")
+    options = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"{setting!r} is not NAME=VALUE", param_hint="--set")
+        try:
+            options[name] = json.loads(value)
+        except ValueError:
+            options[name] = value
+    return Plan.preset(text, **options)
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="moeify")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""`moeify inspect` and `moeify plan show --model`: a model's MLPs, without its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moeify import checkpoint
+from moeify.cli_models import build_on_meta, is_save, model_folder
+from moeify.cli_output import make_table, say, size
+from moeify.conversion import conversion_of
+from moeify.discovery import Discovery, discover
+from moeify.errors import MoeifyError
+from moeify.plan import Plan
+from moeify.resolve import ResolvedPlan
+from moeify.selection import shorten
+from moeify.sites import Site
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import nn
+
+_SITES = {
+    "#": "right",
+    "site": "left",
+    "installs": "left",
+    "widths": "left",
+    "activation": "left",
+    "gated": "left",
+    "parameters": "right",
+}
+_LAYERS = {
+    "#": "right",
+    "layer": "left",
+    "experts": "right",
+    "k": "right",
+    "residual": "left",
+    "widths": "left",
+    "parameters": "right",
+}
+
+
+def resolve_on_meta(plan: Plan, path: str) -> ResolvedPlan:
+    """Apply a plan to the model that a folder describes.
+
+    Raises:
+        MoeifyError: There is no model, or the plan does not fit it.
+    """
+    folder = Path(path)
+    if is_save(folder):
+        raise MoeifyError(f"{folder}: is converted already; give the dense model's folder")
+    return plan.resolve(build_on_meta(model_folder(folder)))
+
+
+def inspect_model(path: str, console: Console) -> dict[str, Any]:
+    """Print what is in a model, and return it as data.
+
+    Args:
+        path: A Hugging Face folder, of which only the config is read, or a folder of `moeify.save`.
+        console: Where to print.
+
+    Raises:
+        MoeifyError: There is no model, or it does not run.
+    """
+    folder = Path(path)
+    if is_save(folder):
+        return _converted(folder, console)
+    model = build_on_meta(model_folder(folder))
+    found = discover(model)
+    _print(model, found, console)
+    return {
+        "model": str(folder),
+        "class": type(model).__name__,
+        "parameters": found.parameters,
+        "bytes": found.parameter_bytes,
+        "sites": [_data(site) for site in found.sites],
+        "near_misses": [{"name": m.name, "reason": m.reason} for m in found.near_misses],
+    }
+
+
+def _data(site: Site) -> dict[str, Any]:
+    fields = "index name install reason d_in d_ff d_out activation gated calls dtype parameters"
+    return {name: getattr(site, name) for name in fields.split()}
+
+
+def _print(model: nn.Module, found: Discovery, console: Console) -> None:
+    sites = found.sites
+    rows = [
+        (
+            "-" if site.install == "refused" else site.index,
+            site.name if site.calls == 1 else f"{site.name} (runs {site.calls} times)",
+            site.install,
+            f"{site.d_in}->{site.d_ff}->{site.d_out}",
+            site.activation,
+            "yes" if site.gated else "no",
+            f"{site.parameters:,}",
+        )
+        for site in sites
+    ]
+    if rows:
+        console.print(make_table(_SITES, rows))
+    for site in sites:
+        if site.install == "refused":
+            say(console, f"refused: {site.name}: {site.reason}")
+    reasons: dict[str, list[str]] = {}
+    for miss in found.near_misses:
+        reasons.setdefault(miss.reason, []).append(miss.name)
+    for reason, names in reasons.items():
+        say(console, f"near miss: {shorten(names, 4)}: {reason}")
+    usable = [site for site in sites if site.install != "refused"]
+    share = sum(site.parameters for site in usable) / max(found.parameters, 1)
+    say(
+        console,
+        f"{type(model).__name__}: {len(usable)} MLPs can become MoE layers and hold {share:.0%} of "
+        f"{found.parameters:,} parameters ({size(found.parameter_bytes)})",
+    )
+
+
+def _converted(folder: Path, console: Console) -> dict[str, Any]:
+    model = checkpoint.load(folder, device="meta")
+    record = conversion_of(model)
+    assert record is not None, "load returns converted models only"
+    layers = [converted.layer for converted in record.layers]
+    parameters = list(model.parameters())
+    count = sum(p.numel() for p in parameters)
+    total = sum(p.numel() * p.element_size() for p in parameters)
+    rows: list[Sequence[object]] = [
+        (
+            layer.site.index,
+            layer.name,
+            layer.experts,
+            layer.top_k,
+            "-" if layer.residual == "none" else layer.residual,
+            f"{layer.site.d_in}->{layer.site.d_ff}->{layer.site.d_out}",
+            f"{layer.parameters_after:,}",
+        )
+        for layer in layers
+    ]
+    console.print(make_table(_LAYERS, rows))
+    name = type(model).__name__
+    say(
+        console,
+        f"{name}, converted by moeify: {len(layers)} MoE layers, {count:,} parameters "
+        f"({size(total)})",
+    )
+    return {
+        "model": str(folder),
+        "class": name,
+        "parameters": count,
+        "bytes": total,
+        "plan": record.plan.data(),
+        "layers": [layer.to_dict() for layer in layers],
+    }

@@ -1,0 +1,371 @@
+"""`demoeify(model)`: the way back to the dense model, exact where nothing has trained.
+
+What the experts and the dense branch hold is merged into one MLP, written in the layout in which
+the dense model stored it, and put into the skeletons that the conversion kept. Everything is
+computed before anything is changed.
+
+Shapes: D model width, F hidden width, E experts, G slices per copy; `wide` is F, or 2F if gated.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, fx, nn
+
+from moeify import hf, losses
+from moeify.block import DenseMLP, LinearExperts, ResidualMix, StoredLinear
+from moeify.conversion import (
+    ATTRIBUTE,
+    HOOK_TABLES,
+    Conversion,
+    ConvertedLayer,
+    Swap,
+    require_conversion,
+)
+from moeify.errors import UnsupportedModuleError
+from moeify.expert_merge import joined_columns, joined_rows, merged, same_bits, widened
+from moeify.experts import Experts
+from moeify.sites import Projection
+
+log = logging.getLogger("moeify")
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def demoeify(model: Model) -> Model:
+    """Turn a converted model back into the dense one, in place.
+
+    Exact, bit for bit, if nothing has been trained and the experts are copies (`init: copy`, or
+    `granular` with a power of two; other granularities scale by a number that rounds). Where
+    experts differ, their weights are averaged, the dense branch of a residual block is mixed in
+    with the shares it starts with, and a warning says so: such a step changes what the model
+    computes. Routers, coefficients and what passes of your own added to the blocks are dropped.
+
+    The dense MLPs follow the device, dtype, training flag and hooks of the blocks they replace.
+    Their parameters are new objects (unless a residual block still held the dense ones, and they
+    are what comes out): make a new optimizer afterwards.
+
+    Args:
+        model: A model that `moeify` converted, this very object. On `meta` it stays on `meta`.
+
+    Returns:
+        The same object.
+
+    Raises:
+        MoeifyError: The model was not converted.
+        UnsupportedModuleError: A block was replaced or sharded, or has learned something that the
+            dense module has no place for. The model is then unchanged.
+
+    Source:
+        Averaging experts: model soups (Wortsman et al. 2022).
+
+    Example:
+        >>> from moeify import moeify
+        >>> mlp = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+        >>> model, x = nn.Sequential(mlp, nn.LayerNorm(8)), torch.randn(4, 8)
+        >>> before = model(x)
+        >>> plan = {"layers": [{"select": "all", "experts": 4}]}
+        >>> torch.equal(demoeify(moeify(model, plan, example_inputs=x))(x), before)
+        True
+    """
+    conversion = require_conversion(model)
+    with torch.no_grad():
+        rebuilt = [_Rebuilt(model, converted) for converted in conversion.layers]
+    inexact = [layer.name for layer in rebuilt if not layer.exact]
+    if inexact:
+        more = f" and {len(inexact) - 3} more" if len(inexact) > 3 else ""
+        log.warning(
+            "demoeify: the experts of %s%s are no copies of one another: they were averaged, and "
+            "the dense model does not compute what the MoE model did",
+            ", ".join(inexact[:3]),
+            more,
+        )
+    for layer in rebuilt:
+        layer.install()
+    _forget(model, conversion)
+    return model
+
+
+def _forget(model: nn.Module, conversion: Conversion) -> None:
+    for path, value in conversion.fused.items():
+        model.get_submodule(path).activation_relu_or_gelu = value
+    del model.__dict__[ATTRIBUTE]
+    losses.detach(model)
+    hf.unguard(model)
+
+
+class _Rebuilt:
+    """The dense parts of one layer, ready to be put in place.
+
+    Args:
+        model: The converted model; read only until `install`.
+        converted: The layer's record.
+
+    Attributes:
+        name: The layer's name.
+        exact: Whether the parts compute what the block computes before any training.
+    """
+
+    def __init__(self, model: nn.Module, converted: ConvertedLayer) -> None:
+        self.model, self.converted = model, converted
+        self.name = converted.layer.name
+        self.block = _block_of(model, converted)
+        self.device = next(self.block.parameters()).device
+        self.exact = True
+        self.fresh: list[tuple[dict[str, Any], str, nn.Parameter]] = []
+        self.modules: list[tuple[Swap, nn.Module]] = []
+        experts = self.block.get_submodule("experts")
+        if isinstance(experts, LinearExperts):
+            self._fold(experts)
+        elif isinstance(experts, Experts):
+            self._merge(experts)
+        else:
+            kind = type(experts).__name__
+            raise UnsupportedModuleError(self.name, f"its experts are {kind}, not what was put in")
+
+    def install(self) -> None:
+        """Fill the dense modules and put them where the block and its taps stand."""
+        for table, leaf, parameter in self.fresh:
+            table[leaf] = parameter
+        for swap, module in reversed(self.modules):  # the block first: it holds the tap too
+            for name in HOOK_TABLES:
+                module.__dict__[name] = swap.replacement.__dict__[name]
+            for buffer in module.buffers():
+                buffer.data = buffer.data.to(self.device)
+            if module.training != swap.replacement.training:
+                module.train(swap.replacement.training)
+            for parent in list(self.model.modules()):
+                for key, child in parent._modules.items():
+                    if child is swap.replacement:
+                        parent._modules[key] = module
+
+    # -- MLPs
+
+    def _merge(self, experts: Experts) -> None:
+        site = self.converted.layer.site
+        dense = self._experts_as_one(experts)
+        branch = self._branch()
+        values: dict[str, tuple[Tensor, bool]] = {}
+        for projection, (weight, bias) in zip(site.up, self._split(dense), strict=True):
+            values |= self._place(projection, weight, bias, experts, "up")
+        values |= self._place(site.down, dense.down, dense.down_bias, experts, "down")
+        for i, (name, value) in enumerate(zip(site.inner, dense.inner, strict=True)):
+            values[name] = (value, getattr(experts, f"inner_{i}").requires_grad)
+        last = {site.down.weight, site.down.bias}
+        for name, (value, trains) in values.items():
+            table, leaf, held = self._home(name)
+            value = self._stored(name, value, table[leaf])
+            if name in branch:
+                held = branch[name]
+                value = self._mixed(value, held, last=name in last)
+            self._keep(table, leaf, value, trains, held)
+        self.modules = [(swap, swap.original) for swap in self.converted.swaps]
+
+    def _experts_as_one(self, experts: Experts) -> _Dense:
+        """Return the one MLP that the experts make up: slices joined, copies merged."""
+        init, gated = self.converted.layer.init, experts.gated
+        slices = init.granularity if init.experts == "granular" else 1
+        _refuse_sharded(self.name, experts.parameters())
+        up = experts.gate_up_proj if gated else experts.up_proj
+        up_bias = experts.gate_up_bias if gated else experts.up_bias
+        down = experts.down_proj
+        if slices > 1:
+            up = joined_rows(up, slices, gated=gated)
+            up_bias = None if up_bias is None else joined_rows(up_bias, slices, gated=gated)
+            down = joined_columns(down, slices)
+        return _Dense(
+            self._one(up),
+            None if up_bias is None else self._one(up_bias),
+            self._one(down),
+            None if experts.down_bias is None else self._one(experts.down_bias),
+            [self._one(getattr(experts, f"inner_{i}")) for i in range(experts.inner_params)],
+        )
+
+    def _one(self, stacked: Tensor) -> Tensor:
+        value, alike = merged(stacked)
+        self.exact &= alike
+        return value
+
+    def _split(self, dense: _Dense) -> list[tuple[Tensor, Tensor | None]]:
+        """Return (weight [out, in], bias) of each first projection, in the order of the site."""
+        ups = self.converted.layer.site.up
+        if self.converted.swap_halves and len(ups) == 1:
+            halves = dense.up.chunk(2)[::-1]
+            bias = None if dense.up_bias is None else torch.cat(dense.up_bias.chunk(2)[::-1])
+            return [(torch.cat(halves), bias)]
+        order = list(range(len(ups)))
+        if self.converted.swap_halves:
+            order.reverse()
+        sizes = [ups[i].out_features for i in order]
+        weights = torch.split(dense.up, sizes)
+        biases: Sequence[Tensor | None] = [None] * len(ups)
+        if dense.up_bias is not None:
+            biases = torch.split(dense.up_bias, sizes)
+        found = dict(zip(order, zip(weights, biases, strict=True), strict=True))
+        return [found[i] for i in range(len(ups))]
+
+    def _place(
+        self,
+        projection: Projection,
+        weight: Tensor,
+        bias: Tensor | None,
+        experts: Experts,
+        which: str,
+    ) -> dict[str, tuple[Tensor, bool]]:
+        """Return (value, requires_grad) by the names of the dense parameters."""
+        first = "gate_up" if experts.gated and which == "up" else which
+        trains = getattr(experts, f"{first}_proj").requires_grad
+        placed = {projection.weight: (weight.t() if projection.transposed else weight, trains)}
+        if projection.bias is not None and bias is not None:
+            placed[projection.bias] = (bias, getattr(experts, f"{first}_bias").requires_grad)
+        elif bias is not None and not bias.is_meta and bool(bias.any()):
+            reason = "its experts have learned a bias, and the dense projection has none to hold it"
+            raise UnsupportedModuleError(projection.module or projection.weight, reason)
+        return placed
+
+    def _stored(self, name: str, value: Tensor, twin: Tensor) -> Tensor:
+        """Give `value` the shape in which the dense model stores it."""
+        if value.numel() == twin.numel():
+            return value.reshape(twin.shape)
+        if twin.numel() == 1:  # one number that was spread over the width
+            return self._one(value.flatten()).reshape(twin.shape)
+        what = f"{tuple(value.shape)} does not fit the dense {tuple(twin.shape)}"
+        raise UnsupportedModuleError(self.name, f"{name}: {what}")
+
+    # -- the dense branch of a residual block
+
+    def _branch(self) -> dict[str, nn.Parameter]:
+        """Return the parameters of the dense branch by their names in the dense model."""
+        if self.converted.layer.residual == "none":
+            return {}
+        mlp, mix = self.block.get_submodule("mlp"), self.block.get_submodule("residual_mix")
+        if not isinstance(mlp, DenseMLP) or not isinstance(mix, ResidualMix):
+            raise UnsupportedModuleError(self.name, "its dense branch is not what was put in")
+        coefficients = mix.parameters() if mix.coefficient is not None else ()
+        if any(not p.is_meta and bool(p.any()) for p in coefficients):
+            self.exact = False
+        site = self.converted.layer.site
+        found: dict[str, nn.Parameter] = {}
+        for projection, name in zip(
+            (*site.up, site.down), (*mlp.up_names, mlp.down_name), strict=True
+        ):
+            linear = mlp.get_submodule(name)
+            assert isinstance(linear, StoredLinear)
+            found[projection.weight] = linear.weight
+            if projection.bias is not None and linear.bias is not None:
+                found[projection.bias] = linear.bias
+        found |= {n: mlp.get_parameter(p) for n, p in zip(site.inner, mlp.param_names, strict=True)}
+        _refuse_sharded(self.name, found.values())
+        return found
+
+    def _mixed(self, moe: Tensor, mlp: Tensor, *, last: bool) -> Tensor:
+        """Return one tensor for both branches: the first projections' mean, the last's sum."""
+        if not last:
+            return self._one(torch.stack([moe, mlp]))
+        kind = self.converted.layer.residual
+        if kind == "add":  # each branch holds one half
+            self.exact &= same_bits(moe, mlp)
+            return (widened(moe) + widened(mlp)).to(moe.dtype)
+        if same_bits(moe if kind == "coefficient" else 2 * moe, mlp):
+            return mlp
+        self.exact = False
+        share = 0.5 if kind == "coefficient" else 1.0  # a sigmoid's experts hold one half
+        return (share * widened(moe) + 0.5 * widened(mlp)).to(moe.dtype)
+
+    # -- `expert: linear`
+
+    def _fold(self, experts: LinearExperts) -> None:
+        """Multiply the experts into the layer behind them."""
+        projection = self.block.get_submodule("projection")
+        if not isinstance(projection, nn.Linear):
+            raise UnsupportedModuleError(self.name, "the layer behind its experts is no nn.Linear")
+        _refuse_sharded(self.name, [*experts.parameters(), *projection.parameters()])
+        weight, bias = self._one(experts.weight), self._one(experts.bias)
+        self.modules = [(swap, projection) for swap in self.converted.swaps]
+        own, old = widened(projection.weight.detach()), projection.weight
+        table = projection._parameters
+        if not weight.is_meta and not torch.equal(weight, torch.eye(len(weight)).to(weight)):
+            folded = (own @ widened(weight)).to(old.dtype)
+            self._keep(table, "weight", folded, old.requires_grad, old)
+        if bias.is_meta or not bool(bias.any()):
+            return
+        if projection.bias is None:
+            reason = "its experts have learned a bias, and the dense layer has none to hold it"
+            raise UnsupportedModuleError(self.name, reason)
+        folded = (own @ widened(bias) + widened(projection.bias.detach())).to(old.dtype)
+        self._keep(table, "bias", folded, projection.bias.requires_grad, projection.bias)
+
+    # -- both
+
+    def _home(self, name: str) -> tuple[dict[str, Any], str, nn.Parameter | None]:
+        """Return the table of a dense parameter, its key, and the parameter if in the model."""
+        path, _, leaf = name.rpartition(".")
+        inside: nn.Module | None = None
+        for swap in self.converted.swaps:
+            if path == swap.path or path.startswith(swap.path + "."):
+                inside = swap.original.get_submodule(path[len(swap.path) + 1 :])
+        # A norm between tapped projections stayed where it was.
+        table = (inside or self.model.get_submodule(path))._parameters
+        if table.get(leaf) is None:
+            raise UnsupportedModuleError(self.name, f"{name} is gone from the dense module")
+        return table, leaf, table[leaf] if inside is None else None
+
+    def _keep(
+        self, table: dict[str, Any], leaf: str, value: Tensor, trains: bool, held: Tensor | None
+    ) -> None:
+        """Note a parameter to put in place: the one at hand, if it is what came out."""
+        if (
+            isinstance(held, nn.Parameter)
+            and held.device == value.device
+            and same_bits(held, value)
+        ):
+            self.fresh.append((table, leaf, held))
+            return
+        fresh = torch.empty_like(table[leaf], dtype=value.dtype, device=value.device).copy_(value)
+        self.fresh.append((table, leaf, nn.Parameter(fresh, requires_grad=trains)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Dense:
+    """The MLP that the experts make up, the gate first.
+
+    Attributes:
+        up: [wide, D].
+        up_bias: [wide] or None.
+        down: [D, F].
+        down_bias: [D] or None.
+        inner: Further parameters, [F] each.
+    """
+
+    up: Tensor
+    up_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+    inner: list[Tensor]
+
+
+def _block_of(model: nn.Module, converted: ConvertedLayer) -> fx.GraphModule:
+    block: nn.Module | None = None
+    for swap in converted.swaps:
+        try:
+            stands = model.get_submodule(swap.path)
+        except AttributeError:
+            stands = None
+        if stands is not swap.replacement:
+            found = "nothing" if stands is None else f"a {type(stands).__name__}"
+            reason = f"{found} stands there instead of what moeify put in: put that back first"
+            raise UnsupportedModuleError(swap.path, reason)
+        if swap.path == converted.block:
+            block = swap.replacement
+    if not isinstance(block, fx.GraphModule):
+        raise UnsupportedModuleError(converted.block, "it is no MoE block")
+    return block
+
+
+def _refuse_sharded(name: str, parameters: Iterable[Tensor]) -> None:
+    if any(type(p).__name__ == "DTensor" or type(p.data).__name__ == "DTensor" for p in parameters):
+        raise UnsupportedModuleError(name, "its parameters are sharded: gather them first")

@@ -1,0 +1,73 @@
+"""Experts back into one: the reverse of `expert_init`, tensor by tensor.
+
+Shapes: D model width, F expert width, E experts, G slices per copy; `wide` is F, or 2F if gated.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Tell whether two tensors hold the same bits, NaN included; on `meta` only forms count."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if a.is_meta or b.is_meta:
+        return True
+    bits = _BITS[a.element_size()]
+    return torch.equal(a.detach().view(bits), b.detach().view(bits))
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """Return a tensor in float32 if its dtype is narrower."""
+    return tensor.float() if tensor.element_size() < 4 else tensor
+
+
+def merged(stacked: Tensor) -> tuple[Tensor, bool]:
+    """Make one tensor of E.
+
+    Args:
+        stacked: [E, ...].
+
+    Returns:
+        [...]: what all of them are, bit for bit, or else their mean; and whether they are alike.
+    """
+    first, *others = stacked.detach().unbind(0)
+    if all(same_bits(first, other) for other in others):
+        return first, True
+    return widened(stacked.detach()).mean(0).to(stacked.dtype), False
+
+
+def joined_rows(tensor: Tensor, slices: int, *, gated: bool) -> Tensor:
+    """Join the slices of first projections or their biases.
+
+    Args:
+        tensor: [E, wide, ...].
+        slices: G.
+        gated: Whether `wide` holds two halves.
+
+    Returns:
+        [E / G, wide * G, ...].
+    """
+    halves = 2 if gated else 1
+    experts, wide, *rest = tensor.shape
+    parts = tensor.view(experts // slices, slices, halves, wide // halves, *rest)
+    return parts.transpose(1, 2).reshape(experts // slices, wide * slices, *rest)
+
+
+def joined_columns(down: Tensor, slices: int) -> Tensor:
+    """Join the slices of last projections and undo their factor G.
+
+    Args:
+        down: [E, D, F].
+        slices: G.
+
+    Returns:
+        [E / G, D, F * G].
+    """
+    experts, width, hidden = down.shape
+    parts = down.view(experts // slices, slices, width, hidden).transpose(1, 2)
+    return parts.reshape(experts // slices, width, slices * hidden) / slices

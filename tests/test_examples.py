@@ -1,0 +1,44 @@
+"""Every example runs, and prints what its text promises."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+EXPECTED = {
+    "gpt2_pr_moe": ["whole model", "largest difference", "torch.ops.moeify.dispatch"],
+    "plan_from_yaml": ["layers.5", "largest difference", "did you mean `residual`?"],
+    "train_loop": ["MoE, 100 steps more", "% of the tokens to its experts"],
+}
+
+
+def run(name, repo):
+    env = {**os.environ, "PYTHONPATH": str(repo)}
+    command = [sys.executable, str(repo / "examples" / f"{name}.py")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_example_is_tested(repo):
+    assert {path.stem for path in (repo / "examples").glob("*.py")} == set(EXPECTED)
+
+
+@pytest.mark.parametrize("name", ["gpt2_pr_moe", "plan_from_yaml"])
+def test_example(name, repo):
+    out = run(name, repo)
+    assert all(text in out for text in EXPECTED[name]), out
+    assert float(re.findall(r"largest difference.*: (\S+)", out)[0]) < 1e-4
+
+
+@pytest.mark.slow
+def test_train_loop(repo):
+    out = run("train_loop", repo)
+    assert all(text in out for text in EXPECTED["train_loop"]), out
+    untrained, dense, converted, moe = (float(x) for x in re.findall(r"loss (\S+)", out))
+    assert untrained > dense > moe
+    assert abs(converted - dense) < 2e-3
