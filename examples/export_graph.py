@@ -21,7 +21,7 @@ PLAN = {
 
 def main() -> None:
     torch.manual_seed(0)
-    sizes = {"n_layer": 4, "n_embd": 64, "n_head": 4, "vocab_size": 1000, "n_positions": 64}
+    sizes = {"n_layer": 2, "n_embd": 64, "n_head": 4, "vocab_size": 1000, "n_positions": 64}
     config = GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
     model = moeify(GPT2LMHeadModel(config), PLAN).eval()
 

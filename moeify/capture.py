@@ -27,7 +27,8 @@ from moeify.errors import CaptureError
 from moeify.escapes import forget
 from moeify.passes.records import record_of
 from moeify.preserve import preserved
-from moeify.recorder import Args, Kwargs, ModuleCall, Recorder, tensors_in
+from moeify.recorder import ModuleCall, Recorder
+from moeify.torch_calls import Args, Kwargs, tensors_in
 
 ExampleInputs = Mapping[str, Any] | Sequence[Any] | Tensor
 

@@ -19,7 +19,13 @@ from torch import Tensor, nn
 
 from moeify import compat, strict_yaml
 from moeify.api import refuse_wrapped
-from moeify.checkpoint_build import build, config_texts, describable, describe_model
+from moeify.checkpoint_build import (
+    build,
+    config_texts,
+    default_device_cpu,
+    describable,
+    describe_model,
+)
 from moeify.checkpoint_files import Folder, new_file, replace_folder
 from moeify.checkpoint_json import parse_json
 from moeify.checkpoint_manifest import (
@@ -178,7 +184,7 @@ def load(
     place = torch.device(device)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype: {dtype!r} is no floating-point dtype such as torch.bfloat16")
-    with Folder(directory) as folder:
+    with Folder(directory) as folder, default_device_cpu():
         manifest = read_manifest(folder)
         texts = _read_texts(folder, manifest)
         shards = [check_shard(folder, s, manifest.of_shard(s.file)) for s in manifest.shards]

@@ -208,6 +208,16 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 @contextmanager
+def default_device_cpu() -> Iterator[None]:
+    """Make new tensors on the CPU, whatever `torch.set_default_device` says."""
+    if torch.get_default_device().type == "cpu":
+        yield
+    else:
+        with torch.device("cpu"):
+            yield
+
+
+@contextmanager
 def _quiet_random_state() -> Iterator[None]:
     """Leave every random state as it was."""
     numpy = sys.modules.get("numpy")

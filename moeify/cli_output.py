@@ -35,8 +35,8 @@ def make_table(headers: Mapping[str, str], rows: Iterable[Sequence[object]]) -> 
     """Return a table in the style of the plan's.
 
     Args:
-        headers: Title of each column and its justification.
-        rows: Cells; what is no text is shown with `str`.
+        headers: Title of each column and its justification; the second column holds names.
+        rows: Cells, shown with `str`.
     """
     from rich import box
     from rich.table import Table
@@ -44,12 +44,12 @@ def make_table(headers: Mapping[str, str], rows: Iterable[Sequence[object]]) -> 
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for position, (title, justify) in enumerate(headers.items()):
-        fold = "fold" if position == 1 else "ellipsis"
+        names = position == 1  # the one column that may take several lines
         table.add_column(
             title,
             justify="right" if justify == "right" else "left",
-            overflow="fold" if fold == "fold" else "ellipsis",
-            no_wrap=position != 1,
+            overflow="fold" if names else "ellipsis",
+            no_wrap=not names,
         )
     for row in rows:
         # Text, not str: rich would read brackets in a name as markup.

@@ -138,7 +138,7 @@ def set_call_structure(graph: fx.Graph, structure: Any) -> None:
     graph.set_codegen(CodeGen() if structure is None else _PyTreeCodeGen(structure))
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every operator, also those that Python did not call, and what each is about to write.
 
     Private because torch documents dispatch modes but exports them from a private module.
@@ -147,7 +147,7 @@ class _Watch(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(self, before_write: Callable[[Tensor], None] | None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.before_write = before_write
 
     def __torch_dispatch__(
@@ -253,13 +253,15 @@ def storage_of(tensor: Tensor) -> torch.UntypedStorage | None:
 
 def storage_id(storage: torch.UntypedStorage) -> int:
     """Return what identifies a storage, also that of a fake tensor, which has no data pointer."""
-    return storage._cdata
+    key: int = storage._cdata
+    return key
 
 
 def copy_of(storage: torch.UntypedStorage) -> torch.UntypedStorage:
     """Return a copy of a storage, out of sight of every active mode."""
     with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
-        return storage.clone()
+        copy: torch.UntypedStorage = storage.clone()  # type: ignore[no-untyped-call]
+        return copy
 
 
 def base_name(func: Any) -> tuple[str, str]:

@@ -214,7 +214,23 @@ def skeleton(module: nn.Module) -> nn.Module:
     for parameter in module.parameters():
         twin = torch.empty_like(parameter, device="meta")
         memo[id(parameter)] = nn.Parameter(twin, requires_grad=parameter.requires_grad)
-    return copy.deepcopy(module, memo)
+    try:
+        return copy.deepcopy(module, memo)
+    except Exception:  # it holds what cannot be copied, such as a scripted function
+        return _share(module, memo)
+
+
+def _share(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """Copy a module's tables, with parameters from `memo`; share all its other attributes."""
+    twin = copy.copy(module)
+    twin._parameters = {
+        k: None if p is None else memo[id(p)] for k, p in module._parameters.items()
+    }
+    twin._buffers = dict(module._buffers)
+    twin._modules = {
+        k: None if child is None else _share(child, memo) for k, child in module._modules.items()
+    }
+    return twin
 
 
 def make_ledger(

@@ -5,13 +5,9 @@ Every number that it prints is measured in that run. A check that fails is a `Mo
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,23 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import load_file, save_file
 from torch import Tensor, fx, nn
 
 from moeify import api, checkpoint
 from moeify.cli_models import copy_beside, folder_bytes, load_dense, transformers_offline
 from moeify.demo_data import Text, check_weights, find_weights, load_text
+from moeify.demo_embed import contrastive, embed, embed_elsewhere, measure, pooled, tokenize
 from moeify.discovery import find_mlps
 from moeify.errors import MoeifyError
-from moeify.losses import aux_loss, router_stats
+from moeify.losses import aux_loss
 from moeify.plan import Plan
 
-LENGTH = 32
 PAIRS = 32
-TEMPERATURE = 20.0
 FAIR_TRIAL = 10
 """With fewer steps, training is not expected to show."""
 
@@ -150,7 +143,7 @@ class Demo:
             torch.compile(model, backend=keep, fullgraph=True)(**batch)
             torch.compiler.reset()
             start = time.perf_counter()
-            compiled = torch.compile(model, backend=backend, fullgraph=True)
+            compiled: Any = torch.compile(model, backend=backend, fullgraph=True)
             difference = float((pooled(compiled, batch) - eager).abs().max())
             seconds = time.perf_counter() - start
             times = _interleaved(lambda: compiled(**batch), lambda: model(**batch))
@@ -271,14 +264,16 @@ def run_demo(
         MoeifyError: The weights are missing or wrong, or a check failed.
     """
     console = console or Console()
+    _leave_busy_cores_alone()
     folder = find_weights()
     digest = check_weights(folder)
     text = load_text()
     threads, version = torch.get_num_threads(), torch.__version__
     console.print(
         f"all-MiniLM-L6-v2 (sha256 {digest[:12]}..., as expected), {len(text.train):,} pairs of "
-        f"text from Python's own library, torch {version}, {threads} threads",
+        f"text from Python's own library, torch {version}, threads: {threads}",
         highlight=False,
+        soft_wrap=True,
     )
     plan = Plan.preset("pr-moe", experts=4, last=8, aux_loss=0.02)
     demo = Demo(folder, text, out.resolve(), console, plan, steps=steps, compile=compile)
@@ -286,89 +281,12 @@ def run_demo(
     return demo.run()
 
 
-def tokenize(tokenizer: Any, sentences: Sequence[str]) -> dict[str, Tensor]:
-    """Return input ids and mask [n, LENGTH]."""
-    batch = tokenizer(
-        list(sentences),
-        padding="max_length",
-        truncation=True,
-        max_length=LENGTH,
-        return_tensors="pt",
-    )
-    return dict(batch)
-
-
-def pooled(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Return mean-pooled, normalised embeddings [n, D], as sentence-transformers does."""
-    hidden: Tensor = model(**batch).last_hidden_state
-    mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
-    return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
-
-
-@torch.no_grad()
-def embed(model: nn.Module, tokenizer: Any, sentences: Sequence[str]) -> Tensor:
-    """Return the embeddings [n, D] of sentences in evaluation mode."""
-    model.eval()
-    return pooled(model, tokenize(tokenizer, sentences))
-
-
-def contrastive(model: nn.Module, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> Tensor:
-    """Return the in-batch contrastive loss: each signature must find its own description."""
-    texts = [signature for signature, _ in pairs] + [text for _, text in pairs]
-    both = pooled(model, tokenize(tokenizer, texts))
-    scores = TEMPERATURE * both[: len(pairs)] @ both[len(pairs) :].T
-    return F.cross_entropy(scores, torch.arange(len(pairs)))
-
-
-@torch.no_grad()
-def measure(model: nn.Module, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """Return loss, retrieval at first rank and expert load over pairs, in evaluation mode."""
-    model.eval()
-    texts = [signature for signature, _ in pairs] + [text for _, text in pairs]
-    both = pooled(model, tokenize(tokenizer, texts))
-    scores, target = both[: len(pairs)] @ both[len(pairs) :].T, torch.arange(len(pairs))
-    load = {name: stats["load"].tolist() for name, stats in router_stats(model).items()}
-    return {
-        "loss": float(F.cross_entropy(TEMPERATURE * scores, target)),
-        "top1": float((scores.argmax(1) == target).float().mean()),
-        "load": load,
-        "busiest": statistics.mean(max(shares) * len(shares) for shares in load.values()),
-    }
-
-
-def embed_elsewhere(folder: Path, sentences: Sequence[str]) -> Tensor:
-    """Return the embeddings that a new Python process computes from a saved model.
-
-    Raises:
-        MoeifyError: That process failed.
-    """
-    code = "import sys; from moeify.demo import embed_saved; embed_saved(*sys.argv[1:])"
-    package = str(Path(__file__).resolve().parent.parent)
-    paths = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
-    with tempfile.TemporaryDirectory() as scratch:
-        texts, result = Path(scratch, "sentences.json"), Path(scratch, "embeddings.safetensors")
-        texts.write_text(json.dumps(list(sentences)), encoding="utf-8")
-        arguments = [str(folder), str(texts), str(result), str(torch.get_num_threads())]
-        done = subprocess.run(
-            [sys.executable, "-c", code, *arguments],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "PYTHONPATH": paths},
-            check=False,
-        )
-        if done.returncode != 0:
-            raise MoeifyError(f"{folder}: does not load in a fresh process:\n{done.stderr[-2000:]}")
-        return load_file(result)["embeddings"]
-
-
-def embed_saved(folder: str, sentences: str, result: str, threads: str) -> None:
-    """What `embed_elsewhere` runs: load a saved model and write embeddings to `result`."""
-    torch.set_num_threads(int(threads))
-    transformers = transformers_offline()
-    model = checkpoint.load(folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    texts = json.loads(Path(sentences).read_text(encoding="utf-8"))
-    save_file({"embeddings": embed(model, tokenizer, texts).contiguous()}, result)
+def _leave_busy_cores_alone() -> None:
+    """Use as many threads as cores are idle: threads that wait for each other cost most of all."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if hasattr(os, "getloadavg"):
+        idle = max(1, round((cores or 1) - os.getloadavg()[0]))
+        torch.set_num_threads(min(torch.get_num_threads(), idle))
 
 
 def _backend() -> tuple[str, str]:

@@ -40,7 +40,7 @@ def forget(references: Sequence[weakref.ref[Tensor]]) -> int:
         wanted = {id(value) for value in alive}
         above: list[Any] = []
         for holder in gc.get_referrers(*alive):
-            if id(holder) in seen or holder is wanted:
+            if id(holder) in seen:
                 continue
             seen.add(id(holder))
             if isinstance(holder, functools._lru_cache_wrapper):
@@ -51,7 +51,11 @@ def forget(references: Sequence[weakref.ref[Tensor]]) -> int:
             elif isinstance(holder, CellType):
                 holder.cell_contents = None
                 removed += 1
-            elif type(holder) in (list, tuple):
+            elif isinstance(holder, list):
+                kept = [value for value in holder if id(value) not in wanted]
+                removed += len(holder) - len(kept)
+                holder[:] = kept
+            elif type(holder) is tuple:
                 above.append(holder)
         seen.add(id(above))
         alive = above

@@ -43,7 +43,7 @@ def generator_for(seed: int, *names: object) -> torch.Generator:
     """Return a CPU generator that depends on `seed` and `names` alone."""
     text = "/".join(str(part) for part in (seed, *names))
     number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-    return torch.Generator().manual_seed(number % (2**63))
+    return torch.Generator(device="cpu").manual_seed(number % (2**63))
 
 
 def init_router(shape: tuple[int, int], like: Tensor, spec: InitSpec, name: str) -> Tensor:
@@ -58,7 +58,9 @@ def init_router(shape: tuple[int, int], like: Tensor, spec: InitSpec, name: str)
     if spec.router == "zeros":
         return torch.zeros(shape, dtype=like.dtype, device=like.device)
     groups = experts // spec.granularity
-    drawn = torch.randn(groups, width, generator=generator_for(spec.seed, name, "router"))
+    drawn = torch.randn(
+        groups, width, generator=generator_for(spec.seed, name, "router"), device="cpu"
+    )
     drawn = (drawn * spec.router_std).repeat_interleave(spec.granularity, 0)
     return drawn.to(dtype=like.dtype, device=like.device)
 
@@ -141,7 +143,7 @@ def _granular(dense: MlpWeights, experts: int, slices: int) -> MlpWeights:
 
 
 def _draw(shape: torch.Size, generator: torch.Generator, like: Tensor) -> Tensor:
-    return torch.randn(shape, generator=generator).to(device=like.device)
+    return torch.randn(shape, generator=generator, device="cpu").to(device=like.device)
 
 
 def _keep(stacked: MlpWeights, dense: MlpWeights, spec: InitSpec, name: str) -> None:
@@ -169,7 +171,7 @@ def _drop(stacked: MlpWeights, dense: MlpWeights, spec: InitSpec, name: str) -> 
         target.index_copy_(dim, index, drawn.to(target.dtype))
 
     for expert in range(stacked.down.shape[0]):
-        chosen = torch.randperm(width, generator=generator)[:count].sort().values
+        chosen = torch.randperm(width, generator=generator, device="cpu")[:count].sort().values
         neurons = chosen.to(dense.up.device)
         for half in range(2 if dense.gated else 1):
             redraw(stacked.up[expert], neurons + half * width, 0)

@@ -78,7 +78,8 @@ def export(
 
     The mode in which the model is, training or evaluation, is part of the graph: dropout,
     capacity, dropping and noise are those of that mode, whatever `gm.train()` or `gm.eval()` says
-    later. `gm.meta["training"]` tells which it was. The parameters are the model's own objects:
+    later; `gm.meta["training"]` tells which it was. So are the casts of autocast in moeify's ops:
+    export inside the `torch.autocast` that the graph will run in. The parameters are the model's own objects:
     training the one trains the other. Router losses of the last forward are at
     `moeify.aux_loss(gm)`; if a Hugging Face model returns a loss in training, they are in it.
 
@@ -95,9 +96,6 @@ def export(
 
     Raises:
         CaptureError: The model cannot be traced, or its batch size is fixed and `dynamic` is set.
-
-    Source:
-        torch.export, non-strict; Triton-like ops stay opaque through `torch.library`.
 
     Example:
         >>> mlp = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
@@ -259,14 +257,16 @@ def _check_dynamic(program: torch.export.ExportedProgram) -> None:
 
 def larger(a: int | torch.SymInt, b: int | torch.SymInt) -> Any:
     """Return the larger size; the graph's own form of `torch.sym_max`."""
-    symbolic = isinstance(a, torch.SymInt) or isinstance(b, torch.SymInt)
-    return torch.sym_max(a, b) if symbolic else max(a, b)
+    if isinstance(a, int) and isinstance(b, int):  # so dynamo sees every size
+        return max(a, b)
+    return torch.sym_max(a, b)  # type: ignore[no-untyped-call]
 
 
 def smaller(a: int | torch.SymInt, b: int | torch.SymInt) -> Any:
     """Return the smaller size; the graph's own form of `torch.sym_min`."""
-    symbolic = isinstance(a, torch.SymInt) or isinstance(b, torch.SymInt)
-    return torch.sym_min(a, b) if symbolic else min(a, b)
+    if isinstance(a, int) and isinstance(b, int):  # so dynamo sees every size
+        return min(a, b)
+    return torch.sym_min(a, b)  # type: ignore[no-untyped-call]
 
 
 def _use_plain_bounds(graph: fx.Graph) -> None:

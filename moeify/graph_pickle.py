@@ -100,10 +100,6 @@ def _stored(value: Any) -> Any:
     return Ref(value.name) if isinstance(value, fx.Node) else value
 
 
-def _stored(value: Any) -> Any:
-    return Ref(value.name) if isinstance(value, fx.Node) else value
-
-
 def _modules(node: fx.Node) -> dict[str, tuple[str, str]] | None:
     stack = node.meta.get("nn_module_stack")
     if not isinstance(stack, dict):

@@ -22,7 +22,9 @@ from moeify.errors import CaptureError
 BATCH = 2
 LENGTH = 8
 _TRIES = 48
-_PARTS = ("text_config", "vision_config", "audio_config", "encoder", "decoder", "backbone_config")
+_PARTS = (
+    "text_config vision_config image_config audio_config encoder decoder backbone_config".split()
+)
 
 Inputs = dict[str, Any]
 
@@ -78,8 +80,8 @@ def _wanted(model: nn.Module, parameters: Mapping[str, inspect.Parameter]) -> li
             f"{type(model).__name__} takes {asked}, which moeify cannot make up: give "
             "example_inputs, a dict of keyword arguments"
         )
-    for other, part in (("pixel_values", "vision_config"), ("input_ids", "text_config")):
-        has_part = getattr(config, part, None) is not None
+    for other, parts in _SECOND.items():
+        has_part = any(getattr(config, part, None) is not None for part in parts)
         if other in parameters and other not in names and has_part:
             names.append(other)
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters:
@@ -90,12 +92,16 @@ def _wanted(model: nn.Module, parameters: Mapping[str, inspect.Parameter]) -> li
     return list(dict.fromkeys(names))
 
 
+_SECOND = {"pixel_values": ("vision_config", "image_config"), "input_ids": ("text_config",)}
+"""A second modality, and the parts of a config that ask for it."""
+
 _TOGETHER: dict[str, frozenset[str]] = {
     "past_time_features": frozenset({"past_values"}),
     "past_observed_mask": frozenset({"past_time_features", "past_values"}),
     "future_values": frozenset({"past_time_features"}),
     "future_time_features": frozenset({"past_time_features"}),
     "image_grid_thw": frozenset({"pixel_values"}),
+    **dict.fromkeys(("actions", "rewards", "returns_to_go", "timesteps"), frozenset({"states"})),
 }
 """Arguments with a default that are needed beside others."""
 

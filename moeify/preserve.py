@@ -82,7 +82,7 @@ class _State:
 
     def _tensor(self, tensor: Tensor) -> None:
         self._kept.append(tensor)
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        if nn.parameter.is_lazy(tensor):
             return
         grad = tensor.grad if tensor.is_leaf else None
         self._tensors.append((tensor, tensor.detach(), grad, tensor.requires_grad))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,24 +20,14 @@ from torch.overrides import TorchFunctionMode
 
 from moeify import compat
 from moeify.passes.records import NodeRecord, ParamRef, record_of, set_record
-
-Args = tuple[Any, ...]
-Kwargs = dict[str, Any]
-
-_METADATA = frozenset(
-    "size dim ndimension numel nelement stride storage_offset element_size data_ptr get_device "
-    "is_contiguous is_floating_point is_complex is_signed is_inference is_pinned is_shared "
-    "is_sparse untyped_storage storage __len__ __hash__ __repr__ __format__ dim_order "
-    "requires_grad_ retain_grad register_hook is_same_size is_conj is_neg result_type "
-    "broadcast_shapes promote_types can_cast finfo iinfo __set__ __dir__ is_tensor is_storage "
-    "_has_compatible_shallow_copy_type has_names sym_size sym_stride sym_numel sym_storage_offset "
-    "sym_is_contiguous device layout".split()
-)
-"""Calls that read no values and return no tensors: they leave no node."""
-
-_IN_PLACE = frozenset(
-    "__setitem__ __iadd__ __isub__ __imul__ __itruediv__ __ifloordiv__ __ipow__ __iand__ __ior__ "
-    "__ixor__ __ilshift__ __irshift__ __imod__".split()
+from moeify.torch_calls import (
+    METADATA,
+    Args,
+    FunctionCall,
+    Kwargs,
+    target_of,
+    tensors_in,
+    written_by,
 )
 
 
@@ -70,21 +60,6 @@ class ModuleCall:
     def plain(self) -> bool:
         """Whether it took one tensor, nothing else, and returned one."""
         return len(self.inputs) == 1 and not self.others and self.single
-
-
-def tensors_in(value: object) -> Iterator[Tensor]:
-    """Yield the tensors in nested lists, tuples, mappings and dataclass-like outputs."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from tensors_in(part)
-    elif isinstance(value, list | tuple | set | frozenset):
-        for part in value:
-            yield from tensors_in(part)
-    elif hasattr(value, "__dataclass_fields__"):
-        for name in value.__dataclass_fields__:
-            yield from tensors_in(getattr(value, name, None))
 
 
 class Recorder(TorchFunctionMode):
@@ -143,7 +118,7 @@ class Recorder(TorchFunctionMode):
     def _remember(self, tensor: Tensor, node: fx.Node) -> None:
         self._made[id(tensor)] = node
         self._kept.append(tensor)
-        if self.seen is not None:
+        if self.seen is not None and compat.is_fake(tensor):
             self.seen.append(weakref.ref(tensor))
         key = compat.storage_key(tensor)
         if key is not None:
@@ -175,7 +150,7 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = compat.base_name(func)[1]
-        if name in _METADATA:
+        if name in METADATA:
             return func(*args, **kwargs)
         made = None if name == "__get__" else (self._as_argument(args), self._as_argument(kwargs))
         result = func(*args, **kwargs)
@@ -188,16 +163,10 @@ class Recorder(TorchFunctionMode):
             return result
         assert made is not None
         inputs = list(tensors_in((args, kwargs)))
-        written = None
-        if name in _IN_PLACE or (name.endswith("_") and not name.endswith("__")):
-            written = args[0]
-        elif isinstance(kwargs.get("out"), Tensor):
-            written = kwargs["out"]
-        elif kwargs.get("inplace") is True:
-            written = args[0]
+        written = written_by(name, args, kwargs)
         if not outputs and not inputs:
             return result
-        op, target = _target(func, name, args)
+        op, target = target_of(func, name, args)
         self._emit(op, target, made[0], made[1], result, outputs, written)
         return result
 
@@ -339,43 +308,13 @@ class Recorder(TorchFunctionMode):
         used = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
         module = fx.GraphModule({k: v for k, v in own.items() if k in used}, self.graph)
         for table in (self._made, self._memory, self._kept, self.outputs):
-            table.clear()  # type: ignore[attr-defined]
+            table.clear()
         return module
 
 
 @contextmanager
 def _nothing() -> Iterator[None]:
     yield
-
-
-def _target(func: Callable[..., Any], name: str, args: Args) -> tuple[str, Any]:
-    kind = type(func).__name__
-    if compat.base_name(func)[0]:
-        return "call_function", func
-    if name == "__getitem__":
-        return "call_function", operator.getitem
-    if name == "__setitem__":
-        return "call_function", operator.setitem
-    if kind in ("method_descriptor", "wrapper_descriptor") and args and isinstance(args[0], Tensor):
-        return "call_method", name
-    if getattr(torch.Tensor, name, None) is func:
-        return "call_method", name
-    return "call_function", func
-
-
-class FunctionCall:
-    """The use of an `autograd.Function` as the target of a node.
-
-    Args:
-        function: The function's class.
-    """
-
-    def __init__(self, function: Any) -> None:
-        self.function = function
-        self.__name__ = f"{function.__name__}_apply"
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function.apply(*args, **kwargs)
 
 
 def _describe_node(

@@ -173,7 +173,7 @@ def _operands(node: fx.Node) -> Operands | None:
 
 def _einsum(node: fx.Node) -> Operands | None:
     """Read `einsum("...d,fd->...f", x, weight)`, in either order of the operands."""
-    equation, *operands = node.args
+    equation, operands = node.args[0], list(node.args[1:])
     if len(operands) == 1 and isinstance(operands[0], list | tuple):
         operands = list(operands[0])
     if not isinstance(equation, str) or "->" not in equation or len(operands) != 2:
@@ -183,7 +183,7 @@ def _einsum(node: fx.Node) -> Operands | None:
     for (left, source), (right, weight) in (parts, parts[::-1]):
         if len(right) != 2 or not isinstance(weight, fx.Node) or _is_data(weight):
             continue
-        for inner, outer in (right, right[::-1]):
+        for inner, outer in ((right[0], right[1]), (right[1], right[0])):
             if inner in left and left.replace(inner, outer) == out and outer not in left:
                 problem = "" if left[-1] == inner else f"`{equation}` projects no last dimension"
                 return source, weight, None, right[0] == inner, problem

@@ -35,6 +35,7 @@ from moeify.passes.operations import (
     OVER_WIDTH,
     RESHAPES,
     SPLITS,
+    TRANSPOSES,
     changed_views,
     dataflow,
     is_slice_of_width,
@@ -46,6 +47,17 @@ from moeify.passes.operations import (
 from moeify.passes.records import record_of, update_record
 
 _INNER = ELEMENTWISE | RESHAPES | CASTS | DROPOUTS | OVER_WIDTH | SPLITS | {"glu", "prelu"}
+
+_TRANSPARENT = TRANSPOSES | frozenset(
+    "setitem batch_norm group_norm instance_norm roll flip cumsum masked_scatter".split()
+)
+"""Not elementwise, but what lies before is worth a look: an MLP with this inside is a near miss."""
+
+_CONTRACTIONS = frozenset(
+    "scaled_dot_product_attention multi_head_attention_forward matmul bmm baddbmm einsum conv1d "
+    "conv2d conv3d conv_transpose1d conv_transpose2d grouped_mm".split()
+)
+"""What lies behind these is another layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,16 +165,16 @@ class _Search:
 
     def match(self, down: Linear) -> Region | NearMiss | None:
         """Match one projection as the end of an MLP."""
-        ups, interior, obstacle = self._walk(down)
+        ups, interior, passed, obstacle = self._walk(down)
         if not ups or not any(_is_nonlinear(node) for node in interior):
             return None
         sources = {strip(up.source) for up in ups}
-        square = down.out_features == ups[0].in_features
+        square = any(down.out_features == up.in_features for up in ups)
         if len(sources) != 1 or down.node in {up.node for up in ups}:
             if len(sources) > 1 and obstacle is None and square:
                 return NearMiss(_path(down), self._several_inputs(ups))
             return None
-        leak = self._leak(ups, interior, down)
+        leak = self._leak(ups, [*interior, *passed], down)
         if leak is not None and (obstacle is not None or not square):
             return None
         reason = self._defect((*ups, down), obstacle, leak)
@@ -210,6 +222,16 @@ class _Search:
                 )
         return "its first projections do not share one input"
 
+    def _adapter(self, user: fx.Node, down: Linear) -> str:
+        """Say so where a reader of the hidden value is a low-rank adapter."""
+        by_node = {linear.node: linear for linear in self.linears}
+        while user not in by_node and len(user.users) == 1:
+            user = next(iter(user.users))
+        side = by_node.get(user)
+        if side is None or side.out_features >= min(down.in_features, down.out_features):
+            return ""
+        return f"a low-rank adapter ({_path(side)}) reads its hidden value: merge the adapter first"
+
     def _is_gate(self, down: Linear) -> str:
         """Say so where the output only scales another value, as in squeeze-and-excitation."""
         node = down.out
@@ -222,10 +244,16 @@ class _Search:
             node = user
         return ""
 
-    def _walk(self, down: Linear) -> tuple[list[Linear], list[fx.Node], fx.Node | None]:
-        """Go backwards from `down`; return projections, nodes between, and the first obstacle."""
+    def _walk(
+        self, down: Linear
+    ) -> tuple[list[Linear], list[fx.Node], list[fx.Node], fx.Node | None]:
+        """Go backwards from `down`; return projections, nodes between, obstacles passed, the first.
+
+        An obstacle that one may look behind is passed, so that what it spoils gets a reason.
+        """
         ups: list[Linear] = []
         interior: list[fx.Node] = []
+        passed: list[fx.Node] = []
         obstacle: fx.Node | None = None
         seen: set[fx.Node] = set()
         todo = [down.source]
@@ -241,9 +269,14 @@ class _Search:
             elif self._passes(node, down.channel):
                 interior.append(node)
                 todo += self._data_inputs(node)
-            elif obstacle is None:
-                obstacle = node
-        return ups, interior, obstacle
+            elif op_name(node) in _CONTRACTIONS:
+                return [], [], [], node
+            else:
+                obstacle = obstacle or node
+                if op_name(node) in _TRANSPARENT:
+                    passed.append(node)
+                    todo += node.all_input_nodes[:1]
+        return ups, interior, passed, obstacle
 
     def _passes(self, node: fx.Node, channel: int) -> bool:
         if node.op not in ("call_method", "call_function"):
@@ -275,6 +308,9 @@ class _Search:
         for node in inside - set(down.nodes):
             for user in self.flow.successors(node):
                 if user not in inside:
+                    adapter = self._adapter(user, down)
+                    if adapter:
+                        return adapter
                     path = getattr(record_of(user), "module_path", "") or "the model"
                     what = "returned" if user.op == "output" else f"used by `{op_name(user)}`"
                     return f"its hidden value is also {what} in {path}"
@@ -284,7 +320,11 @@ class _Search:
         return None
 
     def without_routed(self, regions: list[Region]) -> tuple[list[Region], list[NearMiss]]:
-        """Drop the experts of existing MoE blocks: their input is a choice of tokens."""
+        """Drop the experts of existing MoE blocks: their input is a choice of tokens.
+
+        Rows chosen by a mask of the inputs, as where padding is removed, are tokens like others:
+        what counts is that a projection made the choice, or that several MLPs share the tokens.
+        """
         tokens: set[fx.Node] = set()
         for linear in self.linears:
             if linear.weight.stacked:
@@ -292,7 +332,17 @@ class _Search:
         for node in self.flow.nodes:
             if op_name(node) in ("grouped_mm", "_grouped_mm", "bmm", "baddbmm"):
                 tokens |= {_before_choice(i) for i in node.all_input_nodes if _is_choice(i)}
-        routed = {r for r in regions if _is_choice(r.source)}
+        choosers: dict[fx.Node, set[tuple[str, ...]]] = {}
+        for region in regions:
+            if _is_choice(region.source):
+                keys = choosers.setdefault(_before_choice(region.source), set())
+                keys.add(region.key)
+        routed = {
+            region
+            for region in regions
+            if _is_choice(region.source)
+            and (len(choosers[_before_choice(region.source)]) > 1 or self._is_routed(region.source))
+        }
         tokens |= {_before_choice(region.source) for region in routed}
         kept, missed = [], []
         for region in regions:
@@ -305,6 +355,13 @@ class _Search:
                 continue
             missed.append(NearMiss(_path(region.down), reason))
         return kept, missed
+
+    def _is_routed(self, choice: fx.Node) -> bool:
+        """Tell whether the index of a choice depends on a projection, as a router's does."""
+        data, *index = strip(choice).all_input_nodes
+        known = nx.ancestors(self.flow, data) | {data}
+        chosen = set().union(*(nx.ancestors(self.flow, node) | {node} for node in index))
+        return any(linear.node in chosen - known for linear in self.linears)
 
 
 def _describe_obstacle(node: fx.Node) -> str:

@@ -77,7 +77,8 @@ def build_program(
     writer = _Writer(ups, interior, down, lift_dropout=True, training=training)
     if only_normalises(writer.module, writer.width, len(writer.params)):
         raise NotTokenwise("between its projections is only a normalisation, no activation")
-    named = None if writer.params else recognise(writer.module, writer.width)
+    plain = not writer.params and not writer.has_dropout
+    named = recognise(writer.module, writer.width) if plain else None
     narrow = _narrow_width(interior)
     if named is not None:
         activation, gated, swap = named
@@ -147,13 +148,18 @@ class _Writer:
         self.graph.lint()
         self.module = fx.GraphModule(self.root, self.graph, class_name="InnerProgram")
 
+    @property
+    def has_dropout(self) -> bool:
+        """Whether a dropout is left inside, which evaluation cannot see."""
+        return any(isinstance(m, nn.Dropout | nn.AlphaDropout) for m in self.root.children())
+
     def _emit_ups(self) -> None:
         start = 0
         for up in self.ups:
             stop = start + up.out_features
             piece = self.hidden
             if len(self.ups) > 1:
-                place = (Ellipsis, slice(start, stop))
+                place: Any = (Ellipsis, slice(start, stop))
                 piece = self.graph.call_function(operator.getitem, (self.hidden, place))
             self.env[up.out] = piece
             start = stop
@@ -217,6 +223,9 @@ class _Writer:
             return self._norm(node, name)
         if name == "prelu":
             value, slope = self.env[first], self._map(_option(node, 1, "weight"))
+            per_unit = shape_of(node.all_input_nodes[-1]) not in ((), (1,))
+            if per_unit and self.ups[0].channel == -1 and len(shape_of(first)) != 2:
+                raise NotTokenwise("`prelu` has one parameter per position, not per hidden unit")
             positive = self.graph.call_function(torch.gt, (value, 0))
             scaled = self.graph.call_function(operator.mul, (value, slope))
             return self.graph.call_function(torch.where, (positive, value, scaled))
@@ -224,7 +233,7 @@ class _Writer:
             index = node.args[1]
             parts = index if isinstance(index, tuple) else (index,)
             kept = [p for p in parts if isinstance(p, slice) and p != slice(None)]
-            place = (Ellipsis, kept[0] if kept else slice(None))
+            place: Any = (Ellipsis, kept[0] if kept else slice(None))
             return self.graph.call_function(operator.getitem, (self.env[first], place))
         args, kwargs = list(self._map(node.args)), dict(self._map(node.kwargs))
         kwargs.pop("inplace", None)

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from moeify import compat
 from moeify.passes.records import record_of
-from moeify.recorder import FunctionCall
+from moeify.torch_calls import FunctionCall
 
 RESHAPES = frozenset(
     "view reshape contiguous flatten unflatten clone squeeze unsqueeze alias unsafe_view "

@@ -28,8 +28,8 @@ def recognise(module: fx.GraphModule, width: int) -> tuple[str, bool, bool] | No
 
 def _probe(module: fx.GraphModule, width: int) -> tuple[str, bool, bool] | None:
     """Compare outputs, and gradients too: a custom function may have a gradient of its own."""
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(4, width, generator=generator) * 3
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    hidden = torch.randn(4, width, generator=generator, device="cpu") * 3
     candidates: list[tuple[int, int | None, bool, bool]] = []
     got, slope = _run(module, hidden, generator)
     if got.shape == hidden.shape:
@@ -83,9 +83,9 @@ def only_normalises(module: fx.GraphModule, width: int, params: int) -> bool:
         width: Width of its rows.
         params: Number of its further arguments.
     """
-    generator = torch.Generator().manual_seed(1)
-    hidden = torch.randn(4, width, generator=generator) + 0.1
-    others = [torch.randn((), generator=generator) for _ in range(params)]
+    generator = torch.Generator(device="cpu").manual_seed(1)
+    hidden = torch.randn(4, width, generator=generator, device="cpu") + 0.1
+    others = [torch.randn((), generator=generator, device="cpu") for _ in range(params)]
     module.eval()
     with torch.no_grad():
         small, large = module(100 * hidden, *others), module(1600 * hidden, *others)
@@ -99,8 +99,8 @@ def only_normalises(module: fx.GraphModule, width: int, params: int) -> bool:
 
 def acts_elementwise(module: nn.Module) -> bool:
     """Tell by numbers whether each value that a module returns depends on one value only."""
-    generator = torch.Generator().manual_seed(2)
-    values = torch.randn(3, 4, generator=generator) * 2
+    generator = torch.Generator(device="cpu").manual_seed(2)
+    values = torch.randn(3, 4, generator=generator, device="cpu") * 2
     try:
         with torch.no_grad():
             whole = module(values)

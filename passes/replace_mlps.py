@@ -42,7 +42,7 @@ from moeify.kernels import combine as _combine  # noqa: F401  registers the op
 from moeify.kernels import dispatch as _dispatch  # noqa: F401  registers the op
 from moeify.kernels import route
 from moeify.passes.base import Fact, PassResult, PlanContext
-from moeify.passes.dataflow import Linear, weight_of
+from moeify.passes.dataflow import Linear, linear_of, weight_of
 from moeify.passes.find_mlps import Region
 from moeify.passes.records import NodeRecord, record_of, set_record
 from moeify.resolve import LayerPlan
@@ -73,6 +73,7 @@ class ReplaceMlps:
         """
         assert ctx.resolved is not None and ctx.model is not None
         changed = False
+        calls: dict[fx.Node, fx.Node] = {}  # an MLP may read what another one returned
         for layer in ctx.resolved:
             site = find_site(self.discovery, layer)
             path = block_path(site, layer)
@@ -81,7 +82,8 @@ class ReplaceMlps:
                 continue
             block = build_block(ctx.model, layer, site)
             for source, out, nodes in runs:
-                _call_block(gm, path, layer.name, source, out, nodes)
+                live = calls.get(source, source)
+                calls[out] = _call_block(gm, path, layer.name, live, out, nodes)
             gm.delete_all_unused_submodules()
             gm.add_submodule(path, block)
             changed = True
@@ -94,10 +96,19 @@ class ReplaceMlps:
         alive = set(gm.graph.nodes)
         if site is not None:
             regions = [r for r in self.discovery.regions if r.key == site.region.key]
-            return [(r.ups[0].source, r.down.out, r.nodes) for r in regions if r.down.out in alive]
+            return [
+                (_source(r.ups[0]), r.down.out, r.nodes) for r in regions if r.down.out in alive
+            ]
         name = layer.site.down.weight
         found = [lin for lin in self.discovery.linear_nodes if lin.weight.name == name]
-        return [(lin.source, lin.out, lin.nodes) for lin in found if lin.out in alive]
+        return [(_source(lin), lin.out, lin.nodes) for lin in found if lin.out in alive]
+
+
+def _source(linear: Linear) -> fx.Node:
+    """Return what a projection reads now: an MLP before it may have become a block."""
+    now = linear_of(linear.node)
+    assert now is not None
+    return now.source
 
 
 def find_site(discovery: Discovery, layer: LayerPlan) -> FoundSite | None:
@@ -135,7 +146,7 @@ def _call_block(
     source: fx.Node,
     out: fx.Node,
     nodes: tuple[fx.Node, ...],
-) -> None:
+) -> fx.Node:
     with gm.graph.inserting_before(out):
         call = gm.graph.call_module(path, (source,))
     old = record_of(out) or NodeRecord("")
@@ -163,6 +174,7 @@ def _call_block(
             freed += node.all_input_nodes
             gm.graph.erase_node(node)
             alive.discard(node)
+    return call
 
 
 def build_block(model: nn.Module, layer: LayerPlan, found: FoundSite | None) -> fx.GraphModule:

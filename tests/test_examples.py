@@ -10,6 +10,8 @@ import sys
 import pytest
 
 EXPECTED = {
+    "custom_pass": ["+    clamp = torch.clamp(hidden, -0.05, 0.05)", "same numbers: True"],
+    "export_graph": ["moeify.dispatch.default", "equal after pickling: True", "own router"],
     "gpt2_pr_moe": ["whole model", "largest difference", "torch.ops.moeify.dispatch"],
     "plan_from_yaml": ["layers.5", "largest difference", "did you mean `residual`?"],
     "train_loop": ["MoE, 100 steps more", "% of the tokens to its experts"],
@@ -19,7 +21,7 @@ EXPECTED = {
 def run(name, repo):
     env = {**os.environ, "PYTHONPATH": str(repo)}
     command = [sys.executable, str(repo / "examples" / f"{name}.py")]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -28,11 +30,18 @@ def test_every_example_is_tested(repo):
     assert {path.stem for path in (repo / "examples").glob("*.py")} == set(EXPECTED)
 
 
-@pytest.mark.parametrize("name", ["gpt2_pr_moe", "plan_from_yaml"])
+@pytest.mark.parametrize("name", ["export_graph", "gpt2_pr_moe", "plan_from_yaml"])
 def test_example(name, repo):
     out = run(name, repo)
     assert all(text in out for text in EXPECTED[name]), out
     assert float(re.findall(r"largest difference.*: (\S+)", out)[0]) < 1e-4
+
+
+def test_custom_pass(repo):
+    out = run("custom_pass", repo)
+    assert all(text in out for text in EXPECTED["custom_pass"]), out
+    clamped, free = (float(x) for x in re.findall(r"(?:returns|pass): +(\S+)", out))
+    assert clamped <= 0.05 < free
 
 
 @pytest.mark.slow

@@ -295,6 +295,13 @@ def test_a_meta_model_or_a_compiled_one(
     assert content(tmp_path / "m") == content(root / "encoder")
 
 
+def test_the_default_device_does_not_matter(folders: tuple[Path, dict[str, str]]) -> None:
+    root, digests = folders
+    with torch.device("meta"):
+        loaded = mf.load(root / "llama")
+    assert digest(run("llama", loaded)) == digests["llama"]
+
+
 def test_shards(folders: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
     root, _ = folders
     files = sorted(p.name for p in (root / "gpt2").glob("*.safetensors"))
@@ -383,7 +390,8 @@ def test_refused_models(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=what):
             mf.save(model, target)
     with torch.device("meta"):
-        empty = convert(encoder(), ALL, (torch.zeros(1, 2, 8, device="cpu"),))
+        empty = encoder()
+    convert(empty, ALL, (torch.zeros(1, 2, 8),))
     with pytest.raises(CheckpointError, match="on meta"):
         mf.save(empty, target)
     assert not list(tmp_path.iterdir())
@@ -753,7 +761,6 @@ DAMAGES: dict[str, tuple[Any, str]] = {
 def test_damage_is_found(damage: str, folders: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
     change, message = DAMAGES[damage]
     folder = shutil.copytree(folders[0] / "net", tmp_path / "m")
-    assert mf.load(folder, model=Net()) is not None
     change(folder)
     model = Net()
     with pytest.raises(CheckpointError, match=message) as caught:

@@ -53,7 +53,15 @@ def output(model: nn.Module) -> Tensor:
 
 def found_at(target: Path) -> Tensor | None:
     """Return what the saved model computes, None if there is none; a mix raises."""
-    return output(mf.load(target, model=Net())) if target.exists() else None
+    if not target.exists():
+        return None
+    files = tuple(sorted((p.name, p.read_bytes()) for p in target.iterdir()))
+    if files not in _LOADED:  # the same bytes load alike
+        _LOADED[files] = output(mf.load(target, model=Net()))
+    return _LOADED[files]
+
+
+_LOADED: dict[tuple[tuple[str, bytes], ...], Tensor] = {}
 
 
 class Steps:

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from moeify import demo, demo_data
+from moeify import demo, demo_data, demo_embed
 from moeify.cli import app
 from moeify.errors import MoeifyError
 from moeify.plan import Plan
@@ -108,7 +108,7 @@ def test_a_failed_check_fails_the_demo(encoder, text, tmp_path, monkeypatch):
 
 def test_a_process_that_fails_is_told(tmp_path):
     with pytest.raises(MoeifyError, match="does not load in a fresh process"):
-        demo.embed_elsewhere(tmp_path, ["a sentence"])
+        demo_embed.embed_elsewhere(tmp_path, ["a sentence"])
 
 
 @pytest.mark.slow

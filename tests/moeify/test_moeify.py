@@ -455,3 +455,25 @@ def test_save_pretrained_of_a_converted_model_raises(tmp_path):
         model.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
     mf.demoeify(model).save_pretrained(tmp_path / "out")
+
+
+def test_one_mlp_right_after_another():
+    model = nn.Sequential(Mlp(), Mlp(), nn.Sequential(nn.Linear(8, 9), nn.GELU(), nn.Linear(9, 8)))
+    x = torch.randn(5, 8)
+    want = model(x)
+    mf.moeify(model, ALL4, example_inputs=x)
+    assert all(isinstance(child, fx.GraphModule) for child in model)
+    torch.testing.assert_close(model.eval()(x), want)
+
+
+def test_another_default_device_changes_nothing():
+    model = Stack()
+    twin = copy.deepcopy(model)
+    x = torch.ones(2, 8)
+    mf.moeify(model, {**ALL4, "init": {"experts": "drop"}}, example_inputs=x)
+    with torch.device("meta"):
+        mf.moeify(twin, {**ALL4, "init": {"experts": "drop"}}, example_inputs=x)
+    for (name, a), (_, b) in zip(
+        model.state_dict().items(), twin.state_dict().items(), strict=True
+    ):
+        assert torch.equal(a, b), name

@@ -1,0 +1,416 @@
+"""Which regions of a graph are MLPs, and why the others are not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moeify import moeify
+from moeify.capture import capture
+from moeify.discovery import Discovery, discover
+from moeify.passes.base import Fact, PlanContext
+from moeify.passes.find_mlps import FindMlps
+from moeify.passes.printer import print_graph
+from moeify.passes.testing import assert_idempotent
+
+D, H = 8, 24
+PLAN = {"layers": [{"select": "all", "experts": 3, "top_k": 2, "residual": "coefficient"}]}
+
+
+def x(*shape: int) -> Tensor:
+    return torch.randn(*(shape or (2, 5)), D)
+
+
+class Body(nn.Module):
+    """An MLP whose middle is given: `down(middle(up(x)))`."""
+
+    def __init__(self, middle: Callable[[Tensor], Tensor], width: int = H, down: int = 0) -> None:
+        super().__init__()
+        self.up = nn.Linear(D, width)
+        self.down = nn.Linear(down or width, D)
+        if isinstance(middle, nn.Module):
+            self.act = middle
+        self.middle = middle
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.middle(self.up(x)))
+
+
+class Model(nn.Module):
+    """`x + mlp(norm(x))`, so that there is something around it."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(D)
+        self.mlp = mlp
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.norm(x))
+
+
+def converts(model: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> nn.Module:
+    """Convert with verification, then compare once more on other numbers, and train a step."""
+    inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+    other = tuple(torch.randn_like(t) if t.is_floating_point() else t for t in inputs)
+    expected = model.eval()(*other).detach()
+    moeify(model, PLAN, example_inputs=inputs)
+    torch.testing.assert_close(model(*other), expected, rtol=1e-4, atol=1e-5)
+    model.train()
+    model(*other).float().square().sum().backward()
+    return model
+
+
+def only(found: Discovery) -> str:
+    """Return the kind of the one site."""
+    assert len(found.sites) == 1, found.near_misses
+    site = found.sites[0]
+    return f"{'gated ' if site.gated else ''}{site.activation}"
+
+
+def reason(model: nn.Module, inputs: object = None) -> str:
+    """Return the one reason why a model has no site that can be replaced."""
+    found = discover(model, x() if inputs is None else inputs)
+    assert all(site.install == "refused" for site in found.sites), found.sites
+    reasons = {site.reason for site in found.sites} | {n.reason for n in found.near_misses}
+    assert len(reasons) == 1, reasons
+    return reasons.pop()
+
+
+# -- what is an MLP
+
+
+def by_hand(h: Tensor) -> Tensor:
+    return 0.5 * h * (1.0 + torch.tanh(0.7978845608028654 * (h + 0.044715 * torch.pow(h, 3))))
+
+
+def in_place(h: Tensor) -> Tensor:
+    return torch.relu_(h.mul_(2.0).add_(0.5))
+
+
+def with_where(h: Tensor) -> Tensor:
+    return torch.where(h > 0, h, 0.1 * h.exp())
+
+
+def with_constant(h: Tensor) -> Tensor:
+    return h * torch.sigmoid(torch.tensor(1.5) * h)
+
+
+def hand_norm(h: Tensor) -> Tensor:
+    h = F.gelu(h)
+    centred = h - h.mean(-1, keepdim=True)
+    return centred * torch.rsqrt(h.var(-1, keepdim=True) + 1e-5)
+
+
+@torch.jit.script
+def scripted(h: Tensor) -> Tensor:
+    return h * torch.sigmoid(1.5 * h) + 0.1
+
+
+MIDDLES: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "gelu": (nn.GELU(), "gelu"),
+    "gelu by hand": (by_hand, "gelu_tanh"),
+    "in place": (in_place, "custom"),
+    "relu in place": (nn.ReLU(inplace=True), "relu"),
+    "where": (with_where, "custom"),
+    "constant": (with_constant, "custom"),
+    "prelu": (nn.PReLU(), "custom"),
+    "norm": (nn.Sequential(nn.GELU(), nn.LayerNorm(H)), "custom"),
+    "rms norm": (nn.Sequential(nn.SiLU(), nn.RMSNorm(H)), "custom"),
+    "relu norm": (nn.Sequential(nn.ReLU(), nn.LayerNorm(H)), "custom"),
+    "norm by hand": (hand_norm, "custom"),
+    "dropout": (nn.Sequential(nn.SiLU(), nn.Dropout(0.1)), "silu"),
+    "dropouts": (nn.Sequential(nn.Dropout(0.2), nn.SiLU(), nn.Dropout(0.1)), "custom"),
+    "scripted": (scripted, "custom"),
+    "softmax": (nn.Softmax(-1), "custom"),
+}
+
+
+@pytest.mark.parametrize("name", MIDDLES)
+def test_middle(name: str) -> None:
+    middle, kind = MIDDLES[name]
+    model = Model(Body(middle))
+    assert only(discover(model, x())) == kind
+    converts(model, x())
+
+
+HALVES: dict[str, tuple[Callable[[Tensor], Tensor], int, str]] = {
+    "glu": (F.glu, H, "gated sigmoid"),
+    "swapped": (lambda h: h[..., :H] * F.silu(h[..., H:]), H, "gated silu"),
+    "in order": (lambda h: F.silu(h[..., :H]) * h[..., H:], H, "gated silu"),
+    "interleaved": (lambda h: F.silu(h[..., ::2]) * h[..., 1::2], H, "custom"),
+    "unequal": (
+        lambda h: F.silu(h[..., :H]) * h[..., H : H + 8].mean(-1, keepdim=True),
+        H,
+        "custom",
+    ),
+    "three": (lambda h: F.silu(h[..., :16]) * h[..., 16:32] + h[..., 32:].tanh(), 16, "custom"),
+}
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_fused_halves(name: str) -> None:
+    middle, down, kind = HALVES[name]
+    width = H + 8 if name == "unequal" else 48
+    model = Model(Body(middle, width, down))
+    found = discover(model, x())
+    assert found.sites[0].activation == kind.removeprefix("gated ")
+    assert found.sites[0].gated == kind.startswith("gated")
+    converts(model, x())
+
+
+class Gated(nn.Module):
+    """Two first projections in either order."""
+
+    def __init__(self, order: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.down = nn.Linear(D, H), nn.Linear(D, H), nn.Linear(H, D)
+        self.order = order
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.first(x), self.second(x)
+        return self.down(F.silu(a) * b if self.order else a * F.silu(b))
+
+
+@pytest.mark.parametrize("order", [True, False])
+def test_gate_order(order: bool) -> None:
+    model = Model(Gated(order))
+    assert only(discover(model, x())) == "gated silu"
+    converts(model, x())
+
+
+class Bare(nn.Module):
+    """Bare parameters, multiplied in one of many ways; the module is exactly the MLP."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        flip = how in ("matmul", "addmm", "einsum in", "in place bias")
+        one, two = (D, H), (H, D)
+        self.a = nn.Parameter(torch.randn(*(one if flip else one[::-1])) / 4)
+        self.b = nn.Parameter(torch.randn(*(two if flip else two[::-1])) / 4)
+        self.c = nn.Parameter(torch.randn(H))
+
+    def project(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        match self.how:
+            case "matmul":
+                y = x @ w
+            case "matmul T":
+                y = x @ w.T
+            case "linear":
+                return F.linear(x, w, bias)
+            case "einsum out":
+                y = torch.einsum("...d,fd->...f", x, w)
+            case "einsum in":
+                y = torch.einsum("bsd,df->bsf", x, w)
+            case "addmm":
+                flat = x.reshape(-1, x.shape[-1])
+                y = torch.mm(flat, w) if bias is None else torch.addmm(bias, flat, w)
+                return y.view(*x.shape[:-1], -1)
+            case _:
+                y = x @ w
+                if bias is not None:
+                    y += bias
+                return y
+        return y if bias is None else y + bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.project(F.gelu(self.project(x, self.a, self.c)), self.b, None)
+
+
+@pytest.mark.parametrize(
+    "how", ["matmul", "matmul T", "linear", "einsum out", "einsum in", "addmm", "in place bias"]
+)
+def test_bare_parameters(how: str) -> None:
+    model = Model(Bare(how))
+    found = discover(model, x())
+    assert only(found) == "gelu"
+    assert found.sites[0].install == "T1"
+    converts(model, x())
+
+
+@pytest.mark.parametrize("shape", [(), (6,), (2, 3), (2, 3, 4)])
+def test_any_number_of_dimensions(shape: tuple[int, ...]) -> None:
+    model = Model(Body(F.gelu))
+    inputs = torch.randn(*shape, D)
+    assert only(discover(model, inputs)) == "gelu"
+    converts(model, inputs)
+
+
+def test_hidden_as_wide_as_the_model() -> None:
+    converts(Model(Body(F.gelu, D)), x())
+
+
+def test_sequential_at_the_root() -> None:
+    model = nn.Sequential(nn.Linear(D, H), nn.ReLU(), nn.Linear(H, D))
+    site = discover(model, x()).sites[0]
+    assert (site.name, site.install) == ("2", "T2")
+    converts(model, x())
+
+
+class Conv(nn.Module):
+    """An MLP of 1x1 convolutions."""
+
+    def __init__(self, **options: int) -> None:
+        super().__init__()
+        self.up = nn.Conv2d(D, H, 1)
+        self.down = nn.Conv2d(H, D, 1, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x)))
+
+
+class ConvModel(nn.Module):
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.mlp = nn.Conv2d(3, D, 2, 2), mlp
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return x + self.mlp(x)
+
+
+def test_channels_first() -> None:
+    model = ConvModel(Conv())
+    found = discover(model, torch.randn(2, 3, 8, 8))
+    assert found.sites[0].install == "T1"
+    converts(model, torch.randn(2, 3, 8, 8))
+
+
+def test_channels_first_in_separate_modules() -> None:
+    model = ConvModel(nn.Sequential(nn.Conv2d(D, H, 1), nn.GELU(), nn.Conv2d(H, D, 1)))
+    model.extra = nn.Identity()
+    converts(model, torch.randn(2, 3, 8, 8))
+
+
+# -- what is none
+
+
+class Leaky(nn.Module):
+    """Uses its hidden value for something else as well."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.up, self.down, self.how = nn.Linear(D, H), nn.Linear(H, D), how
+        self.kept: list[object] = []
+
+    def forward(self, x: Tensor) -> object:
+        h = F.gelu(self.up(x))
+        match self.how:
+            case "returned":
+                return self.down(h), h
+            case "read":
+                self.kept.append(h.detach().abs().mean())
+            case "item":
+                if float(h.sum()) > 1e9:
+                    return x
+            case "view":
+                h.view(-1)[0] = 0
+            case "setitem":
+                h[..., 0] = 0
+            case "index":
+                h[..., :4].mul_(2)
+        return self.down(h)
+
+
+@pytest.mark.parametrize(
+    ("how", "text"),
+    [
+        ("returned", "also returned"),
+        ("read", "also used by `detach` in the model"),
+        ("item", "also used by `sum` in the model"),
+        ("view", "also used by `view` in the model"),
+        ("setitem", "`setitem` is not elementwise"),
+        ("index", "also used by `getitem` in the model"),
+    ],
+)
+def test_hidden_value_leaks(how: str, text: str) -> None:
+    model = Leaky(how)
+    assert text in reason(model)
+    assert model.kept == []
+
+
+class Wrong(nn.Module):
+    """Looks like an MLP and is none."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.up, self.down = nn.Linear(D, H), nn.Linear(H, D)
+        self.batch, self.mask = nn.BatchNorm1d(H), torch.rand(5, 1)
+        self.table = nn.Embedding(5, H)
+        self.register_buffer("beta", torch.ones(H))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x)
+        match self.how:
+            case "batch norm":
+                h = self.batch(F.gelu(h).transpose(1, 2)).transpose(1, 2)
+            case "mask":
+                h = F.gelu(h) * self.mask
+            case "shift":
+                h = F.gelu(h.roll(1, 1))
+            case "over tokens":
+                h = F.softmax(h, 1)
+            case "normalised":
+                h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
+            case "buffer":
+                h = F.silu(self.beta * h)
+            case "always dropped":
+                h = F.dropout(F.gelu(h), 0.5)
+            case "cumulated":
+                h = F.gelu(h).cumsum(-1)
+        return self.down(h)
+
+
+@pytest.mark.parametrize(
+    ("how", "text"),
+    [
+        ("batch norm", "`transpose` is not elementwise"),
+        ("mask", "comes from outside"),
+        ("shift", "`roll` is not elementwise"),
+        ("over tokens", "`softmax` over dimension 1 mixes tokens"),
+        ("normalised", "only a normalisation"),
+        ("buffer", "beta of shape (24,)"),
+        ("always dropped", "on in evaluation too"),
+        ("cumulated", "`cumsum` is not elementwise"),
+    ],
+)
+def test_not_tokenwise(how: str, text: str) -> None:
+    assert text in reason(Wrong(how))
+
+
+def test_prelu_per_unit_only_where_units_are_its_channels() -> None:
+    model = nn.Sequential(nn.Linear(D, H), nn.PReLU(H), nn.Linear(H, D))
+    converts(model, x(5))
+    spatial = nn.Sequential(nn.Linear(D, H), nn.PReLU(5), nn.Linear(H, D))
+    assert "of shape (5,)" in reason(spatial)
+    square = nn.Sequential(nn.Linear(D, H), nn.PReLU(H), nn.Linear(H, D))
+    assert "one parameter per position" in reason(square, x(2, H))
+
+
+def test_three_layers_are_no_mlp() -> None:
+    model = nn.Sequential(
+        nn.Linear(D, H), nn.ReLU(), nn.Linear(H, 2 * H), nn.ReLU(), nn.Linear(2 * H, D)
+    )
+    found = discover(model, x())
+    assert not found.sites
+    assert {near.name for near in found.near_misses} == {"2", "4"}
+
+
+@pytest.mark.parametrize("options", [{"groups": 2}, {"stride": 2}, {"padding": 1}])
+def test_convolutions_that_are_no_projections(options: dict[str, int]) -> None:
+    mlp = nn.Sequential(Conv(**options), nn.AdaptiveAvgPool2d(4))
+    found = discover(ConvModel(mlp), torch.randn(2, 3, 8, 8))
+    assert not found.sites
+    assert next(iter(options)) in found.near_misses[0].reason
+
+
+def test_golden(golden: Callable[[str, str], None]) -> None:
+    recorded = capture(Model(Gated(True)), x())
+    ctx = PlanContext(facts=frozenset({Fact.CAPTURED}))
+    gm = assert_idempotent(FindMlps(), recorded.graph_module, ctx)
+    golden(print_graph(gm), "find_mlps.txt")
