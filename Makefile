@@ -1,6 +1,5 @@
 # `make demo` and `make test` need Python 3.11 or newer, and the network once, for pip.
-# On a machine without a GPU, `make test PIP_FLAGS="--extra-index-url
-# https://download.pytorch.org/whl/cpu"` installs the small build of torch.
+# PIP_FLAGS go to pip: an index with CPU builds of torch saves gigabytes without a GPU.
 
 PYTHON ?= python3
 PIP_FLAGS ?=

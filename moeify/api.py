@@ -81,7 +81,8 @@ def moeify(
         >>> nn = torch.nn
         >>> mlp = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
         >>> plan = {"layers": [{"select": "all", "experts": 4}]}
-        >>> model = moeify(nn.Sequential(mlp, nn.LayerNorm(8)), plan, example_inputs=torch.randn(4, 8))
+        >>> model = nn.Sequential(mlp, nn.LayerNorm(8))
+        >>> model = moeify(model, plan, example_inputs=torch.randn(4, 8))
         >>> type(model[0]).__name__
         'MoEBlock'
     """

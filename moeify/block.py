@@ -182,23 +182,19 @@ class ResidualMix(nn.Module):
         self.coefficient: nn.Linear | None = None
         if kind != "add":
             outputs = 2 if kind == "coefficient" else 1
-            self.coefficient = nn.utils.skip_init(
-                nn.Linear,
-                width,
-                outputs,
-                bias=kind == "coefficient",
-                device=device or "cpu",
-                dtype=dtype,
+            linear = nn.Linear(
+                width, outputs, bias=kind == "coefficient", device="meta", dtype=dtype
             )
-            with torch.no_grad():
-                for parameter in self.coefficient.parameters():
-                    parameter.zero_()
+            for name, parameter in list(linear.named_parameters()):  # nothing is drawn
+                zeros = torch.zeros_like(parameter, device=device or "cpu")
+                setattr(linear, name, nn.Parameter(zeros))
+            self.coefficient = linear
 
     def forward(self, moe: Tensor, mlp: Tensor, tokens: Tensor) -> Tensor:
         """Mix two outputs [T, D] of tokens [T, D]."""
         if self.coefficient is None:
             return moe + mlp
-        logits = self.coefficient(tokens)
+        logits: Tensor = self.coefficient(tokens)
         if self.kind == "sigmoid":
             return moe + torch.sigmoid(logits) * mlp
         share = logits.softmax(-1)
@@ -222,11 +218,13 @@ class LinearExperts(nn.Module):
 
     def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
         """Run every row [R, D] through its expert; zeros from row `offsets[-1]` on."""
-        weight, bias = self.weight, self.bias
+        weight: Tensor = self.weight
+        bias: Tensor = self.bias
         if autocast_enabled(rows.device.type):
             dtype = torch.get_autocast_dtype(rows.device.type)
             rows, weight, bias = rows.to(dtype), weight.to(dtype), bias.to(dtype)
-        return grouped_linear(rows, weight, bias, offsets)
+        out: Tensor = grouped_linear(rows, weight, bias, offsets)
+        return out
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}"

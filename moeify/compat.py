@@ -285,5 +285,5 @@ def operator_name(target: object) -> tuple[str, str, str] | None:
         namespace, _, name = target._schema.name.partition("::")
         return namespace, name, target._overloadname
     if isinstance(target, torch._ops.HigherOrderOperator):
-        return "higher_order", target.name(), ""
+        return "higher_order", str(target.name()), ""  # type: ignore[no-untyped-call]
     return None

@@ -79,9 +79,11 @@ def export(
     The mode in which the model is, training or evaluation, is part of the graph: dropout,
     capacity, dropping and noise are those of that mode, whatever `gm.train()` or `gm.eval()` says
     later; `gm.meta["training"]` tells which it was. So are the casts of autocast in moeify's ops:
-    export inside the `torch.autocast` that the graph will run in. The parameters are the model's own objects:
-    training the one trains the other. Router losses of the last forward are at
-    `moeify.aux_loss(gm)`; if a Hugging Face model returns a loss in training, they are in it.
+    export inside the `torch.autocast` that the graph will run in.
+
+    The parameters are the model's own objects: training the one trains the other. Router losses of
+    the last forward are at `moeify.aux_loss(gm)`; if a Hugging Face model returns a loss in
+    training, they are in it.
 
     Args:
         model: Any module, converted or not; it is not changed.

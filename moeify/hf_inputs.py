@@ -167,7 +167,9 @@ def _floats(*shape: int) -> Tensor:
 
 def _ids(config: Any) -> Iterator[Tensor]:
     """Yield token ids [B, L] that are none of the special ones."""
-    size = int(_of(config, "vocab_size", default=100))
+    parts = [config, *(getattr(config, part, None) for part in _PARTS)]
+    sizes = [getattr(part, "vocab_size", None) for part in parts]
+    size = min((n for n in sizes if isinstance(n, int) and n > 0), default=100)
     special = set()
     for kind in ("pad", "bos", "eos", "image", "video", "audio"):
         token = _of(config, f"{kind}_token_id")

@@ -151,7 +151,7 @@ def with_router_losses(model: nn.Module, output: Any, labelled: bool) -> Any:
             return output
         return (output[0] + aux_loss(model).to(output[0].dtype), *output[1:])
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if not _is_loss(loss):
+    if loss is None or not _is_loss(loss):
         return output
     total = loss + aux_loss(model).to(loss.dtype)
     if isinstance(output, Mapping):

@@ -48,8 +48,9 @@ def tensors_in(value: object) -> Iterator[Tensor]:
 
 def written_by(name: str, args: Args, kwargs: Kwargs) -> Tensor | None:
     """Return the tensor that a call writes to, or None."""
-    if isinstance(kwargs.get("out"), Tensor):
-        return kwargs["out"]
+    out = kwargs.get("out")
+    if isinstance(out, Tensor):
+        return out
     in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
     if in_place or kwargs.get("inplace") is True:
         return next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)

@@ -120,7 +120,12 @@ def linear_of(node: fx.Node) -> Linear | None:
     weight = weight_of(weight_node)
     if weight is None and isinstance(weight_node, fx.Node):
         weight = _computed(weight_node)
-        problem = f"its weight is computed from {weight.name}: {_MERGE}" if weight else ""
+        if weight is not None:
+            record = record_of(weight_node)
+            how = "changed in place by the forward"
+            if record is None or not record.mutates:
+                how = f"computed from {weight.name}: {_MERGE}"
+            problem = f"its weight is {how}"
     if weight is None or not isinstance(source, fx.Node):
         return None
     channel = 1 if op_name(node) in _CONVOLUTIONS else -1

@@ -26,6 +26,7 @@ from moeify.passes.base import Fact, PassResult, PlanContext
 from moeify.passes.dataflow import Linear, linears_of
 from moeify.passes.inner_program import InnerProgram, NotTokenwise, build_program
 from moeify.passes.operations import (
+    ACTIVATING,
     CASTS,
     CONSTANTS,
     DROPOUTS,
@@ -36,6 +37,7 @@ from moeify.passes.operations import (
     RESHAPES,
     SPLITS,
     TRANSPOSES,
+    VIEWS,
     changed_views,
     dataflow,
     is_slice_of_width,
@@ -174,9 +176,15 @@ class _Search:
             if len(sources) > 1 and obstacle is None and square:
                 return NearMiss(_path(down), self._several_inputs(ups))
             return None
+        if obstacle is not None and len(obstacle.all_input_nodes) == 1:
+            passed.append(obstacle)
         leak = self._leak(ups, [*interior, *passed], down)
         if leak is not None and (obstacle is not None or not square):
             return None
+        if not square and not any(op_name(node) in ACTIVATING for node in interior):
+            return None  # a low-rank projection with a norm inside
+        if all("neighbouring" in linear.problem for linear in (*ups, down)):
+            return None  # a convolutional network
         reason = self._defect((*ups, down), obstacle, leak)
         if reason:
             return NearMiss(_path(down), reason)
@@ -328,10 +336,11 @@ class _Search:
         tokens: set[fx.Node] = set()
         for linear in self.linears:
             if linear.weight.stacked:
-                tokens.add(_before_choice(linear.source))
+                tokens |= _behind_choice(linear.source)
         for node in self.flow.nodes:
-            if op_name(node) in ("grouped_mm", "_grouped_mm", "bmm", "baddbmm"):
-                tokens |= {_before_choice(i) for i in node.all_input_nodes if _is_choice(i)}
+            if op_name(node) in _STACKED and any(map(_is_stacked, node.all_input_nodes)):
+                for value in node.all_input_nodes:
+                    tokens |= _behind_choice(value)
         choosers: dict[fx.Node, set[tuple[str, ...]]] = {}
         for region in regions:
             if _is_choice(region.source):
@@ -394,6 +403,30 @@ def _before_choice(node: fx.Node) -> fx.Node:
     while _is_choice(node):
         node = strip(node.all_input_nodes[0])
     return node
+
+
+_STACKED = frozenset("grouped_mm bmm baddbmm matmul einsum".split())
+_SPREADS = RESHAPES | VIEWS | frozenset("repeat repeat_interleave mul broadcast_to".split())
+
+
+def _is_stacked(node: fx.Node) -> bool:
+    """Tell whether a value is a view of a three-dimensional parameter: all experts' weights."""
+    while node.op != "get_attr":
+        if op_name(node) not in VIEWS | CASTS:
+            return False
+        node = node.all_input_nodes[0]
+    return len(shape_of(node)) == 3
+
+
+def _behind_choice(node: fx.Node) -> set[fx.Node]:
+    """Return the values that the rows of an expert come from: chosen, repeated or scaled."""
+    found: set[fx.Node] = set()
+    while True:
+        node = strip(node)
+        found.add(node)
+        if not node.all_input_nodes or not (_is_choice(node) or op_name(node) in _SPREADS):
+            return found
+        node = node.all_input_nodes[0]
 
 
 def _path(linear: Linear) -> str:

@@ -133,6 +133,7 @@ class _Writer:
         self.dropout = 0.0
         self.hidden = self.graph.placeholder("hidden")
         self._slots: dict[str, fx.Node] = {}
+        self._unfit = ""
         self._dtype = dtype_of(ups[0].out)
         for node in self.interior:  # parameters are arguments: they come first
             self._collect_params(node)
@@ -144,6 +145,8 @@ class _Writer:
                 self.env[node] = self.env[node.all_input_nodes[0]]
             else:
                 self.env[node] = self._emit(node)
+        if self._unfit:
+            raise NotTokenwise(self._unfit)
         self.graph.output(self.env[down.source])
         self.graph.lint()
         self.module = fx.GraphModule(self.root, self.graph, class_name="InnerProgram")
@@ -179,7 +182,7 @@ class _Writer:
             if weight.name not in self._slots:
                 plain = not (weight.stacked or weight.flipped) and _is_parameter(value)
                 if not plain or weight.shape not in ((), (1,), (self.down.in_features,)):
-                    raise NotTokenwise(
+                    self._unfit = self._unfit or (
                         f"`{op_name(node)}` between its projections reads {weight.name} of shape "
                         f"{weight.shape}: only parameters of one value, or one per hidden unit, "
                         "can be copied into experts"

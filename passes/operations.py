@@ -29,6 +29,11 @@ NONLINEAR = frozenset(
     "softshrink hardshrink expm1 erfc gt ge lt le eq ne sign sgn heaviside log2 exp2 log10 sinh "
     "cosh asinh atan arctan reciprocal masked_fill threshold logaddexp".split()
 )
+ACTIVATING = NONLINEAR - frozenset(
+    "square pow abs sqrt rsqrt reciprocal clamp clamp_min clamp_max clip maximum minimum".split()
+)
+"""Operations that a norm written out by hand has not."""
+
 LINEAR_MAPS = frozenset(
     "add sub mul div truediv rmul radd rsub rtruediv neg where lerp addcmul ones_like zeros_like "
     "full_like true_divide rdiv rpow to logical_and logical_or logical_not addcdiv and or invert "
@@ -67,7 +72,7 @@ def op_name(node: fx.Node) -> str:
         return node.op
     if name.startswith("__i") and name.endswith("__") and name[3:-2] in LINEAR_MAPS | {"pow"}:
         return name[3:-2]
-    return name.strip("_")
+    return name.strip("_").removeprefix("linalg_")
 
 
 def opaque_call(node: fx.Node) -> nn.Module | None:

@@ -71,7 +71,8 @@ class ReplaceMlps:
         Raises:
             UnsupportedModuleError: A planned site cannot be replaced.
         """
-        assert ctx.resolved is not None and ctx.model is not None
+        assert ctx.resolved is not None
+        assert ctx.model is not None
         changed = False
         calls: dict[fx.Node, fx.Node] = {}  # an MLP may read what another one returned
         for layer in ctx.resolved:

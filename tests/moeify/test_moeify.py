@@ -1,4 +1,4 @@
-"""`moeify(model, plan)`: what it does to a model, what it refuses, and that it is all or nothing."""
+"""`moeify(model, plan)`: what it does to a model, what it refuses, and all or nothing."""
 
 from __future__ import annotations
 
