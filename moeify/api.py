@@ -188,12 +188,12 @@ def _install_checked(
             difference = compare(dense, snapshot(model, example_inputs, untouched), resolved.layers)
             log.info("step-0 difference: %s", difference)
             check(difference, next(iter(before.values())).dtype)
+        for converted in layers:
+            for swap in converted.swaps:
+                swap.original = skeleton(swap.original)
     except BaseException:
         installer.undo()
         raise
-    for converted in layers:
-        for swap in converted.swaps:
-            swap.original = skeleton(swap.original)
     record = Conversion(plan, layers, ledger, installer.fused, describe_inputs(example_inputs))
     model.__dict__[ATTRIBUTE] = record
     losses.attach(model)

@@ -145,7 +145,7 @@ class Installer:
             UnsupportedModuleError: The module does more than the plan knows of.
         """
         if found is None or found.placement.install == "T1":
-            return [self._swap(path, block, keep_hooks=True)]
+            return [self._swap(path, block, keep_hooks=found is not None)]
         region, placement = found.region, found.placement
         self._unfuse(placement.block)
         swaps, first = [], None

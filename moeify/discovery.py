@@ -85,7 +85,7 @@ def discover(model: nn.Module, example_inputs: ExampleInputs | None = None) -> D
     names = _unique_names([(runs[0], placement) for runs, placement in placed])
     found, index = [], 0
     for (runs, placement), name in zip(placed, names, strict=True):
-        refused = placement.install == "refused"
+        refused = placement.install == "refused" and not placement.blocked
         site = _site(model, runs, placement, name, -1 if refused else index)
         index += not refused
         found.append(FoundSite(site, runs[0], placement))
@@ -173,6 +173,7 @@ def _site(
         dtype=str(weight.dtype).removeprefix("torch."),
         itemsize=weight.element_size(),
         parameters=sum(t.numel() for t in tensors),
+        blocked=placement.blocked,
     )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from moeify.errors import UnsupportedModuleError
 from moeify.plan import LayerRule, Plan
 from moeify.resolve_checks import check_layer
 from moeify.rule_match import Universe, match_rule
@@ -257,6 +258,7 @@ def resolve_sites(
 
     Raises:
         PlanError: If a rule selects nothing, or what it says does not fit a site.
+        UnsupportedModuleError: If a selected site is blocked by the state of its weights.
     """
     itemsize = parameter_bytes // parameters if parameters else 4
     like = next((site for site in sites), None)
@@ -266,9 +268,13 @@ def resolve_sites(
             position = len(sites) + len(linear_sites)
             linear_sites[projection.module] = _linear_site(projection, position, like, itemsize)
     universe = Universe(
-        mlps={site.name: site for site in sites if site.install != "refused"},
+        mlps={site.name: site for site in sites if site.install != "refused" or site.blocked},
         linears=linear_sites,
-        refused={site.name: site.reason for site in sites if site.install == "refused"},
+        refused={
+            site.name: site.reason
+            for site in sites
+            if site.install == "refused" and not site.blocked
+        },
     )
     chosen: dict[str, dict[str, _Choice]] = {"mlp": {}, "linear": {}}
     for position, rule in enumerate(plan.layers):
@@ -278,6 +284,10 @@ def resolve_sites(
     for expert, candidates in (("mlp", universe.mlps), ("linear", universe.linears)):
         for name, site in candidates.items():
             if (choice := chosen[expert].get(name)) is not None:
+                if site.blocked:
+                    raise UnsupportedModuleError(
+                        name, f"{site.reason}; mend it, or take it back with `experts: dense`"
+                    )
                 layers.append(_layer(plan, site, expert, choice))
     if not layers:
         raise plan.fault(("layers",), "the rules take back all that they select; nothing is left")

@@ -36,7 +36,8 @@ class Site:
     Attributes:
         name: Unique name: the path of the module that holds the MLP (T1), or of the smallest module
             around it, or of its last projection where that is not unique (T2).
-        index: Position among the installable sites in execution order, from 0; -1 if refused.
+        index: Position among the installable sites in execution order, from 0; -1 if refused
+            and not blocked.
         install: "T1" (swap one module), "T2" (tap and block), or "refused".
         reason: Why it was refused; empty otherwise.
         d_in: Input width.
@@ -51,6 +52,8 @@ class Site:
         dtype: Name of the parameters' dtype, such as "float32".
         itemsize: Bytes per parameter element.
         parameters: Number of parameter elements in the site.
+        blocked: It is refused for what the user can change, such as half-frozen or quantised
+            weights. It counts as a site, and a plan that selects it is an error.
     """
 
     name: str
@@ -69,6 +72,7 @@ class Site:
     dtype: str = "float32"
     itemsize: int = 4
     parameters: int = field(default=0)
+    blocked: bool = False
 
     def __str__(self) -> str:
         shape = f"{self.d_in} -> {self.d_ff} -> {self.d_out}"

@@ -242,14 +242,14 @@ class _Search:
 
     def _is_gate(self, down: Linear) -> str:
         """Say so where the output only scales another value, as in squeeze-and-excitation."""
-        node = down.out
+        node, squashed = down.out, False
         while len(node.users) == 1:
-            user = next(iter(node.users))
-            if op_name(user) in GATES and all(op_name(u) == "mul" for u in user.users):
-                return "its output only scales another value (squeeze and excitation)"
-            if op_name(user) not in RESHAPES:
+            node = next(iter(node.users))
+            squashed = squashed or op_name(node) in GATES
+            if squashed and op_name(node) == "mul":
+                return "its output only scales another value, as in squeeze and excitation"
+            if op_name(node) not in RESHAPES | GATES:
                 break
-            node = user
         return ""
 
     def _walk(

@@ -47,6 +47,7 @@ class Placement:
         argument: T1: name of the module's argument, if it is called by keyword, or "".
         taps: T2: the modules of the first projections, in order.
         block: T2: the module of the last projection.
+        blocked: Refused for what the user can change: the state of its weights, or hooks.
         tail_dropout: T1: probability of a dropout after the last projection, inside the module.
     """
 
@@ -57,6 +58,7 @@ class Placement:
     taps: tuple[str, ...] = ()
     block: str = ""
     tail_dropout: float = 0.0
+    blocked: bool = False
 
 
 class Placer:
@@ -87,15 +89,20 @@ class Placer:
             regions: The runs.
             whole: Whether a whole module may be swapped.
         """
-        reason = self._shared(regions[0]) or self._unfit(regions[0]) or self._also_read(regions)
+        reason = self._shared(regions[0]) or self._also_read(regions)
         if reason:
             return Placement("refused", reason, module=self._around(regions))
+        reason = self._unfit(regions[0])
+        if reason:
+            return Placement("refused", reason, module=self._around(regions), blocked=True)
         place = self.whole_module(regions) if whole else None
         place = place or self._tapped(regions)
         if place.install == "refused":
             return place
         reason = self._customised(regions, place)
-        return Placement("refused", reason, module=place.module) if reason else place
+        if reason:
+            return Placement("refused", reason, module=place.module, blocked=True)
+        return place
 
     # -- T1
 

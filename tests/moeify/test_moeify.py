@@ -357,12 +357,46 @@ def test_hooks_on_untouched_and_on_swapped_modules_survive():
     assert seen == ["untouched", "swapped"]
 
 
-def test_mixed_requires_grad_is_refused():
+def _freeze_half(mlp):
+    mlp.up.weight.requires_grad_(False)
+
+
+def _make_sparse(mlp):
+    mlp.up.weight = nn.Parameter(mlp.up.weight.detach().to_sparse_csr())
+
+
+def _hook_inside(mlp):
+    mlp.up.register_forward_hook(lambda *a: None)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [(_freeze_half, "frozen"), (_make_sparse, "sparse"), (_hook_inside, "hooks")],
+)
+def test_a_chosen_mlp_in_an_unfit_state_is_an_error(spoil, reason):
     model = Stack()
-    model.layers[1].up.weight.requires_grad_(False)
-    plan = {"layers": [{"select": {"name": "layers.1"}, "experts": 2}]}
-    with pytest.raises((mf.UnsupportedModuleError, mf.PlanError), match="frozen"):
-        mf.moeify(model, plan, example_inputs=torch.ones(2, 8))
+    spoil(model.layers[1])
+    x = torch.ones(2, 8)
+    before = [id(m) for m in model.modules()]
+    for select in ("all", {"name": "layers.1"}, {"index": 1}):
+        plan = {"layers": [{"select": select, "experts": 2}]}
+        with pytest.raises(mf.UnsupportedModuleError, match=rf"layers\.1: .*{reason}"):
+            mf.moeify(model, plan, example_inputs=x)
+    assert [id(m) for m in model.modules()] == before
+    assert [s.index for s in mf.find_mlps(model, x)] == [0, 1, 2]
+    dense = {"select": {"index": 1}, "experts": "dense"}
+    mf.moeify(model, {"layers": [{"select": "all", "experts": 2}, dense]}, example_inputs=x)
+    assert [type(m) is Mlp for m in model.layers] == [False, True, False]
+
+
+def test_hooks_of_a_layer_behind_linear_experts_fire_once():
+    model, seen = Cifar(), []
+    model.fc3.register_forward_hook(lambda *a: seen.append(1))
+    plan = {"layers": [{"select": {"name": "fc3"}, "experts": 4, "expert": "linear"}]}
+    mf.moeify(model, plan, example_inputs=torch.ones(2, 48))
+    seen.clear()
+    model(torch.ones(2, 48))
+    assert seen == [1]
 
 
 def test_twice_wrapped_or_not_a_module():
