@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import torch
 from torch import fx, nn
 
 from moeify import losses
@@ -94,6 +95,7 @@ def moeify(
 
         example_inputs = example_inputs_for(model)
     discovery = discover(model, example_inputs)
+    _refuse_quantised(model, discovery)
     resolved = resolve_sites(
         chosen,
         discovery.sites,
@@ -242,6 +244,24 @@ def refuse_wrapped(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
             raise UnsupportedModuleError(name, "it is sharded already: convert first, then shard")
+
+
+def _refuse_quantised(model: nn.Module, discovery: Discovery) -> None:
+    """Say so where a model has no MLP because its weights are quantised."""
+    if discovery.sites:
+        return
+    for path, module in model.named_modules():
+        for name, value in (*module._parameters.items(), *module._buffers.items()):
+            if value is not None and value.dim() >= 2 and value.dtype in (torch.int8, torch.uint8):
+                dtype = str(value.dtype).removeprefix("torch.")
+                raise UnsupportedModuleError(
+                    path or type(module).__name__,
+                    f"its {name} is quantised ({dtype}): convert the float model, then quantise",
+                )
+        if isinstance(getattr(module, "_packed_params", None), nn.Module):
+            raise UnsupportedModuleError(
+                path, "its weights are quantised: convert the float model, then quantise"
+            )
 
 
 def _refuse_parallel(plan: Plan, mesh: Any) -> None:

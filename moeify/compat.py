@@ -9,6 +9,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any, cast
 
 import torch
@@ -207,33 +208,56 @@ def watching(*, before_write: Callable[[Tensor], None] | None = None) -> Any:
     return _Watch(before_write)
 
 
+_around: list[Callable[..., Any]] = []
+
+
 @contextmanager
 def custom_functions(around: Callable[..., Any]) -> Iterator[None]:
     """Call `around(function, call, args, kwargs)` for each use of an `autograd.Function`.
 
-    Replaces `Function.apply` for the duration, because torch has no hook for it; calls by other
-    threads pass through.
+    Torch has no hook for it, and `act = MyFunction.apply` is usually bound long before, so that
+    replacing the method is not enough: what all these bound methods share is its code, which is
+    exchanged for the duration. Calls by other threads pass through.
 
     Args:
         around: Must return `call()`.
     """
-    Function = torch.autograd.Function
-    former = Function.__dict__["apply"]
+    method: Any = torch.autograd.Function.__dict__["apply"].__func__
+    former = method.__code__
+    original = FunctionType(
+        former, method.__globals__, "apply", method.__defaults__, method.__closure__
+    )
+    if _around or len(former.co_freevars) != 1:  # in use by another thread, or another torch
+        yield
+        return
     thread = threading.get_ident()
 
-    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    def handle(cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         def call() -> Any:
-            return former.__get__(None, cls)(*args, **kwargs)
+            return original(cls, *args, **kwargs)
 
         if threading.get_ident() != thread or cls is CheckpointFunction:
             return call()
         return around(cls, call, args, kwargs)
 
-    Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
+    _around.append(handle)
+    method.__code__ = _apply_code()
     try:
         yield
     finally:
-        Function.apply = former  # type: ignore[method-assign]
+        method.__code__ = former
+        _around.clear()
+
+
+def _apply_code() -> Any:
+    cell = None
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        from moeify import compat  # runs with the globals of torch.autograd.function
+
+        return cell and compat._around[-1](cls, args, kwargs)
+
+    return apply.__code__
 
 
 def is_fake(tensor: Tensor) -> bool:

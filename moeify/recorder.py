@@ -77,6 +77,7 @@ class Recorder(TorchFunctionMode):
         self.nodes: list[fx.Node] = []
         self.calls: list[ModuleCall] = []
         self.stack: list[ModuleCall] = []
+        self.objects: dict[str, Any] = {}
         self.outputs: list[Tensor] = []
         self._made: dict[int, fx.Node] = {}
         self._memory: dict[tuple[Any, ...], fx.Node] = {}
@@ -139,7 +140,18 @@ class Recorder(TorchFunctionMode):
                 self._as_argument(p) for p in (value.start, value.stop, value.step)
             )
             return slice(start, stop, step)
+        if isinstance(value, torch.ScriptObject | torch.Generator):
+            return self._object(value)  # code has no words for it
         return value
+
+    def _object(self, value: Any) -> fx.Node:
+        name = next((n for n, known in self.objects.items() if known is value), None)
+        if name is None:
+            name = f"object_{len(self.objects)}"
+            self.objects[name] = value
+        node = self.graph.get_attr(name)
+        set_record(node, NodeRecord(module_path=""))
+        return node
 
     def __torch_function__(
         self,
@@ -305,6 +317,7 @@ class Recorder(TorchFunctionMode):
         self.graph.output(tuple(self.node_of(t) for t in self.outputs))
         own: dict[str, Any] = dict(self.model.named_parameters())
         own |= dict(self.model.named_buffers())
+        own |= self.objects
         used = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
         module = fx.GraphModule({k: v for k, v in own.items() if k in used}, self.graph)
         for table in (self._made, self._memory, self._kept, self.outputs):

@@ -87,18 +87,18 @@ def test_a_large_model_on_meta() -> None:
 
 # -- inputs from a config
 
-TEXT = dict(
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    vocab_size=128,
-)
+TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 128,
+}
 VISION = dict(TEXT, image_size=32, patch_size=8)
 del VISION["vocab_size"]
-SMALL = dict(d_model=32, encoder_layers=2, decoder_layers=2)
-HEADS = dict(encoder_attention_heads=4, decoder_attention_heads=4)
-WIDE = dict(encoder_ffn_dim=48, decoder_ffn_dim=48)
+SMALL = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2}
+HEADS = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+WIDE = {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
 
 
 def build(name: str) -> tuple[nn.Module, int]:
@@ -108,11 +108,11 @@ def build(name: str) -> tuple[nn.Module, int]:
         case "gpt_neox":
             return t.GPTNeoXModel(t.GPTNeoXConfig(**TEXT)), 2
         case "whisper":
-            ids = dict(vocab_size=99, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-            size = dict(max_source_positions=20, num_mel_bins=16, decoder_start_token_id=1)
+            ids = {"vocab_size": 99, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+            size = {"max_source_positions": 20, "num_mel_bins": 16, "decoder_start_token_id": 1}
             return t.WhisperModel(t.WhisperConfig(**SMALL, **HEADS, **WIDE, **ids, **size)), 4
         case "series":
-            lengths = dict(prediction_length=4, context_length=8, lags_sequence=[1, 2])
+            lengths = {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2]}
             config = t.TimeSeriesTransformerConfig(
                 **lengths, num_time_features=2, **SMALL, **HEADS, **WIDE
             )
@@ -139,11 +139,13 @@ def build(name: str) -> tuple[nn.Module, int]:
         case "own cache":
             return t.DINOv3ViTModel(t.DINOv3ViTConfig(**VISION)), 2
         case "shared expert":
-            config = t.Qwen2MoeConfig(**TEXT, num_experts=4, mlp_only_layers=[0])
+            config = t.Qwen2MoeConfig(
+                **TEXT, num_key_value_heads=2, num_experts=4, mlp_only_layers=[0]
+            )
             return t.Qwen2MoeForCausalLM(config), 1
         case _:
-            experts = dict(num_local_experts=4, interleave_moe_layer_step=2)
-            heads = dict(num_key_value_heads=2, head_dim=8, pad_token_id=0)
+            experts = {"num_local_experts": 4, "interleave_moe_layer_step": 2}
+            heads = {"num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
             config = t.Llama4TextConfig(**TEXT, **experts, **heads, intermediate_size_mlp=48)
             return t.Llama4ForCausalLM(config), 1
 

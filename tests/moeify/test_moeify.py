@@ -511,3 +511,29 @@ def test_another_default_device_changes_nothing():
         model.state_dict().items(), twin.state_dict().items(), strict=True
     ):
         assert torch.equal(a, b), name
+
+
+class Int8(nn.Module):
+    """A linear layer with int8 weights and a scale, as quantisation libraries write it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        codes = torch.randint(-9, 9, (12, 8), dtype=torch.int8)
+        self.codes = nn.Parameter(codes, requires_grad=False)
+        self.step, self.down = nn.Parameter(torch.ones(12, 1)), nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.codes.to(x.dtype) * self.step
+        return self.down(nn.functional.gelu(nn.functional.linear(x, weight)))
+
+
+def test_a_quantised_model_is_refused_by_name():
+    with pytest.raises(mf.UnsupportedModuleError, match=r"0: its codes is quantised \(int8\)"):
+        mf.moeify(nn.Sequential(Int8()), ALL4, example_inputs=torch.ones(2, 8))
+    quantise = torch.ao.quantization.quantize_dynamic
+    model = quantise(nn.Sequential(Mlp()), {nn.Linear}, dtype=torch.qint8)
+    with pytest.raises(mf.UnsupportedModuleError, match=r"0\.up: its weights are quantised"):
+        mf.moeify(model, ALL4, example_inputs=torch.ones(2, 8))
+    mixed = nn.Sequential(model[0], Mlp())
+    mf.moeify(mixed, ALL4, example_inputs=torch.ones(2, 8))
+    assert [isinstance(child, fx.GraphModule) for child in mixed] == [False, True]
