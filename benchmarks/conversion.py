@@ -7,6 +7,7 @@ table holds medians. A conversion that copies must write its experts: what it co
 
 from __future__ import annotations
 
+import copy
 import json
 import resource
 import statistics
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-ROUNDS = 5
+ROUNDS = 3
 
 
 def _peak_mb() -> float:
@@ -86,8 +87,9 @@ def convert_against_copy() -> dict[str, float]:
     torch.set_num_threads(2)
     plan = mf.Plan.preset("moe", experts=8)
     ratios, seconds, verified = [], [], []
+    source = _gpt2_350m().eval()
     for _ in range(ROUNDS):
-        model = _gpt2_350m().eval()
+        model = copy.deepcopy(source)
         inputs = example_inputs_for(model)
         started = time.perf_counter()
         mf.moeify(model, plan, example_inputs=inputs, verify=False)
@@ -100,7 +102,7 @@ def convert_against_copy() -> dict[str, float]:
         seconds.append(took)
         size = sum(p.numel() * p.element_size() for p in made)
         del copies, made, model
-        model = _gpt2_350m().eval()
+        model = copy.deepcopy(source)
         started = time.perf_counter()
         mf.moeify(model, plan, example_inputs=inputs)
         verified.append(time.perf_counter() - started)

@@ -169,10 +169,16 @@ def _record(
     names |= {id(t): n for n, t in model.named_buffers() if id(t) not in names}
     with ExitStack() as stack:
         stack.enter_context(preserved(model))
+        scripts = [m for m in model.modules() if isinstance(m, torch.jit.ScriptModule)]
         mode: Any = None
         if fakes is not None:
+            if any(True for script in scripts for _ in script.parameters()):
+                raise RuntimeError("TorchScript modules keep their weights to themselves")
             mode = compat.fake_mode()
             names, args, kwargs = _swap_in_fakes(model, names, args, kwargs, mode)
+        for script in scripts:
+            stack.callback(script.train, script.training)
+            script.train(training)
         for module in model.modules():
             module.__dict__["training"] = training
         recorder = Recorder(model, names, fakes)

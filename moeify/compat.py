@@ -79,20 +79,30 @@ def is_compiled_module(module: nn.Module) -> bool:
     return isinstance(module, OptimizedModule)
 
 
-def disable_fused_encoder(layer: nn.Module) -> object | None:
-    """Turn off the fused evaluation kernel of torch's own encoder layer.
+def disable_fused_encoder(module: nn.Module) -> tuple[str, Any] | None:
+    """Turn off the fused evaluation kernel of torch's own encoder and its layers.
 
-    That kernel reads `linear1.weight` and bypasses a replaced `linear1`. The layer and the
-    encoder around it both ask `activation_relu_or_gelu` first: 0 means "not fusable".
+    That kernel reads `linear1.weight` and bypasses a replaced `linear1`. A layer asks
+    `activation_relu_or_gelu` first, where 0 means "not fusable"; the encoder around asks
+    `use_nested_tensor`.
 
     Returns:
-        The former value, to restore, or None where `layer` has no such kernel.
+        The attribute that was changed and its former value, or None for any other module.
     """
-    if not isinstance(layer, nn.TransformerEncoderLayer):
+    if isinstance(module, nn.TransformerEncoderLayer):
+        name, off = "activation_relu_or_gelu", 0
+    elif isinstance(module, nn.TransformerEncoder) and hasattr(module, "use_nested_tensor"):
+        name, off = "use_nested_tensor", False
+    else:
         return None
-    former: object = layer.activation_relu_or_gelu
-    layer.activation_relu_or_gelu = 0
-    return former
+    former = getattr(module, name)
+    setattr(module, name, off)
+    return name, former
+
+
+def restore_fused_encoder(module: nn.Module, former: tuple[str, Any]) -> None:
+    """Undo `disable_fused_encoder`."""
+    setattr(module, *former)
 
 
 def record_under_compiled_checkpointing() -> None:

@@ -167,7 +167,7 @@ class Installer:
             parent._modules[key] = original
         self._done.clear()
         for path, value in self.fused.items():
-            self.model.get_submodule(path).activation_relu_or_gelu = value
+            compat.restore_fused_encoder(self.model.get_submodule(path), value)
         self.fused.clear()
 
     def _swap(self, path: str, new: nn.Module, *, keep_hooks: bool = False) -> Swap:

@@ -233,6 +233,7 @@ class Demo:
         self._heading("6. Save, and load in a fresh process")
         here = embed(model, tokenizer, self.text.sentences)
         start = time.perf_counter()
+        self.out.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.save(model, self.out)
         seconds = time.perf_counter() - start
         copy_beside(self.folder, self.out)

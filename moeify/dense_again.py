@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
-from moeify import hf, losses
+from moeify import compat, hf, losses
 from moeify.block import DenseMLP, LinearExperts, ResidualMix, StoredLinear
 from moeify.conversion import (
     ATTRIBUTE,
@@ -92,7 +92,7 @@ def demoeify(model: Model) -> Model:
 
 def _forget(model: nn.Module, conversion: Conversion) -> None:
     for path, value in conversion.fused.items():
-        model.get_submodule(path).activation_relu_or_gelu = value
+        compat.restore_fused_encoder(model.get_submodule(path), value)
     del model.__dict__[ATTRIBUTE]
     losses.detach(model)
     hf.unguard(model)

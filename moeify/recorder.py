@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -140,7 +141,7 @@ class Recorder(TorchFunctionMode):
                 self._as_argument(p) for p in (value.start, value.stop, value.step)
             )
             return slice(start, stop, step)
-        if isinstance(value, torch.ScriptObject | torch.Generator):
+        if isinstance(value, torch.ScriptObject | torch.Generator | FunctionType | MethodType):
             return self._object(value)  # code has no words for it
         return value
 
@@ -243,6 +244,8 @@ class Recorder(TorchFunctionMode):
         handles = []
         try:
             for path, module in self.model.named_modules():
+                if isinstance(module, torch.jit.ScriptModule):
+                    continue  # takes no hooks; its operators are seen one by one
                 handles += [
                     module.register_forward_pre_hook(self._entering(path), prepend=True),
                     module.register_forward_pre_hook(self._starting, with_kwargs=True),

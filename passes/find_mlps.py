@@ -24,6 +24,7 @@ from torch import fx
 
 from moeify.passes.base import Fact, PassResult, PlanContext
 from moeify.passes.dataflow import Linear, linears_of
+from moeify.passes.existing_moe import ExistingMoe
 from moeify.passes.inner_program import InnerProgram, NotTokenwise, build_program
 from moeify.passes.operations import (
     ACTIVATING,
@@ -37,7 +38,6 @@ from moeify.passes.operations import (
     RESHAPES,
     SPLITS,
     TRANSPOSES,
-    VIEWS,
     changed_views,
     dataflow,
     is_slice_of_width,
@@ -152,7 +152,11 @@ def find_regions(graph: fx.Graph, *, training: bool = False) -> tuple[list[Regio
         elif match is not None:
             missed.append(match)
     found, overlapping = _without_overlaps(found)
-    found, routed = search.without_routed(found)
+    sources = [(region.source, region.key) for region in found]
+    experts = ExistingMoe(search.flow, search.linears, sources)
+    reasons = {region: experts.reason(region.source) for region in found}
+    routed = [NearMiss(_path(r.down), why) for r, why in reasons.items() if why]
+    found = [region for region in found if not reasons[region]]
     return found, list(dict.fromkeys([*missed, *overlapping, *routed]))
 
 
@@ -183,8 +187,6 @@ class _Search:
             return None
         if not square and not any(op_name(node) in ACTIVATING for node in interior):
             return None  # a low-rank projection with a norm inside
-        if all("neighbouring" in linear.problem for linear in (*ups, down)):
-            return None  # a convolutional network
         reason = self._defect((*ups, down), obstacle, leak)
         if reason:
             return NearMiss(_path(down), reason)
@@ -327,51 +329,6 @@ class _Search:
                     return "its hidden value is changed in place through a view"
         return None
 
-    def without_routed(self, regions: list[Region]) -> tuple[list[Region], list[NearMiss]]:
-        """Drop the experts of existing MoE blocks: their input is a choice of tokens.
-
-        Rows chosen by a mask of the inputs, as where padding is removed, are tokens like others:
-        what counts is that a projection made the choice, or that several MLPs share the tokens.
-        """
-        tokens: set[fx.Node] = set()
-        for linear in self.linears:
-            if linear.weight.stacked:
-                tokens |= _behind_choice(linear.source)
-        for node in self.flow.nodes:
-            if op_name(node) in _STACKED and any(map(_is_stacked, node.all_input_nodes)):
-                for value in node.all_input_nodes:
-                    tokens |= _behind_choice(value)
-        choosers: dict[fx.Node, set[tuple[str, ...]]] = {}
-        for region in regions:
-            if _is_choice(region.source):
-                keys = choosers.setdefault(_before_choice(region.source), set())
-                keys.add(region.key)
-        routed = {
-            region
-            for region in regions
-            if _is_choice(region.source)
-            and (len(choosers[_before_choice(region.source)]) > 1 or self._is_routed(region.source))
-        }
-        tokens |= {_before_choice(region.source) for region in routed}
-        kept, missed = [], []
-        for region in regions:
-            if region in routed:
-                reason = "its input is a choice of tokens, as in an existing MoE block"
-            elif region.source in tokens:
-                reason = "it is the shared expert of an existing MoE block"
-            else:
-                kept.append(region)
-                continue
-            missed.append(NearMiss(_path(region.down), reason))
-        return kept, missed
-
-    def _is_routed(self, choice: fx.Node) -> bool:
-        """Tell whether the index of a choice depends on a projection, as a router's does."""
-        data, *index = strip(choice).all_input_nodes
-        known = nx.ancestors(self.flow, data) | {data}
-        chosen = set().union(*(nx.ancestors(self.flow, node) | {node} for node in index))
-        return any(linear.node in chosen - known for linear in self.linears)
-
 
 def _describe_obstacle(node: fx.Node) -> str:
     if node.op == "placeholder":
@@ -387,46 +344,6 @@ def _is_nonlinear(node: fx.Node) -> bool:
         return True
     tensors = [a for a in node.args if isinstance(a, fx.Node) and a.op != "get_attr"]
     return name in ("mul", "rmul") and len(tensors) == 2
-
-
-def _is_choice(node: fx.Node) -> bool:
-    """Tell whether a value is a selection of rows by a tensor of indices."""
-    node = strip(node)
-    name = op_name(node)
-    if name in ("index_select", "gather", "masked_select", "take_along_dim", "embedding"):
-        return name != "embedding" and len(node.all_input_nodes) > 1
-    return name == "getitem" and len(node.all_input_nodes) > 1
-
-
-def _before_choice(node: fx.Node) -> fx.Node:
-    node = strip(node)
-    while _is_choice(node):
-        node = strip(node.all_input_nodes[0])
-    return node
-
-
-_STACKED = frozenset("grouped_mm bmm baddbmm matmul einsum".split())
-_SPREADS = RESHAPES | VIEWS | frozenset("repeat repeat_interleave mul broadcast_to".split())
-
-
-def _is_stacked(node: fx.Node) -> bool:
-    """Tell whether a value is a view of a three-dimensional parameter: all experts' weights."""
-    while node.op != "get_attr":
-        if op_name(node) not in VIEWS | CASTS:
-            return False
-        node = node.all_input_nodes[0]
-    return len(shape_of(node)) == 3
-
-
-def _behind_choice(node: fx.Node) -> set[fx.Node]:
-    """Return the values that the rows of an expert come from: chosen, repeated or scaled."""
-    found: set[fx.Node] = set()
-    while True:
-        node = strip(node)
-        found.add(node)
-        if not node.all_input_nodes or not (_is_choice(node) or op_name(node) in _SPREADS):
-            return found
-        node = node.all_input_nodes[0]
 
 
 def _path(linear: Linear) -> str:

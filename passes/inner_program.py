@@ -75,14 +75,14 @@ def build_program(
         NotTokenwise: A node mixes tokens or needs something that rows do not have.
     """
     writer = _Writer(ups, interior, down, lift_dropout=True, training=training)
-    if only_normalises(writer.module, writer.width, len(writer.params)):
-        raise NotTokenwise("between its projections is only a normalisation, no activation")
     plain = not writer.params and not writer.has_dropout
     named = recognise(writer.module, writer.width) if plain else None
     narrow = _narrow_width(interior)
     if named is not None:
         activation, gated, swap = named
         return InnerProgram(activation, gated, swap, writer.dropout, (), None, narrow)
+    if only_normalises(writer.module, writer.width, len(writer.params)):
+        raise NotTokenwise("between its projections is only a normalisation, no activation")
     if writer.dropout:  # a custom program keeps every dropout where it was
         writer = _Writer(ups, interior, down, lift_dropout=False, training=training)
     gated = len(ups) > 1

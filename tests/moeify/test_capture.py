@@ -204,7 +204,7 @@ class Everything(nn.Module):
         y[..., 0] = 2.0
         y += pair["b"]
         a, (b, c) = y[:, ::2], y.split([D // 2, D // 2], -1)
-        z = self.attention(y, y, y)[0].T.transpose(0, 2) + Swish.apply(y)
+        z = self.attention(y, y, y)[0].mT.transpose(1, 2) + Swish.apply(y)
         z = scripted(z) + torch.cat([b, c], -1) + torch.ops.aten.mul.Tensor(z, z)
         out = torch.empty_like(z)
         torch.add(z, y, out=out)
@@ -321,3 +321,22 @@ def test_meta_models() -> None:
 def test_clear_errors(model: nn.Module, inputs: Any, text: str) -> None:
     with pytest.raises(CaptureError, match=text):
         capture(model, inputs)
+
+
+def test_scripted_modules_are_left_alone() -> None:
+    scripted_module = torch.jit.script(nn.Sequential(nn.Linear(D, D), nn.Dropout(0.5)))
+    model = nn.Sequential(nn.Linear(D, D), scripted_module).train()
+    recorded = capture(model, torch.randn(2, D))
+    assert recorded.mode == "real"
+    assert "TorchScript" in recorded.fallback
+    assert model.training
+    assert scripted_module.training
+    assert all(type(p) is nn.Parameter for p in model.parameters())
+
+
+def test_operators_that_take_functions() -> None:
+    class Branches(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cond(x.sum() > 0, lambda x: x + 1, lambda x: x - 1, (x,))
+
+    assert capture(Branches(), torch.randn(2, D)).nodes

@@ -86,7 +86,7 @@ def test_other_weights_are_refused(tmp_path):
 
 
 def test_all_of_it_on_a_tiny_encoder(encoder, text, tmp_path):
-    out = tmp_path / "out"
+    out = tmp_path / "not" / "yet" / "there"
     numbers = tiny(encoder, text, out, steps=2, compile=False).run()
     json.dumps(numbers)
     assert len(numbers["sites"]) == 2

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations
 from moeify import moeify
 from moeify.capture import capture
 from moeify.discovery import discover
-from moeify.errors import PlanError
+from moeify.errors import MoeifyError
 from moeify.passes.find_mlps import find_regions
 from moeify.passes.placement import Placer
 from moeify.sites import Site
@@ -58,10 +58,9 @@ class Layer(nn.Module):
             case "unpadded":
                 rows = y[torch.ones(y.shape[:2], dtype=torch.bool)]
                 return x + self.mlp(rows).view(x.shape)
-            case "checkpointed":
-                return x + torch.utils.checkpoint.checkpoint(self.mlp, y, use_reentrant=False)
-            case "reentrant":
-                return x + torch.utils.checkpoint.checkpoint(self.mlp, y, use_reentrant=True)
+            case "checkpointed" | "reentrant":
+                again = self.how == "reentrant"
+                return x + torch.utils.checkpoint.checkpoint(self.mlp, y, use_reentrant=again)
             case "next":
                 return x + self.other(self.mlp(y))
         return x + self.mlp(y)
@@ -274,7 +273,7 @@ def test_refused(change: Callable[[Layer], None], text: str) -> None:
     assert site.install == "refused"
     assert text in site.reason
     state = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(PlanError):
+    with pytest.raises(MoeifyError):
         moeify(model, PLAN, example_inputs=x())
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
@@ -379,3 +378,23 @@ def test_placer_reads_one_capture() -> None:
     tapped = Placer(model, recorded).placement(regions, whole=False)
     assert (tapped.install, tapped.taps, tapped.block) == ("T2", ("1.mlp.up",), "1.mlp.down")
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_torch_encoder_with_padding() -> None:
+    layer = nn.TransformerEncoderLayer(D, 2, H, dropout=0.0, batch_first=True)
+
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.TransformerEncoder(layer, 2)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return self.encoder(x, src_key_padding_mask=mask)
+
+    model, mask = Padded().eval(), torch.zeros(2, 5, dtype=torch.bool)
+    mask[1, 3:] = True
+    inputs = x()
+    with torch.no_grad():
+        expected = model(inputs, mask)
+        moeify(model, PLAN, example_inputs=(inputs, mask))
+        torch.testing.assert_close(model(inputs, mask)[~mask], expected[~mask])
