@@ -102,6 +102,7 @@ def moeify(
         parameters=discovery.parameters,
         parameter_bytes=discovery.parameter_bytes,
         linears=discovery.linears,
+        near_misses=[str(miss) for miss in discovery.near_misses],
     )
     blocks = run_pipeline(model, chosen, resolved, discovery, passes)
     _install_checked(model, chosen, resolved, discovery, blocks, example_inputs, verify)

@@ -312,6 +312,7 @@ class Plan(Strict):
             parameters=found.parameters,
             parameter_bytes=found.parameter_bytes,
             linears=found.linears,
+            near_misses=[str(miss) for miss in found.near_misses],
         )
 
     def __eq__(self, other: object) -> bool:

@@ -243,6 +243,7 @@ def resolve_sites(
     parameters: int,
     parameter_bytes: int,
     linears: Sequence[Projection] = (),
+    near_misses: Sequence[str] = (),
 ) -> ResolvedPlan:
     """Applies a plan to sites.
 
@@ -252,6 +253,7 @@ def resolve_sites(
         parameters: Parameter elements of the whole model, shared ones counted once.
         parameter_bytes: Their bytes.
         linears: Linear layers that are modules of their own, for rules with `expert: linear`.
+        near_misses: What nearly is an MLP and why it is none, for the message where none is.
 
     Returns:
         What every selected site becomes.
@@ -275,6 +277,7 @@ def resolve_sites(
             for site in sites
             if site.install == "refused" and not site.blocked
         },
+        near=near_misses,
     )
     chosen: dict[str, dict[str, _Choice]] = {"mlp": {}, "linear": {}}
     for position, rule in enumerate(plan.layers):

@@ -23,11 +23,13 @@ class Universe:
         mlps: Sites that can be converted, by name, in execution order.
         linears: Linear layers as sites, by module path.
         refused: Why the other sites cannot be converted, by name.
+        near: What nearly is an MLP, each with its reason.
     """
 
     mlps: Mapping[str, Site]
     linears: Mapping[str, Site]
     refused: Mapping[str, str]
+    near: Sequence[str] = ()
 
 
 def match_rule(
@@ -84,6 +86,8 @@ def _nothing_offered(expert: str, universe: Universe) -> str:
     if universe.refused:
         reasons = [f"{name}: {reason}" for name, reason in universe.refused.items()]
         message += f"; refused: {shorten(reasons, 4)}"
+    if universe.near:
+        message += f"; nearly: {shorten(list(universe.near), 4)}"
     if universe.linears:
         message += "; linear layers can be named with `expert: linear`"
     return message

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from moeify import compat
 from moeify.capture import ExampleInputs, preserved, split_inputs, tensors_in
 from moeify.errors import VerificationError
 from moeify.resolve import LayerPlan
@@ -25,6 +26,9 @@ TOLERANCE = {
 }
 """Largest relative difference at step 0, by the parameters' dtype."""
 
+_SMALL = 1e-30
+"""Numbers below it are compared as they are: relative to denormals everything differs."""
+
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
@@ -32,11 +36,14 @@ class Snapshot:
 
     Attributes:
         outputs: Its floating-point outputs, detached.
-        gradients: Gradients by parameter name, of the sum of squares of the outputs.
+        gradients: Gradients by parameter name, of a random projection of the outputs. (Not of their
+            squares: behind a final norm those are nearly constant.)
+        failure: Why the backward pass fails, or "".
     """
 
     outputs: tuple[Tensor, ...]
     gradients: dict[str, Tensor]
+    failure: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,20 +81,32 @@ def snapshot(model: nn.Module, example_inputs: ExampleInputs, names: Iterable[st
     args, kwargs = split_inputs(example_inputs)
     parameters = dict(model.named_parameters())
     wanted = {n: parameters[n] for n in names if n in parameters and parameters[n].requires_grad}
+    failure = ""
     with preserved(model), lifted_capacity(model), torch.enable_grad():
         for module in model.modules():
             module.__dict__["training"] = False
+            compat.disable_fused_encoder(module)  # it writes zeros where padding is
         torch.manual_seed(0)
         outputs = [
             t for t in tensors_in(model(*args, **kwargs)) if t.is_floating_point() and t.numel()
         ]
         gradients: dict[str, Tensor] = {}
         if wanted and any(t.requires_grad for t in outputs):
-            loss = torch.stack([t.float().square().sum() for t in outputs if t.requires_grad]).sum()
-            grads = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
-            found = zip(wanted, grads, strict=True)
-            gradients = {name: grad.detach() for name, grad in found if grad is not None}
-    return Snapshot(tuple(t.detach() for t in outputs), gradients)
+            loss = torch.stack([_projected(t) for t in outputs if t.requires_grad]).sum()
+            try:
+                grads = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
+            except (RuntimeError, AssertionError, NotImplementedError) as error:
+                failure = f"{type(error).__name__}: {error}"
+            else:
+                found = zip(wanted, grads, strict=True)
+                gradients = {name: grad.detach() for name, grad in found if grad is not None}
+    return Snapshot(tuple(t.detach() for t in outputs), gradients, failure)
+
+
+def _projected(output: Tensor) -> Tensor:
+    generator = torch.Generator(device=output.device).manual_seed(0)
+    size, device = output.shape, output.device
+    return (output.float() * torch.randn(size, generator=generator, device=device)).sum()
 
 
 def compare(dense: Snapshot, moe: Snapshot, layers: Sequence[LayerPlan]) -> Difference:
@@ -102,13 +121,15 @@ def compare(dense: Snapshot, moe: Snapshot, layers: Sequence[LayerPlan]) -> Diff
     outputs = max(
         (_relative(a, b) for a, b in zip(dense.outputs, moe.outputs, strict=True)), default=0.0
     )
+    if moe.failure and not dense.failure:
+        raise VerificationError(f"the converted model's backward pass fails: {moe.failure}")
     shared = [n for n in dense.gradients if n in moe.gradients]
     size = sum(float(dense.gradients[n].double().square().sum()) for n in shared)
     error = sum(
         float((dense.gradients[n].double() - moe.gradients[n].double()).square().sum())
         for n in shared
     )
-    gradients = (error / size) ** 0.5 if size else 0.0
+    gradients = (error / max(size, _SMALL**2)) ** 0.5
     return Difference(outputs, gradients, all(is_exact(layer) for layer in layers))
 
 
@@ -154,4 +175,4 @@ def _relative(a: Tensor, b: Tensor) -> float:
         return 0.0
     gap = (a[both].double() - b[both].double()).abs().max()
     size = a[both].double().abs().max()
-    return float(gap / size) if float(size) else float(gap)
+    return float(gap) / max(float(size), _SMALL)

@@ -74,6 +74,9 @@ class NearMiss:
     name: str
     reason: str
 
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Region:
@@ -217,7 +220,7 @@ class _Search:
             return "two of its projections share one weight"
         if len({linear.channel for linear in linears}) != 1:
             return "it mixes convolutions and linear layers"
-        return self._is_gate(down)
+        return self._is_gate(down) or self._goes_on(down)
 
     def _several_inputs(self, ups: list[Linear]) -> str:
         """Say why the first projections have different inputs: often an adapter beside one."""
@@ -253,6 +256,17 @@ class _Search:
             if op_name(node) not in RESHAPES | GATES:
                 break
         return ""
+
+    def _goes_on(self, down: Linear) -> str:
+        """Say so where an activation and another projection follow, as in a head."""
+        sources = {linear.source for linear in self.linears}
+        node, activated = down.out, False
+        while len(node.users) == 1 and not (activated and node in sources):
+            node = next(iter(node.users))
+            activated = activated or op_name(node) in ACTIVATING
+            if op_name(node) not in RESHAPES | CASTS | DROPOUTS | ACTIVATING:
+                return ""
+        return "it is part of an MLP of more layers" if activated and node in sources else ""
 
     def _walk(
         self, down: Linear

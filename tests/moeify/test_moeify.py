@@ -537,3 +537,59 @@ def test_a_quantised_model_is_refused_by_name():
     mixed = nn.Sequential(model[0], Mlp())
     mf.moeify(mixed, ALL4, example_inputs=torch.ones(2, 8))
     assert [isinstance(child, fx.GraphModule) for child in mixed] == [False, True]
+
+
+class NormLast(nn.Module):
+    """Post-norm: the squares of its outputs are constant, so their gradients are rounding noise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mlp = nn.Linear(8, 8), Mlp()
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        return self.norm(x + self.mlp(x))
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_a_final_norm_verifies_and_still_catches_wrong_gradients(top_k, monkeypatch):
+    plan = {"layers": [{"select": "all", "experts": 3, "top_k": top_k}]}
+    x = torch.randn(64, 8)
+    mf.moeify(NormLast(), plan, example_inputs=x)
+    real = api.compare
+
+    def bent(dense: Any, moe: Any, layers: Any) -> Any:
+        moe.gradients["embed.weight"].mul_(1.001)
+        return real(dense, moe, layers)
+
+    monkeypatch.setattr(api, "compare", bent)
+    with pytest.raises(mf.VerificationError, match="gradients differ"):
+        mf.moeify(NormLast(), plan, example_inputs=x)
+
+
+def test_a_model_without_a_backward_is_compared_by_its_outputs():
+    class NoBackward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            raise NotImplementedError("forward only")
+
+    class Model(Stack):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(NoBackward.apply(x * self.weight))
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(8))
+
+    mf.moeify(Model(), ALL4, example_inputs=torch.randn(4, 8))
+
+
+def test_nothing_found_names_the_near_misses():
+    model = nn.Sequential(nn.LayerNorm(8), Mlp(out=5))
+    with pytest.raises(mf.PlanError, match=r"nearly: 1\.down: .*width 5"):
+        mf.moeify(model, ALL4, example_inputs=torch.ones(2, 8))

@@ -126,6 +126,10 @@ def test_three_layers_are_no_mlp() -> None:
     found = discover(model, x())
     assert not found.sites
     assert {near.name for near in found.near_misses} == {"2", "4"}
+    head = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, D), nn.ReLU(), nn.Linear(D, 4))
+    found = discover(head, x())
+    assert not found.sites
+    assert "part of an MLP of more layers" in found.near_misses[0].reason
 
 
 @pytest.mark.parametrize("options", [{"groups": 2}, {"stride": 2}, {"padding": 1}])
