@@ -32,7 +32,7 @@ from moeify.passes.records import record_of
 from moeify.passes.replace_mlps import MOE_ROLE, ReplaceMlps, block_path, find_site
 from moeify.plan import Plan
 from moeify.resolve import LayerPlan, ResolvedPlan, resolve_sites
-from moeify.verification import check, check_untouched, compare, snapshot
+from moeify.verification import check, check_untouched, coarsest, compare, snapshot
 
 log = logging.getLogger("moeify")
 Model = TypeVar("Model", bound=nn.Module)
@@ -190,7 +190,7 @@ def _install_checked(
         if dense is not None:
             difference = compare(dense, snapshot(model, example_inputs, untouched), resolved.layers)
             log.info("step-0 difference: %s", difference)
-            check(difference, next(iter(before.values())).dtype)
+            check(difference, coarsest(p.dtype for p in before.values()))
         for converted in layers:
             for swap in converted.swaps:
                 swap.original = skeleton(swap.original)

@@ -17,7 +17,7 @@ from moeify.hf import example_inputs_for
 from moeify.plan import Plan
 from moeify.resolve import ResolvedPlan
 from moeify.selection import shorten
-from moeify.verification import Difference, check, compare, snapshot
+from moeify.verification import Difference, check, coarsest, compare, snapshot
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -104,7 +104,7 @@ def _convert(model: nn.Module, plan: Plan, verify: bool) -> tuple[ResolvedPlan, 
     dense = snapshot(model, inputs, outside)
     api.moeify(model, plan, example_inputs=inputs, verify=False)
     difference = compare(dense, snapshot(model, inputs, outside), resolved.layers)
-    check(difference, next(model.parameters()).dtype)
+    check(difference, coarsest(p.dtype for p in model.parameters()))
     return resolved, difference
 
 

@@ -123,18 +123,29 @@ def compare(dense: Snapshot, moe: Snapshot, layers: Sequence[LayerPlan]) -> Diff
     )
     if moe.failure and not dense.failure:
         raise VerificationError(f"the converted model's backward pass fails: {moe.failure}")
-    shared = [n for n in dense.gradients if n in moe.gradients]
-    size = sum(float(dense.gradients[n].double().square().sum()) for n in shared)
-    error = sum(
-        float((dense.gradients[n].double() - moe.gradients[n].double()).square().sum())
-        for n in shared
-    )
+    size = error = 0.0
+    if not dense.failure:
+        for name, want in dense.gradients.items():
+            got = moe.gradients.get(name)  # None: it no longer reaches this parameter
+            gap = want.double() if got is None else want.double() - got.double()
+            size += float(want.double().square().sum())
+            error += float(gap.square().sum())
     gradients = (error / max(size, _SMALL**2)) ** 0.5
     return Difference(outputs, gradients, all(is_exact(layer) for layer in layers))
 
 
+def coarsest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """Return the dtype that decides how exact a model of mixed dtypes can be."""
+    known = [dtype for dtype in dtypes if dtype in TOLERANCE]
+    return max(known, key=TOLERANCE.__getitem__, default=torch.float32)
+
+
 def check(difference: Difference, dtype: torch.dtype) -> None:
     """Hold a promised conversion to its promise.
+
+    Args:
+        difference: What `compare` measured.
+        dtype: The coarsest dtype of the model's parameters.
 
     Raises:
         VerificationError: It differs from the dense model by more than rounding.

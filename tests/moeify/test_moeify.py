@@ -593,3 +593,35 @@ def test_nothing_found_names_the_near_misses():
     model = nn.Sequential(nn.LayerNorm(8), Mlp(out=5))
     with pytest.raises(mf.PlanError, match=r"nearly: 1\.down: .*width 5"):
         mf.moeify(model, ALL4, example_inputs=torch.ones(2, 8))
+
+
+def test_a_gradient_that_vanishes_is_caught():
+    @dataclass(frozen=True)
+    class Detach(ScaleHidden):
+        def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
+            for _, block in blocks_of(gm):
+                node = next(n for n in block.graph.nodes if n.target is torch.ops.moeify.combine)
+                with block.graph.inserting_after(node):
+                    cut = block.graph.call_method("detach", (node,))
+                node.replace_all_uses_with(cut, delete_user_cb=lambda u, c=cut: u is not c)
+                block.recompile()
+            return PassResult(gm, True)
+
+    # no path around the MLP: the first layer gets no gradient at all, and the numbers stay right
+    model = nn.Sequential(nn.Linear(8, 8), Mlp(), nn.LayerNorm(8))
+    with pytest.raises(mf.VerificationError, match="gradients differ"):
+        mf.moeify(model, ALL4, example_inputs=torch.randn(9, 8), passes=[Detach(1.0)])
+    assert isinstance(model[1], Mlp)
+
+
+def test_mixed_dtypes_are_held_to_the_coarsest():
+    model = nn.Sequential(nn.Embedding(9, 8), Cast(), Mlp().bfloat16(), Mlp().bfloat16())
+    plan = {"layers": [{"select": "all", "experts": 3, "top_k": 2}]}
+    mf.moeify(model, plan, example_inputs=torch.arange(9)[None])
+    assert model[0].weight.dtype == torch.float32
+    assert all(isinstance(model[i], fx.GraphModule) for i in (2, 3))
+
+
+class Cast(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.to(torch.bfloat16)

@@ -16,6 +16,7 @@ from moeify.passes.base import Fact, PlanContext
 from moeify.passes.find_mlps import FindMlps
 from moeify.passes.printer import print_graph
 from moeify.passes.testing import assert_idempotent
+from tests.conv_models import Conv, ConvModel
 
 D, H = 8, 24
 PLAN = {"layers": [{"select": "all", "experts": 3, "top_k": 2, "residual": "coefficient"}]}
@@ -240,28 +241,6 @@ def test_sequential_at_the_root() -> None:
     site = discover(model, x()).sites[0]
     assert (site.name, site.install) == ("2", "T2")
     converts(model, x())
-
-
-class Conv(nn.Module):
-    """An MLP of 1x1 convolutions."""
-
-    def __init__(self, **options: int) -> None:
-        super().__init__()
-        self.up = nn.Conv2d(D, H, 1)
-        self.down = nn.Conv2d(H, D, 1, **options)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x)))
-
-
-class ConvModel(nn.Module):
-    def __init__(self, mlp: nn.Module) -> None:
-        super().__init__()
-        self.stem, self.mlp = nn.Conv2d(3, D, 2, 2), mlp
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        return x + self.mlp(x)
 
 
 def test_channels_first() -> None:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moeify.discovery import discover
+from tests.conv_models import Conv, ConvModel
 
 D, H = 8, 24
 
@@ -138,28 +139,6 @@ def test_convolutions_that_are_no_projections(options: dict[str, int]) -> None:
     found = discover(ConvModel(mlp), torch.randn(2, 3, 8, 8))
     assert not found.sites
     assert next(iter(options)) in found.near_misses[0].reason
-
-
-class Conv(nn.Module):
-    """An MLP of 1x1 convolutions."""
-
-    def __init__(self, **options: int) -> None:
-        super().__init__()
-        self.up = nn.Conv2d(D, H, 1)
-        self.down = nn.Conv2d(H, D, 1, **options)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x)))
-
-
-class ConvModel(nn.Module):
-    def __init__(self, mlp: nn.Module) -> None:
-        super().__init__()
-        self.stem, self.mlp = nn.Conv2d(3, D, 2, 2), mlp
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        return x + self.mlp(x)
 
 
 def test_squeeze_and_excitation() -> None:
