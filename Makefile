@@ -1,8 +1,10 @@
 # `make demo` and `make test` need Python 3.11 or newer, and the network once, for pip.
 # PIP_FLAGS go to pip: an index with CPU builds of torch saves gigabytes without a GPU.
+# PYTEST_FLAGS go to pytest: two workers of one thread each; without any, one process and two.
 
 PYTHON ?= python3
 PIP_FLAGS ?=
+PYTEST_FLAGS ?= -n 2 --dist loadscope
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS) -c constraints.txt
@@ -17,7 +19,7 @@ test: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(PYTEST_FLAGS)
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks

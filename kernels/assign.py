@@ -12,16 +12,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moeify.kernels.implementations import register
+
 DROPS = ("random", "position", "score")
 
 
-@torch.library.custom_op(
-    "moeify::assign",
-    mutates_args=(),
-    schema="(Tensor ids, Tensor? priority, int experts, SymInt capacity) "
-    "-> (Tensor, Tensor, Tensor)",
-)
-def assign(
+def assign_reference(
     ids: Tensor, priority: Tensor | None, experts: int, capacity: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Give every route that fits its expert's capacity a row, and drop the others.
@@ -63,6 +59,15 @@ def assign(
     )
 
 
+assign = torch.library.custom_op(
+    "moeify::assign",
+    assign_reference,
+    mutates_args=(),
+    schema="(Tensor ids, Tensor? priority, int experts, SymInt capacity) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+
+
 @assign.register_fake
 def _(
     ids: Tensor, priority: Tensor | None, experts: int, capacity: int
@@ -88,3 +93,11 @@ def _kept(ids: Tensor, priority: Tensor | None, experts: int, capacity: int) -> 
     rank = routes - starts[grouped]
     kept = torch.empty(tokens * top_k, dtype=torch.bool, device=ids.device)
     return kept.scatter_(0, ranked[by_expert], rank < capacity)
+
+
+register(
+    assign,
+    assign_reference,
+    cpu="moeify.kernels.rows_native:assign",
+    cuda="moeify.kernels.assign_triton:assign",
+)

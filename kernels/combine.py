@@ -10,15 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeify.kernels.implementations import register
 from moeify.kernels.precision import accumulation_dtype, without_autocast
 
 
-@torch.library.custom_op(
-    "moeify::combine",
-    mutates_args=(),
-    schema="(Tensor hidden, Tensor? weights, Tensor order, Tensor slots) -> Tensor",
-)
-def combine(hidden: Tensor, weights: Tensor | None, order: Tensor, slots: Tensor) -> Tensor:
+def combine_reference(
+    hidden: Tensor, weights: Tensor | None, order: Tensor, slots: Tensor
+) -> Tensor:
     """Sum each token's rows, each times its weight, in float32 at least.
 
     A dropped route adds exactly zero, whatever lies in `hidden`. The result does not depend on
@@ -47,18 +45,20 @@ def combine(hidden: Tensor, weights: Tensor | None, order: Tensor, slots: Tensor
     return total.to(hidden.dtype)
 
 
+combine = torch.library.custom_op(
+    "moeify::combine",
+    combine_reference,
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor? weights, Tensor order, Tensor slots) -> Tensor",
+)
+
+
 @combine.register_fake
 def _(hidden: Tensor, weights: Tensor | None, order: Tensor, slots: Tensor) -> Tensor:
     return hidden.new_empty(slots.shape[0], hidden.shape[1])
 
 
-@torch.library.custom_op(
-    "moeify::combine_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor hidden, Tensor weights, Tensor order, Tensor slots) "
-    "-> (Tensor, Tensor)",
-)
-def combine_backward(
+def combine_backward_reference(
     grad: Tensor, hidden: Tensor, weights: Tensor, order: Tensor, slots: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of `combine` for hidden [R, D] and weights [T, K], in their dtypes.
@@ -78,6 +78,15 @@ def combine_backward(
             [(_rows_of(hidden, slots[:, j], dtype) * wide).sum(1) for j in range(top_k)], dim=1
         ).masked_fill(slots < 0, 0)
     return grad_hidden.to(hidden.dtype), grad_weights.to(weights.dtype)
+
+
+combine_backward = torch.library.custom_op(
+    "moeify::combine_backward",
+    combine_backward_reference,
+    mutates_args=(),
+    schema="(Tensor grad, Tensor hidden, Tensor weights, Tensor order, Tensor slots) "
+    "-> (Tensor, Tensor)",
+)
 
 
 @combine_backward.register_fake
@@ -103,3 +112,17 @@ combine.register_autograd(_backward, setup_context=_setup_context)
 
 def _rows_of(hidden: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor:
     return hidden.index_select(0, slots.clamp_min(0)).to(dtype)
+
+
+register(
+    combine,
+    combine_reference,
+    cpu="moeify.kernels.rows_native:combine",
+    cuda="moeify.kernels.rows_triton:combine",
+)
+register(
+    combine_backward,
+    combine_backward_reference,
+    cpu="moeify.kernels.rows_native:combine_backward",
+    cuda="moeify.kernels.rows_triton:combine_backward",
+)

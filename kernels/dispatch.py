@@ -11,14 +11,10 @@ import torch
 from torch import Tensor
 
 from moeify.kernels import combine  # noqa: F401  its op is the backward of this one
+from moeify.kernels.implementations import register
 
 
-@torch.library.custom_op(
-    "moeify::dispatch",
-    mutates_args=(),
-    schema="(Tensor tokens, Tensor order, Tensor slots) -> Tensor",
-)
-def dispatch(tokens: Tensor, order: Tensor, slots: Tensor) -> Tensor:
+def dispatch_reference(tokens: Tensor, order: Tensor, slots: Tensor) -> Tensor:
     """Copy each kept token to its rows.
 
     Args:
@@ -37,6 +33,14 @@ def dispatch(tokens: Tensor, order: Tensor, slots: Tensor) -> Tensor:
     return tokens.index_select(0, token_of_row).masked_fill_(unused, 0)
 
 
+dispatch = torch.library.custom_op(
+    "moeify::dispatch",
+    dispatch_reference,
+    mutates_args=(),
+    schema="(Tensor tokens, Tensor order, Tensor slots) -> Tensor",
+)
+
+
 @dispatch.register_fake
 def _(tokens: Tensor, order: Tensor, slots: Tensor) -> Tensor:
     return tokens.new_empty(order.shape[0], tokens.shape[1])
@@ -53,3 +57,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 dispatch.register_autograd(_backward, setup_context=_setup_context)
+
+register(
+    dispatch,
+    dispatch_reference,
+    cpu="moeify.kernels.rows_native:dispatch",
+    cuda="moeify.kernels.rows_triton:dispatch",
+)

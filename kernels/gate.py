@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeify.kernels.implementations import register
 from moeify.kernels.precision import accumulation_dtype, without_autocast
 
 SCORES = ("softmax", "sigmoid")
@@ -24,14 +25,7 @@ EPSILON = 1e-20
 """Added to a sum of sigmoid scores before dividing by it; invisible to any sum above 1e-12."""
 
 
-@torch.library.custom_op(
-    "moeify::gate",
-    mutates_args=(),
-    schema="(Tensor tokens, Tensor weight, Tensor? selection_bias, Tensor? input_noise, "
-    "Tensor? logit_noise, int top_k, str score, str noise, str balance, bool surrogate) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def gate(
+def gate_reference(
     tokens: Tensor,
     weight: Tensor,
     selection_bias: Tensor | None,
@@ -88,6 +82,16 @@ def gate(
     return scores, ids.to(torch.int32), logits, counts, aux_loss, z_loss, entropy
 
 
+gate = torch.library.custom_op(
+    "moeify::gate",
+    gate_reference,
+    mutates_args=(),
+    schema="(Tensor tokens, Tensor weight, Tensor? selection_bias, Tensor? input_noise, "
+    "Tensor? logit_noise, int top_k, str score, str noise, str balance, bool surrogate) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
 @gate.register_fake
 def _(
     tokens: Tensor,
@@ -114,14 +118,7 @@ def _(
     )
 
 
-@torch.library.custom_op(
-    "moeify::gate_backward",
-    mutates_args=(),
-    schema="(Tensor? grad_scores, Tensor? grad_logits, Tensor? grad_aux, Tensor? grad_z, "
-    "Tensor tokens, Tensor weight, Tensor? input_noise, Tensor logits, Tensor ids, "
-    "str score, str balance, bool surrogate) -> (Tensor, Tensor)",
-)
-def gate_backward(
+def gate_backward_reference(
     grad_scores: Tensor | None,
     grad_logits: Tensor | None,
     grad_aux: Tensor | None,
@@ -163,6 +160,16 @@ def gate_backward(
         if input_noise is not None:
             grad_tokens *= input_noise.to(dtype)
     return grad_tokens.to(tokens.dtype), grad_weight.to(weight.dtype)
+
+
+gate_backward = torch.library.custom_op(
+    "moeify::gate_backward",
+    gate_backward_reference,
+    mutates_args=(),
+    schema="(Tensor? grad_scores, Tensor? grad_logits, Tensor? grad_aux, Tensor? grad_z, "
+    "Tensor tokens, Tensor weight, Tensor? input_noise, Tensor logits, Tensor ids, "
+    "str score, str balance, bool surrogate) -> (Tensor, Tensor)",
+)
 
 
 @gate_backward.register_fake
@@ -288,3 +295,17 @@ def _count(ids: Tensor, experts: int) -> Tensor:
 
 def _mean(values: Tensor) -> Tensor:
     return values.sum(0) / max(values.shape[0], 1)
+
+
+register(
+    gate,
+    gate_reference,
+    cpu="moeify.kernels.gate_native:gate",
+    cuda="moeify.kernels.gate_triton:gate",
+)
+register(
+    gate_backward,
+    gate_backward_reference,
+    cpu="moeify.kernels.gate_native:gate_backward",
+    cuda="moeify.kernels.gate_backward_triton:gate_backward",
+)

@@ -16,15 +16,13 @@ import torch
 from torch import Tensor
 
 from moeify.errors import DispatchError
+from moeify.kernels.implementations import register
 from moeify.kernels.precision import without_autocast
 
 
-@torch.library.custom_op(
-    "moeify::grouped_linear",
-    mutates_args=(),
-    schema="(Tensor rows, Tensor weight, Tensor? bias, Tensor offsets) -> Tensor",
-)
-def grouped_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
+def grouped_linear_reference(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor
+) -> Tensor:
     """Return `rows @ weight[e].T + bias[e]`, with e the expert each row belongs to.
 
     Args:
@@ -60,17 +58,20 @@ def grouped_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: T
     return out
 
 
+grouped_linear = torch.library.custom_op(
+    "moeify::grouped_linear",
+    grouped_linear_reference,
+    mutates_args=(),
+    schema="(Tensor rows, Tensor weight, Tensor? bias, Tensor offsets) -> Tensor",
+)
+
+
 @grouped_linear.register_fake
 def _(rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
     return rows.new_empty(rows.shape[0], weight.shape[1])
 
 
-@torch.library.custom_op(
-    "moeify::grouped_linear_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor rows, Tensor offsets, bool with_bias) -> (Tensor, Tensor)",
-)
-def grouped_linear_backward(
+def grouped_linear_backward_reference(
     grad: Tensor, rows: Tensor, offsets: Tensor, with_bias: bool
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of `grouped_linear` for its parameters.
@@ -99,6 +100,14 @@ def grouped_linear_backward(
             if with_bias:
                 torch.sum(grad[start:end], dim=0, out=grad_bias[expert])
     return grad_weight, grad_bias
+
+
+grouped_linear_backward = torch.library.custom_op(
+    "moeify::grouped_linear_backward",
+    grouped_linear_backward_reference,
+    mutates_args=(),
+    schema="(Tensor grad, Tensor rows, Tensor offsets, bool with_bias) -> (Tensor, Tensor)",
+)
 
 
 @grouped_linear_backward.register_fake
@@ -150,3 +159,15 @@ def _groups(offsets: Tensor, rows: int) -> Iterator[tuple[int, int, int]]:
         if end > start:
             yield expert, start, end
         start = end
+
+
+register(
+    grouped_linear,
+    grouped_linear_reference,
+    cuda="moeify.kernels.grouped_linear_triton:grouped_linear",
+)
+register(
+    grouped_linear_backward,
+    grouped_linear_backward_reference,
+    cuda="moeify.kernels.grouped_linear_triton:grouped_linear_backward",
+)

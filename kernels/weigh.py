@@ -11,16 +11,12 @@ import torch
 from torch import Tensor
 
 from moeify.kernels.gate import EPSILON
+from moeify.kernels.implementations import register
 
 COMBINES = ("probability", "normalized", "straight_through")
 
 
-@torch.library.custom_op(
-    "moeify::weigh",
-    mutates_args=(),
-    schema="(Tensor scores, Tensor slots, str combine) -> Tensor",
-)
-def weigh(scores: Tensor, slots: Tensor, combine: str) -> Tensor:
+def weigh_reference(scores: Tensor, slots: Tensor, combine: str) -> Tensor:
     """Return the combine weight of every route; dropped routes weigh exactly 0.
 
     Args:
@@ -51,17 +47,20 @@ def weigh(scores: Tensor, slots: Tensor, combine: str) -> Tensor:
     raise ValueError(f"combine: {combine!r} is unknown; use one of {', '.join(COMBINES)}")
 
 
+weigh = torch.library.custom_op(
+    "moeify::weigh",
+    weigh_reference,
+    mutates_args=(),
+    schema="(Tensor scores, Tensor slots, str combine) -> Tensor",
+)
+
+
 @weigh.register_fake
 def _(scores: Tensor, slots: Tensor, combine: str) -> Tensor:
     return scores.new_empty(scores.shape)
 
 
-@torch.library.custom_op(
-    "moeify::weigh_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor scores, Tensor slots, str combine) -> Tensor",
-)
-def weigh_backward(grad: Tensor, scores: Tensor, slots: Tensor, combine: str) -> Tensor:
+def weigh_backward_reference(grad: Tensor, scores: Tensor, slots: Tensor, combine: str) -> Tensor:
     """Return the gradient of `weigh` for scores [T, K]; zero for dropped routes."""
     dropped = slots < 0
     if combine != "normalized":
@@ -70,6 +69,14 @@ def weigh_backward(grad: Tensor, scores: Tensor, slots: Tensor, combine: str) ->
     total = kept.sum(1, keepdim=True) + EPSILON
     inner = (grad * kept / total).sum(1, keepdim=True)
     return ((grad - inner) / total).masked_fill(dropped, 0)
+
+
+weigh_backward = torch.library.custom_op(
+    "moeify::weigh_backward",
+    weigh_backward_reference,
+    mutates_args=(),
+    schema="(Tensor grad, Tensor scores, Tensor slots, str combine) -> Tensor",
+)
 
 
 @weigh_backward.register_fake
@@ -88,3 +95,16 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 weigh.register_autograd(_backward, setup_context=_setup_context)
+
+register(
+    weigh,
+    weigh_reference,
+    cpu="moeify.kernels.rows_native:weigh",
+    cuda="moeify.kernels.rows_triton:weigh",
+)
+register(
+    weigh_backward,
+    weigh_backward_reference,
+    cpu="moeify.kernels.rows_native:weigh_backward",
+    cuda="moeify.kernels.rows_triton:weigh_backward",
+)

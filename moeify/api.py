@@ -26,6 +26,7 @@ from moeify.input_spec import describe_inputs
 from moeify.passes.base import Fact, Pass, PlanContext
 from moeify.passes.dataflow import weight_of
 from moeify.passes.find_mlps import FindMlps
+from moeify.passes.lower_kernels import LowerKernels
 from moeify.passes.manager import PassManager
 from moeify.passes.observers import observers_from_env
 from moeify.passes.records import record_of
@@ -123,7 +124,7 @@ def run_pipeline(
     )
     outside = _outside(gm, discovery, resolved)
     ours: list[Pass] = [FindMlps(discovery.regions), ReplaceMlps(discovery)]
-    manager = PassManager([*ours, *passes], observers=observers_from_env())
+    manager = PassManager([*ours, *passes, LowerKernels()], observers=observers_from_env())
     gm = manager.run(gm, ctx).graph_module
     for report in manager.reports:
         log.debug("%s", report)

@@ -321,3 +321,21 @@ def operator_name(target: object) -> tuple[str, str, str] | None:
     if isinstance(target, torch._ops.HigherOrderOperator):
         return "higher_order", str(target.name()), ""  # type: ignore[no-untyped-call]
     return None
+
+
+def compile_cpp(source: str) -> Any:
+    """Compile C++ for this processor with the compiler that Inductor uses, and load it.
+
+    The library is kept in Inductor's cache, keyed by source and flags, behind a file lock; OpenMP
+    is torch's own, so `torch.set_num_threads` holds. Private because torch's public way,
+    `cpp_extension.load_inline`, needs ninja and takes a minute over torch's headers.
+
+    Returns:
+        A `ctypes.CDLL`.
+
+    Raises:
+        Exception: Whatever Inductor raises where there is no compiler or it fails.
+    """
+    from torch._inductor.codecache import CppCodeCache
+
+    return CppCodeCache.load(source, device_type="cpu", extra_flags=("-ffp-contract=fast",))

@@ -1,7 +1,7 @@
 """Experts over the packed, expert-major buffer: stacked MLP weights, or any modules.
 
-Shapes: R rows, D model width, F expert width, E experts. Rows from `offsets[-1]` on are unused:
-they come out as zeros and send back no gradient.
+Shapes: T tokens, R = T * K rows, D model width, F expert width, E experts. Rows from `offsets[-1]`
+on are unused: they come out as zeros and send back no gradient.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moeify.activations import activation as activation_named
+from moeify.kernels import experts as _fused_experts  # noqa: F401  registers the op
 from moeify.kernels import grouped_linear as _grouped_linear  # noqa: F401  registers the op
+from moeify.kernels.elementwise import FUSED
 from moeify.kernels.precision import autocast_enabled
 
 
@@ -121,18 +123,78 @@ class Experts(nn.Module):
             bound = 1 / math.sqrt(fan_in)
             nn.init.uniform_(parameter, -bound, bound)
 
-    def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
-        """Run every row through its expert.
+    def forward(
+        self,
+        x: Tensor,
+        offsets: Tensor,
+        weights: Tensor | None = None,
+        order: Tensor | None = None,
+        slots: Tensor | None = None,
+        *,
+        kernel: str = "auto",
+    ) -> Tensor:
+        """Run every row through its expert; with `order` and `slots`, gather and combine as well.
 
         Under autocast rows and parameters are cast as `F.linear` would cast them.
 
         Args:
-            rows: [R, D].
+            x: Rows [R, D] in expert-major order; or tokens [T, D] if `order` and `slots` are given.
             offsets: [E] int32, end of each expert's rows.
+            weights: [T, K] combine weights, or None for ones.
+            order: [R] int32, flat route of each row.
+            slots: [T, K] int32, row of each route.
+            kernel: What runs it, a name of `kernels.lowering.KERNELS`.
 
         Returns:
-            [R, d_out]; zeros from row `offsets[-1]` on.
+            [R, d_out], zeros from row `offsets[-1]` on; or [T, d_out].
         """
+        if order is None or slots is None:
+            return self._rows(x, offsets)
+        if self.fused:
+            return self._fused(x, offsets, weights, order, slots, kernel)
+        rows = torch.ops.moeify.dispatch(x, order, slots)
+        hidden = self._rows(rows, offsets)
+        combined: Tensor = torch.ops.moeify.combine(hidden, weights, order, slots)
+        return combined
+
+    @property
+    def fused(self) -> bool:
+        """Whether one op can do it all now: no module inside, and no dropout at work."""
+        busy = self.dropout > 0 and self.training
+        return self.inner is None and self.activation in FUSED and not busy
+
+    def _fused(
+        self,
+        tokens: Tensor,
+        offsets: Tensor,
+        weights: Tensor | None,
+        order: Tensor,
+        slots: Tensor,
+        kernel: str,
+    ) -> Tensor:
+        first = "gate_up" if self.gated else "up"
+        up, up_bias = getattr(self, f"{first}_proj"), getattr(self, f"{first}_bias")
+        tokens, up, up_bias, down, down_bias = autocast_all(
+            tokens, up, up_bias, self.down_proj, self.down_bias
+        )
+        out: Tensor = torch.ops.moeify.experts(
+            tokens,
+            weights,
+            up,
+            up_bias,
+            down,
+            down_bias,
+            order,
+            slots,
+            offsets,
+            self.activation,
+            self.gated,
+            torch.is_grad_enabled(),
+            kernel,
+        )[0]
+        return out
+
+    def _rows(self, rows: Tensor, offsets: Tensor) -> Tensor:
         if self.gated:
             hidden = _linear(rows, self.gate_up_proj, self.gate_up_bias, offsets)
         else:
@@ -244,14 +306,16 @@ def _first_of(output: Any) -> Tensor:
 
 def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
     """Return the grouped linear, with the casts of autocast."""
-    device_type = rows.device.type
-    if autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        rows, weight = _lowered(rows, dtype), _lowered(weight, dtype)
-        bias = None if bias is None else _lowered(bias, dtype)
+    rows, weight, bias = autocast_all(rows, weight, bias)
     out: Tensor = torch.ops.moeify.grouped_linear(rows, weight, bias, offsets)
     return out
 
 
-def _lowered(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+def autocast_all(first: Tensor, *others: Tensor | None) -> Any:
+    """Return the arguments as autocast casts those of a matmul; float64 and None stay."""
+    tensors = (first, *others)
+    device_type = first.device.type
+    if not autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)

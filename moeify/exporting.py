@@ -24,6 +24,7 @@ from moeify.capture import ExampleInputs, split_inputs
 from moeify.conversion import routers_of
 from moeify.errors import CaptureError
 from moeify.graph_pickle import StoredNode, dump_nodes, load_nodes
+from moeify.kernels import experts as _experts  # noqa: F401  registers ops that graphs call
 from moeify.kernels import route
 from moeify.router import Router
 from moeify.router_losses import RouterLosses

@@ -55,6 +55,8 @@ class LayerRule(Strict):
             two-way softmax (`coefficient`), added, or behind a sigmoid gate.
         expert: What an expert is: the site's `mlp`, or a square `linear` in front of a linear layer
             that `select: {name: ...}` gives by its module path.
+        kernel: What runs the experts: `auto` decides by device, dtype and sizes, or one of
+            `reference` (plain torch), `cpu`, `triton`, `grouped_mm`; it holds where it can run.
         router: Overrides of the plan's `router`.
         init: Overrides of the plan's `init`.
     """
@@ -72,6 +74,7 @@ class LayerRule(Strict):
     top_k: Count = 1
     residual: Literal["none", "coefficient", "add", "sigmoid"] = "none"
     expert: Literal["mlp", "linear"] = "mlp"
+    kernel: Literal["auto", "reference", "cpu", "triton", "grouped_mm"] = "auto"
     router: RouterSpec = RouterSpec()
     init: InitSpec = InitSpec()
 

@@ -41,6 +41,7 @@ class LayerPlan:
         top_k: Experts per token.
         residual: "none", "coefficient", "add" or "sigmoid".
         expert: "mlp" or "linear".
+        kernel: What is to run the experts; "auto" leaves it to the pass that lowers them.
         router: Routing, overrides applied and `combine` decided.
         init: Start, overrides applied.
         rule: Position of the last rule that had a say.
@@ -54,6 +55,7 @@ class LayerPlan:
     router: RouterSpec
     init: InitSpec
     rule: int
+    kernel: str = "auto"
 
     @property
     def name(self) -> str:
@@ -127,6 +129,7 @@ class LayerPlan:
             "top_k": self.top_k,
             "residual": self.residual,
             "expert": self.expert,
+            "kernel": self.kernel,
             "router": self.router.model_dump(mode="json"),
             "init": self.init.model_dump(mode="json"),
             "rule": self.rule,
@@ -231,6 +234,7 @@ class _Choice:
     rule: int
     top_k: int = 1
     residual: str = "none"
+    kernel: str = "auto"
     router: RouterSpec = field(default_factory=RouterSpec)
     init: InitSpec = field(default_factory=InitSpec)
     said: dict[str, Where] = field(default_factory=dict)
@@ -354,6 +358,8 @@ def _override(choice: _Choice, position: int, rule: LayerRule, count: int | None
         choice.top_k, choice.said["top_k"] = rule.top_k, (*here, "top_k")
     if "residual" in rule.model_fields_set:
         choice.residual, choice.said["residual"] = rule.residual, (*here, "residual")
+    if "kernel" in rule.model_fields_set:
+        choice.kernel, choice.said["kernel"] = rule.kernel, (*here, "kernel")
     router = {key: getattr(rule.router, key) for key in rule.router.model_fields_set}
     init = {key: getattr(rule.init, key) for key in rule.init.model_fields_set}
     choice.router = choice.router.model_copy(update=router)
@@ -376,6 +382,7 @@ def _layer(plan: Plan, site: Site, expert: str, choice: _Choice) -> LayerPlan:
         router,
         choice.init,
         choice.rule,
+        choice.kernel,
     )
     check_layer(plan, layer, choice.said)
     return layer

@@ -8,6 +8,8 @@ import os
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Before torch: a worker among others has one thread, and so have the processes that it starts.
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +19,11 @@ import pytest
 import torch
 from hypothesis import settings
 
+if not torch.cuda.is_available():  # before anything imports triton: its kernels are interpreted
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 Row = dict[str, Any]
-_ZOO = pytest.StashKey[list[Row]]()
+_ZOO = "zoo"  # the user property of a test's report that holds a row of the closing table
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,11 +34,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_ZOO] = []
-    torch.set_num_threads(2)
+def pytest_configure() -> None:
+    os.environ.pop("COLUMNS", None)  # readline in pytest's own process leaves one to the workers
     settings.register_profile("moeify", deadline=None, derandomize="CI" in os.environ)
     settings.load_profile("moeify")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object | None:
+    """Keep a file's tests in one worker, for their shared state; the zoo's fill the gaps."""
+    if config.getoption("dist") != "loadscope":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):  # hands out large scopes first, single tests last
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::", 1)[0]
+            return nodeid if file == "tests/test_zoo.py" else file
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(autouse=True)
@@ -63,10 +82,9 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
 @pytest.fixture
 def zoo_row(request: pytest.FixtureRequest) -> Callable[..., None]:
     """Add a row to the table at the end of the run: `zoo_row(model="gpt2", sites=2)`."""
-    rows = request.config.stash[_ZOO]
 
     def add(**columns: Any) -> None:
-        rows.append(columns)
+        request.node.user_properties.append((_ZOO, columns))
 
     return add
 
@@ -86,10 +104,11 @@ def _cell(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def pytest_terminal_summary(
-    terminalreporter: pytest.TerminalReporter, config: pytest.Config
-) -> None:
-    rows = config.stash.get(_ZOO, [])
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    kinds = ("passed", "failed")
+    ended = [report for kind in kinds for report in terminalreporter.stats.get(kind, ())]
+    ended.sort(key=lambda report: report.nodeid)
+    rows = [row for report in ended for key, row in report.user_properties if key == _ZOO]
     if rows:
         terminalreporter.section("zoo")
         for line in _table(rows):

@@ -1,0 +1,86 @@
+"""Which code runs an op on which device.
+
+Every op has a reference in plain torch, the truth that the others are tested against. A faster
+implementation is a function with the reference's arguments that returns `NotImplemented` for what
+it does not serve (a dtype, a size, a machine without a compiler); the reference then runs.
+Implementations are imported when they are first needed, so that Triton is never loaded on a CPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+Function = Callable[..., Any]
+
+_forced_reference = False
+
+
+def register(op: Any, reference: Function, **functions: str) -> None:
+    """Give a custom op faster implementations.
+
+    Args:
+        op: What `torch.library.custom_op` returned.
+        reference: The op's plain-torch function.
+        functions: Device type to `"module:function"`, such as
+            `cuda="moeify.kernels.gate_triton:gate"`.
+    """
+    for device_type, place in functions.items():
+        run = _first_that_serves(reference, place)
+        op.register_kernel(device_type)(_on_its_gpu(run) if device_type == "cuda" else run)
+
+
+@contextmanager
+def reference_only() -> Iterator[None]:
+    """Run every op by its reference inside, on every device. Not for compiled code."""
+    global _forced_reference
+    former, _forced_reference = _forced_reference, True
+    try:
+        yield
+    finally:
+        _forced_reference = former
+
+
+def _first_that_serves(reference: Function, place: str) -> Function:
+    @functools.wraps(reference)
+    def run(*args: Any) -> Any:
+        if _forced_reference:
+            return reference(*args)
+        result = _load(place)(*args)
+        return reference(*args) if result is NotImplemented else result
+
+    return run
+
+
+def _on_its_gpu(run: Function) -> Function:
+    """Make the GPU of the first argument current: Triton launches on the current one."""
+
+    @functools.wraps(run)
+    def guarded(*args: Any) -> Any:
+        first = next(arg for arg in args if isinstance(arg, torch.Tensor))
+        with torch.cuda.device(first.device):
+            return run(*args)
+
+    return guarded
+
+
+@functools.cache
+def _load(place: str) -> Function:
+    """Import `module:function`; what cannot be imported serves nothing."""
+    module, _, name = place.partition(":")
+    try:
+        found: Function = getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        if not (error.name or "").startswith("triton"):
+            raise
+        return _serves_nothing
+    return found
+
+
+def _serves_nothing(*_: Any) -> Any:
+    return NotImplemented

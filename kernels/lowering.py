@@ -1,0 +1,111 @@
+"""Which implementation of the experts a block gets, and why.
+
+The choice is a pure function of what is known when a model is converted: device, dtype, widths,
+activation. Token counts are not known then; within one implementation they decide tile sizes and
+the few-token path. A choice holds on devices that can run it: a model that is moved to another
+device runs there what `auto` would have chosen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from moeify.kernels.elementwise import FUSED
+
+KERNELS: Final = ("auto", "reference", "cpu", "triton", "grouped_mm")
+"""What a plan may ask for. `reference` is plain torch op by op; `cpu` the C++ kernels and oneDNN;
+`triton` the fused Triton kernels; `grouped_mm` torch's grouped matmul with our gather and combine.
+"""
+
+LARGE_EXPERT: Final = 4096 * 4096
+"""Elements of a projection from which vendor matmuls are ahead of Triton's on Hopper: there torch's
+grouped matmul took 10.2 ms where a plain Triton kernel took 11.5 (VeOmni pull request 460)."""
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """An implementation and the reason for it.
+
+    Attributes:
+        kernel: A name of `KERNELS`, never "auto".
+        why: The reason, for a reader.
+    """
+
+    kernel: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What is known of a block's experts.
+
+    Attributes:
+        device: Device type: "cpu", "cuda", "meta".
+        dtype: Dtype of the weights.
+        widths: Widths of all matmul operands: model, expert and output width.
+        activation: Name of the activation, or None for a module of the model's own.
+        dropout: There is dropout between the projections.
+    """
+
+    device: str
+    dtype: torch.dtype
+    widths: tuple[int, ...]
+    activation: str | None
+    dropout: bool = False
+
+
+def refusal(kernel: str, work: Workload) -> str | None:
+    """Return why `kernel` cannot run this work on any device, or None."""
+    if kernel in ("auto", "reference"):
+        return None
+    if work.activation not in FUSED:
+        what = "a module of the model's own" if work.activation is None else work.activation
+        return f"the activation is {what}, which is not fused"
+    if kernel == "triton" and work.dtype not in _FLOATS:
+        return f"Triton has no matmul for {_short(work.dtype)}"
+    if kernel == "grouped_mm":
+        if work.dtype not in _FLOATS:
+            return f"torch's grouped matmul has no {_short(work.dtype)}"
+        odd = [w for w in work.widths if w * work.dtype.itemsize % 16]
+        if odd:
+            return f"rows of width {odd[0]} are no multiple of 16 bytes in {_short(work.dtype)}"
+    return None
+
+
+def choose(work: Workload, asked: str = "auto") -> Choice:
+    """Return the implementation for some work.
+
+    Args:
+        work: The block's experts.
+        asked: What the plan asks for, a name of `KERNELS`.
+
+    Raises:
+        ValueError: What is asked for cannot run this work anywhere; the message says why.
+    """
+    if asked != "auto":
+        reason = refusal(asked, work)
+        if reason is not None:
+            raise ValueError(f"kernel {asked!r} cannot run here: {reason}; use auto")
+        return Choice(asked, "the plan asks for it")
+    if (reason := refusal("cpu", work)) is not None:
+        return Choice("reference", reason)
+    fused = "fused in evaluation; dropout unfuses training" if work.dropout else "fused"
+    if work.device == "cuda":
+        if (reason := refusal("triton", work)) is not None:
+            return Choice("reference", reason)
+        large = work.widths[0] * work.widths[1] >= LARGE_EXPERT and work.dtype == torch.bfloat16
+        if large and refusal("grouped_mm", work) is None:
+            return Choice("grouped_mm", "large bfloat16 experts: the vendor's matmul")
+        return Choice("triton", f"{_short(work.dtype)} on CUDA, {fused}")
+    if work.device in ("cpu", "meta"):
+        return Choice("cpu", f"{_short(work.dtype)} on {work.device}, {fused}")
+    return Choice("reference", f"no kernels for {work.device}")
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

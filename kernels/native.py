@@ -1,0 +1,68 @@
+"""C++ kernels for the CPU, compiled on the machine that runs them, when first needed.
+
+The sources lie beside this file: plain C++ without torch's headers, called through ctypes with
+addresses and sizes, so that they compile in seconds and for the very processor. Without a working
+compiler `library` returns None, says so once in the log, and the ops run on torch alone;
+`MOEIFY_NATIVE=0` asks for that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from moeify.compat import compile_cpp
+
+log = logging.getLogger("moeify")
+
+_TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
+
+
+@functools.cache
+def library(name: str) -> ctypes.CDLL | None:
+    """Return the compiled `name`.cpp of this folder, or None where it cannot be compiled."""
+    if os.environ.get("MOEIFY_NATIVE", "1") == "0":
+        return None
+    try:
+        found: ctypes.CDLL = compile_cpp(source(name))
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        log.warning("%s.cpp does not compile here, CPU ops run on torch alone: %s", name, first)
+        return None
+    return found
+
+
+def source(name: str) -> str:
+    """Return `name`.cpp after the header that all share, with the headers of this folder in it."""
+    folder = Path(__file__).parent
+    text = (folder / "vector.h").read_text() + (folder / f"{name}.cpp").read_text()
+    return re.sub(r'#include "(\w+\.h)"\n', lambda found: (folder / found[1]).read_text(), text)
+
+
+def function(name: str, symbol: str, arguments: str) -> Any:
+    """Return a C function that returns nothing, or None where its library does not compile.
+
+    Args:
+        name: Library.
+        symbol: Function.
+        arguments: One letter each: "p" an address or None, "l" an int64, "i" an int, "f" a float.
+    """
+    lib = library(name)
+    if lib is None:
+        return None
+    found = getattr(lib, symbol)
+    found.restype = None
+    found.argtypes = [_TYPES[letter] for letter in arguments]
+    return found
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Return where a tensor's data begins; None is the null pointer."""
+    return None if tensor is None else tensor.data_ptr()
