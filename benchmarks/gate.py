@@ -4,10 +4,10 @@
     python -m benchmarks.gate --memory --out results-gate.json
 
 Peers are given the logits, and run once more with the router's linear. Ours computes the logits
-inside; `moeify` without the linear is its time less that of the linear alone, round by round. It
-also returns balance loss, z-loss, entropy and counts, as DeepSpeed's gates return loss and counts;
-transformers' and the plain sort return none of these. Everybody's time is told over the plain sort:
-softmax, top-k, stable argsort, bincount.
+inside; `moeify` without the linear is its time less that of the linear alone, round by round, and
+says so where little is left of the difference. It also returns balance loss, z-loss, entropy and
+counts, as DeepSpeed's gates return loss and counts; transformers' and the plain sort return none of
+these. Everybody's time is told over the plain sort: softmax, top-k, stable argsort, bincount.
 
 Memory is the peak of one call with the linear, beyond tokens and weights, each contestant in a
 process of its own. The logits are T x E floats; all else should grow with T x K.
@@ -37,6 +37,7 @@ from benchmarks.peers import Refused, einsum_gate, start_deepspeed
 
 LINEAR = " + linear"
 BASELINE = "sort"
+LEAST_REST = 0.1
 
 Gate = Callable[[Tensor], tuple[Any, Callable[[], Tensor]]]
 """Runs on the logits [T, E], or on the tokens [T, D], and returns its result, and how to count the
@@ -211,7 +212,9 @@ def run_case(case: Case, weights: Weights, names: Sequence[str], budget: float) 
         if name + LINEAR in samples:
             pairs = zip(samples[name + LINEAR], samples["linear"], strict=True)
             samples[name] = [[a - b for a, b in zip(*pair, strict=True)] for pair in pairs]
-            facts[name] = facts[name + LINEAR]
+            facts[name] = dict(facts[name + LINEAR])
+            if min(race.medians(samples[name])) < LEAST_REST * min(race.medians(samples["linear"])):
+                facts[name]["note"] = "within the noise of the linear"
     contestants = {}
     for entry, times in samples.items():
         base = BASELINE + LINEAR if entry.endswith(LINEAR) else BASELINE
@@ -253,7 +256,8 @@ def table(case: Case, found: dict[str, Any]) -> str:
     for name in sorted(rows, key=lambda name: min(rows[name]["ms"])):
         row = rows[name]
         over = " ".join(f"{ratio:7.2f}" for ratio in row["over_sort"])
-        lines.append(f"  {name:34}{min(row['ms']):10.3f} ms  x sort {over}")
+        note = f"  {row['note']}" if "note" in row else ""
+        lines.append(f"  {name:34}{min(row['ms']):10.3f} ms  x sort {over}{note}")
     for name, row in found.get("memory", {}).items():
         said = row.get("refused") or (
             f"{row['peak_mb']:10.1f} MB, {row['bytes_per_route']:.0f} bytes a route"

@@ -107,10 +107,12 @@ def ceilings(device: str, dtype: torch.dtype, size: int = 2**30) -> dict[str, fl
     vector = big[:1].clone()
     flops = 2.0 * side**3
     with torch.no_grad():
+        gemv = _best(lambda: F.linear(vector, big), device)
+        read = min(gemv, *(_best(op, device) for op in (words.sum, words.amax)))
         found = {
             "linear_gflops": flops / _best(lambda: F.linear(x, w), device) / 1e9,
-            "read_gbs": size / min(_best(op, device) for op in (words.sum, words.amax)) / 1e9,
-            "gemv_gbs": size / _best(lambda: F.linear(vector, big), device) / 1e9,
+            "read_gbs": big.nbytes / read / 1e9,
+            "gemv_gbs": big.nbytes / gemv / 1e9,
         }
         if device == "cpu" and torch.backends.mkldnn.enabled:
             onednn = torch.ops.mkldnn._linear_pointwise

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moeify.kernels.implementations import register
+from moeify.kernels.implementations import define, fake
 
 DROPS = ("random", "position", "score")
 
@@ -59,16 +59,16 @@ def assign_reference(
     )
 
 
-assign = torch.library.custom_op(
-    "moeify::assign",
+assign = define(
+    "assign",
+    "(Tensor ids, Tensor? priority, int experts, SymInt capacity) -> (Tensor, Tensor, Tensor)",
     assign_reference,
-    mutates_args=(),
-    schema="(Tensor ids, Tensor? priority, int experts, SymInt capacity) "
-    "-> (Tensor, Tensor, Tensor)",
+    cpu="moeify.kernels.rows_native:assign",
+    cuda="moeify.kernels.assign_triton:assign",
 )
 
 
-@assign.register_fake
+@fake("assign")
 def _(
     ids: Tensor, priority: Tensor | None, experts: int, capacity: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,11 +93,3 @@ def _kept(ids: Tensor, priority: Tensor | None, experts: int, capacity: int) -> 
     rank = routes - starts[grouped]
     kept = torch.empty(tokens * top_k, dtype=torch.bool, device=ids.device)
     return kept.scatter_(0, ranked[by_expert], rank < capacity)
-
-
-register(
-    assign,
-    assign_reference,
-    cpu="moeify.kernels.rows_native:assign",
-    cuda="moeify.kernels.assign_triton:assign",
-)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeify.kernels.implementations import register
+from moeify.kernels.implementations import define, fake
 from moeify.kernels.precision import accumulation_dtype, without_autocast
 
 
@@ -45,15 +45,16 @@ def combine_reference(
     return total.to(hidden.dtype)
 
 
-combine = torch.library.custom_op(
-    "moeify::combine",
+combine = define(
+    "combine",
+    "(Tensor hidden, Tensor? weights, Tensor order, Tensor slots) -> Tensor",
     combine_reference,
-    mutates_args=(),
-    schema="(Tensor hidden, Tensor? weights, Tensor order, Tensor slots) -> Tensor",
+    cpu="moeify.kernels.rows_native:combine",
+    cuda="moeify.kernels.rows_triton:combine",
 )
 
 
-@combine.register_fake
+@fake("combine")
 def _(hidden: Tensor, weights: Tensor | None, order: Tensor, slots: Tensor) -> Tensor:
     return hidden.new_empty(slots.shape[0], hidden.shape[1])
 
@@ -80,16 +81,16 @@ def combine_backward_reference(
     return grad_hidden.to(hidden.dtype), grad_weights.to(weights.dtype)
 
 
-combine_backward = torch.library.custom_op(
-    "moeify::combine_backward",
+combine_backward = define(
+    "combine_backward",
+    "(Tensor grad, Tensor hidden, Tensor weights, Tensor order, Tensor slots) -> (Tensor, Tensor)",
     combine_backward_reference,
-    mutates_args=(),
-    schema="(Tensor grad, Tensor hidden, Tensor weights, Tensor order, Tensor slots) "
-    "-> (Tensor, Tensor)",
+    cpu="moeify.kernels.rows_native:combine_backward",
+    cuda="moeify.kernels.rows_triton:combine_backward",
 )
 
 
-@combine_backward.register_fake
+@fake("combine_backward")
 def _(
     grad: Tensor, hidden: Tensor, weights: Tensor, order: Tensor, slots: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -107,22 +108,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_hidden, grad_weights if weights is not None else None, None, None
 
 
-combine.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd("moeify::combine", _backward, setup_context=_setup_context)
 
 
 def _rows_of(hidden: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor:
     return hidden.index_select(0, slots.clamp_min(0)).to(dtype)
-
-
-register(
-    combine,
-    combine_reference,
-    cpu="moeify.kernels.rows_native:combine",
-    cuda="moeify.kernels.rows_triton:combine",
-)
-register(
-    combine_backward,
-    combine_backward_reference,
-    cpu="moeify.kernels.rows_native:combine_backward",
-    cuda="moeify.kernels.rows_triton:combine_backward",
-)

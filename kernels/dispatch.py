@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moeify.kernels import combine  # noqa: F401  its op is the backward of this one
-from moeify.kernels.implementations import register
+from moeify.kernels.implementations import define, fake
 
 
 def dispatch_reference(tokens: Tensor, order: Tensor, slots: Tensor) -> Tensor:
@@ -33,15 +33,16 @@ def dispatch_reference(tokens: Tensor, order: Tensor, slots: Tensor) -> Tensor:
     return tokens.index_select(0, token_of_row).masked_fill_(unused, 0)
 
 
-dispatch = torch.library.custom_op(
-    "moeify::dispatch",
+dispatch = define(
+    "dispatch",
+    "(Tensor tokens, Tensor order, Tensor slots) -> Tensor",
     dispatch_reference,
-    mutates_args=(),
-    schema="(Tensor tokens, Tensor order, Tensor slots) -> Tensor",
+    cpu="moeify.kernels.rows_native:dispatch",
+    cuda="moeify.kernels.rows_triton:dispatch",
 )
 
 
-@dispatch.register_fake
+@fake("dispatch")
 def _(tokens: Tensor, order: Tensor, slots: Tensor) -> Tensor:
     return tokens.new_empty(order.shape[0], tokens.shape[1])
 
@@ -56,11 +57,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return torch.ops.moeify.combine(grad, None, order, slots), None, None
 
 
-dispatch.register_autograd(_backward, setup_context=_setup_context)
-
-register(
-    dispatch,
-    dispatch_reference,
-    cpu="moeify.kernels.rows_native:dispatch",
-    cuda="moeify.kernels.rows_triton:dispatch",
-)
+torch.library.register_autograd("moeify::dispatch", _backward, setup_context=_setup_context)

@@ -131,8 +131,8 @@ static void pack(const Panel& p, i64 from, i64 to, i64 K, float* out, Row row) {
     }
 }
 
-// The reverse for V columns, held as tile[column][token]: writes `w` floats to each row.
-template <typename X, typename Row>
+// The reverse for V columns, held as tile[column][token]: writes `w` numbers to each row.
+template <typename X, bool LATER, typename Row>
 static void unpack(const Panel& p, const float* tile, int w, Row row) {
   for (int v = 0; v < p.W; v++) {
     vec r[V];
@@ -141,8 +141,9 @@ static void unpack(const Panel& p, const float* tile, int w, Row row) {
     int n = std::min(V, p.rows - v * V);
     for (int t = 0; t < n; t++) {
       X* x = row(p.first + v * V + t);
-      if (w == V) narrow(x, r[t]);
-      else for (int j = 0; j < w; j++) round_to(x[j], r[t][j]);
+      if (w < V) for (int j = 0; j < w; j++) round_to(x[j], r[t][j]);
+      else if (LATER) stream(x, r[t]);
+      else narrow(x, r[t]);
     }
   }
 }
@@ -213,7 +214,7 @@ struct Forward {
       hidden_tile<1, W>(p, w, bias, x, active, f + i, tile[0] + i * PANEL, tile[1] + i * PANEL);
     if (!hidden) return;
     for (int h = 0; h < (gated ? 2 : 1); h++)
-      unpack<X>(p, tile[h], n, [&](i64 r) { return hidden + r * H + h * F + f; });
+      unpack<X, true>(p, tile[h], n, [&](i64 r) { return hidden + r * H + h * F + f; });
   }
 
   template <int M, int W>
@@ -253,9 +254,9 @@ struct Forward {
         for (int j = 0; j < n; j++) store(tile + j * PANEL + v * V, load(tile + j * PANEL + v * V) * s);
       }
     if (K == 1)
-      unpack<X>(p, tile, n, [&](i64 r) { return out + (i64)order[r] * O + o; });
+      unpack<X, false>(p, tile, n, [&](i64 r) { return out + (i64)order[r] * O + o; });
     else
-      unpack<float>(p, tile, n, [&](i64 r) { return rows + r * O + o; });
+      unpack<float, false>(p, tile, n, [&](i64 r) { return rows + r * O + o; });
   }
 
   template <typename Body>
@@ -295,12 +296,15 @@ struct Forward {
 
   void run() {
     const i64 R = T * K, H = gated ? 2 * F : F, used = E ? offsets[E - 1] : 0;
+    on_huge_pages(hidden, hidden ? R * H * sizeof(X) : 0);
+    on_huge_pages(rows, K > 1 ? R * O * sizeof(float) : 0);
 #pragma omp parallel if (R * D * F > 1 << 20)
     {
       for (i64 e = 0, start = 0; e < E; start = offsets[e++])
         for (i64 r = start; r < offsets[e]; r += CHUNK * PANEL)
           chunk(e, r, std::min<i64>(r + CHUNK * PANEL, offsets[e]));
       if (hidden) {
+        stream_done();
 #pragma omp for schedule(static)
         for (i64 r = used; r < R; r++) memset(hidden + r * H, 0, H * sizeof(X));
       }

@@ -21,7 +21,7 @@ from moeify.kernels import combine as _combine  # noqa: F401  registers the op
 from moeify.kernels import dispatch as _dispatch  # noqa: F401  registers the op
 from moeify.kernels import grouped_linear as _grouped_linear  # noqa: F401  registers the op
 from moeify.kernels.elementwise import activate, activate_backward
-from moeify.kernels.implementations import register
+from moeify.kernels.implementations import define, fake
 from moeify.kernels.precision import accumulation_dtype, without_autocast
 
 
@@ -164,34 +164,36 @@ def experts_backward_reference(
     return grad_tokens, grad_weights, grad_up, grad_up_bias, grad_down, grad_down_bias
 
 
-experts = torch.library.custom_op(
-    "moeify::experts",
-    experts_reference,
-    mutates_args=(),
-    schema="(Tensor tokens, Tensor? weights, Tensor up, Tensor? up_bias, Tensor down, "
+experts = define(
+    "experts",
+    "(Tensor tokens, Tensor? weights, Tensor up, Tensor? up_bias, Tensor down, "
     "Tensor? down_bias, Tensor order, Tensor slots, Tensor offsets, str activation, bool gated, "
     "bool save, str kernel) -> (Tensor, Tensor)",
+    experts_reference,
+    cpu="moeify.kernels.experts_native:experts",
+    cuda="moeify.kernels.experts_cuda:experts",
 )
 
-experts_backward = torch.library.custom_op(
-    "moeify::experts_backward",
-    experts_backward_reference,
-    mutates_args=(),
-    schema="(Tensor grad, Tensor tokens, Tensor? weights, Tensor up, Tensor down, "
+experts_backward = define(
+    "experts_backward",
+    "(Tensor grad, Tensor tokens, Tensor? weights, Tensor up, Tensor down, "
     "Tensor? down_bias, Tensor hidden, Tensor order, Tensor slots, Tensor offsets, "
     "str activation, bool gated, bool up_has_bias, bool needs_tokens, bool needs_weights, "
     "bool needs_params, str kernel) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    experts_backward_reference,
+    cpu="moeify.kernels.experts_native:experts_backward",
+    cuda="moeify.kernels.experts_cuda:experts_backward",
 )
 
 
-@experts.register_fake
+@fake("experts")
 def _(tokens: Tensor, weights: Tensor | None, up: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     _, down, _, order, *_, save, _ = rest
     rows = order.shape[0] if save else 0
     return tokens.new_empty(tokens.shape[0], down.shape[1]), tokens.new_empty(rows, up.shape[1])
 
 
-@experts_backward.register_fake
+@fake("experts_backward")
 def _(
     grad: Tensor,
     tokens: Tensor,
@@ -256,16 +258,4 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
     return (*kept, *(None,) * 7)
 
 
-experts.register_autograd(_backward, setup_context=_setup_context)
-register(
-    experts,
-    experts_reference,
-    cpu="moeify.kernels.experts_native:experts",
-    cuda="moeify.kernels.experts_cuda:experts",
-)
-register(
-    experts_backward,
-    experts_backward_reference,
-    cpu="moeify.kernels.experts_native:experts_backward",
-    cuda="moeify.kernels.experts_cuda:experts_backward",
-)
+torch.library.register_autograd("moeify::experts", _backward, setup_context=_setup_context)

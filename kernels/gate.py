@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeify.kernels.implementations import register
+from moeify.kernels.implementations import define, fake
 from moeify.kernels.precision import accumulation_dtype, without_autocast
 
 SCORES = ("softmax", "sigmoid")
@@ -82,17 +82,18 @@ def gate_reference(
     return scores, ids.to(torch.int32), logits, counts, aux_loss, z_loss, entropy
 
 
-gate = torch.library.custom_op(
-    "moeify::gate",
-    gate_reference,
-    mutates_args=(),
-    schema="(Tensor tokens, Tensor weight, Tensor? selection_bias, Tensor? input_noise, "
+gate = define(
+    "gate",
+    "(Tensor tokens, Tensor weight, Tensor? selection_bias, Tensor? input_noise, "
     "Tensor? logit_noise, int top_k, str score, str noise, str balance, bool surrogate) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    gate_reference,
+    cpu="moeify.kernels.gate_native:gate",
+    cuda="moeify.kernels.gate_triton:gate",
 )
 
 
-@gate.register_fake
+@fake("gate")
 def _(
     tokens: Tensor,
     weight: Tensor,
@@ -162,17 +163,18 @@ def gate_backward_reference(
     return grad_tokens.to(tokens.dtype), grad_weight.to(weight.dtype)
 
 
-gate_backward = torch.library.custom_op(
-    "moeify::gate_backward",
-    gate_backward_reference,
-    mutates_args=(),
-    schema="(Tensor? grad_scores, Tensor? grad_logits, Tensor? grad_aux, Tensor? grad_z, "
+gate_backward = define(
+    "gate_backward",
+    "(Tensor? grad_scores, Tensor? grad_logits, Tensor? grad_aux, Tensor? grad_z, "
     "Tensor tokens, Tensor weight, Tensor? input_noise, Tensor logits, Tensor ids, "
     "str score, str balance, bool surrogate) -> (Tensor, Tensor)",
+    gate_backward_reference,
+    cpu="moeify.kernels.gate_native:gate_backward",
+    cuda="moeify.kernels.gate_backward_triton:gate_backward",
 )
 
 
-@gate_backward.register_fake
+@fake("gate_backward")
 def _(
     grad_scores: Tensor | None,
     grad_logits: Tensor | None,
@@ -213,7 +215,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     return grad_tokens, grad_weight, None, None, None, None, None, None, None, None
 
 
-gate.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd("moeify::gate", _backward, setup_context=_setup_context)
 
 
 def _noisy_tokens(tokens: Tensor, input_noise: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -295,17 +297,3 @@ def _count(ids: Tensor, experts: int) -> Tensor:
 
 def _mean(values: Tensor) -> Tensor:
     return values.sum(0) / max(values.shape[0], 1)
-
-
-register(
-    gate,
-    gate_reference,
-    cpu="moeify.kernels.gate_native:gate",
-    cuda="moeify.kernels.gate_triton:gate",
-)
-register(
-    gate_backward,
-    gate_backward_reference,
-    cpu="moeify.kernels.gate_native:gate_backward",
-    cuda="moeify.kernels.gate_backward_triton:gate_backward",
-)

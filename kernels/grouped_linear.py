@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moeify.errors import DispatchError
-from moeify.kernels.implementations import register
+from moeify.kernels.implementations import define, fake
 from moeify.kernels.precision import without_autocast
 
 
@@ -58,15 +58,15 @@ def grouped_linear_reference(
     return out
 
 
-grouped_linear = torch.library.custom_op(
-    "moeify::grouped_linear",
+grouped_linear = define(
+    "grouped_linear",
+    "(Tensor rows, Tensor weight, Tensor? bias, Tensor offsets) -> Tensor",
     grouped_linear_reference,
-    mutates_args=(),
-    schema="(Tensor rows, Tensor weight, Tensor? bias, Tensor offsets) -> Tensor",
+    cuda="moeify.kernels.grouped_linear_triton:grouped_linear",
 )
 
 
-@grouped_linear.register_fake
+@fake("grouped_linear")
 def _(rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
     return rows.new_empty(rows.shape[0], weight.shape[1])
 
@@ -102,15 +102,15 @@ def grouped_linear_backward_reference(
     return grad_weight, grad_bias
 
 
-grouped_linear_backward = torch.library.custom_op(
-    "moeify::grouped_linear_backward",
+grouped_linear_backward = define(
+    "grouped_linear_backward",
+    "(Tensor grad, Tensor rows, Tensor offsets, bool with_bias) -> (Tensor, Tensor)",
     grouped_linear_backward_reference,
-    mutates_args=(),
-    schema="(Tensor grad, Tensor rows, Tensor offsets, bool with_bias) -> (Tensor, Tensor)",
+    cuda="moeify.kernels.grouped_linear_triton:grouped_linear_backward",
 )
 
 
-@grouped_linear_backward.register_fake
+@fake("grouped_linear_backward")
 def _(grad: Tensor, rows: Tensor, offsets: Tensor, with_bias: bool) -> tuple[Tensor, Tensor]:
     experts, width = offsets.shape[0], grad.shape[1]
     return (
@@ -140,7 +140,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_rows, grad_weight, grad_bias if ctx.with_bias else None, None
 
 
-grouped_linear.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd("moeify::grouped_linear", _backward, setup_context=_setup_context)
 
 
 def _groups(offsets: Tensor, rows: int) -> Iterator[tuple[int, int, int]]:
@@ -159,15 +159,3 @@ def _groups(offsets: Tensor, rows: int) -> Iterator[tuple[int, int, int]]:
         if end > start:
             yield expert, start, end
         start = end
-
-
-register(
-    grouped_linear,
-    grouped_linear_reference,
-    cuda="moeify.kernels.grouped_linear_triton:grouped_linear",
-)
-register(
-    grouped_linear_backward,
-    grouped_linear_backward_reference,
-    cuda="moeify.kernels.grouped_linear_triton:grouped_linear_backward",
-)

@@ -18,21 +18,39 @@ import torch
 
 Function = Callable[..., Any]
 
+_LIBRARY: Any = torch.library.Library("moeify", "DEF")
 _forced_reference = False
 
 
-def register(op: Any, reference: Function, **functions: str) -> None:
-    """Give a custom op faster implementations.
+def define(name: str, schema: str, reference: Function, **functions: str) -> Any:
+    """Register the op `moeify::name` with its reference and its faster implementations.
+
+    `torch.library.custom_op` does the same with checks on every call that take longer than one
+    token's routing; what they check, aliasing and schema, `opcheck` checks in the tests.
 
     Args:
-        op: What `torch.library.custom_op` returned.
-        reference: The op's plain-torch function.
+        name: Name of the op.
+        schema: Its arguments and results, in torch's schema language.
+        reference: Its plain-torch function.
         functions: Device type to `"module:function"`, such as
             `cuda="moeify.kernels.gate_triton:gate"`.
+
+    Returns:
+        The op, to be called.
     """
+    _LIBRARY.define(name + schema, tags=[torch.Tag.pt2_compliant_tag])
+    _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     for device_type, place in functions.items():
         run = _first_that_serves(reference, place)
-        op.register_kernel(device_type)(_on_its_gpu(run) if device_type == "cuda" else run)
+        run = _on_its_gpu(run) if device_type == "cuda" else run
+        _LIBRARY.impl(name, run, device_type.upper())
+    return getattr(torch.ops.moeify, name).default
+
+
+def fake(name: str) -> Callable[[Function], Function]:
+    """Return a decorator: the function gives the op's results as far as shapes and dtypes go."""
+    decorator: Callable[[Function], Function] = torch.library.register_fake(f"moeify::{name}")
+    return decorator
 
 
 @contextmanager

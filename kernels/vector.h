@@ -22,6 +22,19 @@ typedef float uvec __attribute__((vector_size(4 * V), aligned(4)));  // any addr
 
 static inline vec load(const float* p) { return *reinterpret_cast<const uvec*>(p); }
 static inline void store(float* p, vec v) { *reinterpret_cast<uvec*>(p) = v; }
+// Stores past the cache where the processor can: for what is written whole and read much later.
+static inline void stream(float* p, vec v) {
+#ifdef __AVX512F__
+  if (((uintptr_t)p & 63) == 0) return __builtin_ia32_movntps512(p, v);
+#endif
+  store(p, v);
+}
+// Makes streamed stores visible to other threads.
+static inline void stream_done() {
+#ifdef __AVX512F__
+  __builtin_ia32_sfence();
+#endif
+}
 static inline vec splat(float x) { return x - vec{}; }  // compiles to a broadcast alone
 static inline vec pick(ivec mask, vec a, vec b) { return mask ? a : b; }
 static inline vec vmax(vec a, vec b) { return (a > b) | (a != a) ? a : b; }
@@ -93,3 +106,4 @@ static inline void narrow(bf16* p, vec x) {
   up = (x != x) ? ivec{} + 0x7fc0 : up;
   *reinterpret_cast<uhvec*>(p) = __builtin_convertvector(up, hvec);
 }
+static inline void stream(bf16* p, vec x) { narrow(p, x); }

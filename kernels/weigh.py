@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moeify.kernels.gate import EPSILON
-from moeify.kernels.implementations import register
+from moeify.kernels.implementations import define, fake
 
 COMBINES = ("probability", "normalized", "straight_through")
 
@@ -47,15 +47,16 @@ def weigh_reference(scores: Tensor, slots: Tensor, combine: str) -> Tensor:
     raise ValueError(f"combine: {combine!r} is unknown; use one of {', '.join(COMBINES)}")
 
 
-weigh = torch.library.custom_op(
-    "moeify::weigh",
+weigh = define(
+    "weigh",
+    "(Tensor scores, Tensor slots, str combine) -> Tensor",
     weigh_reference,
-    mutates_args=(),
-    schema="(Tensor scores, Tensor slots, str combine) -> Tensor",
+    cpu="moeify.kernels.rows_native:weigh",
+    cuda="moeify.kernels.rows_triton:weigh",
 )
 
 
-@weigh.register_fake
+@fake("weigh")
 def _(scores: Tensor, slots: Tensor, combine: str) -> Tensor:
     return scores.new_empty(scores.shape)
 
@@ -71,15 +72,16 @@ def weigh_backward_reference(grad: Tensor, scores: Tensor, slots: Tensor, combin
     return ((grad - inner) / total).masked_fill(dropped, 0)
 
 
-weigh_backward = torch.library.custom_op(
-    "moeify::weigh_backward",
+weigh_backward = define(
+    "weigh_backward",
+    "(Tensor grad, Tensor scores, Tensor slots, str combine) -> Tensor",
     weigh_backward_reference,
-    mutates_args=(),
-    schema="(Tensor grad, Tensor scores, Tensor slots, str combine) -> Tensor",
+    cpu="moeify.kernels.rows_native:weigh_backward",
+    cuda="moeify.kernels.rows_triton:weigh_backward",
 )
 
 
-@weigh_backward.register_fake
+@fake("weigh_backward")
 def _(grad: Tensor, scores: Tensor, slots: Tensor, combine: str) -> Tensor:
     return scores.new_empty(scores.shape)
 
@@ -94,17 +96,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return torch.ops.moeify.weigh_backward(grad, scores, slots, ctx.combine), None, None
 
 
-weigh.register_autograd(_backward, setup_context=_setup_context)
-
-register(
-    weigh,
-    weigh_reference,
-    cpu="moeify.kernels.rows_native:weigh",
-    cuda="moeify.kernels.rows_triton:weigh",
-)
-register(
-    weigh_backward,
-    weigh_backward_reference,
-    cpu="moeify.kernels.rows_native:weigh_backward",
-    cuda="moeify.kernels.rows_triton:weigh_backward",
-)
+torch.library.register_autograd("moeify::weigh", _backward, setup_context=_setup_context)

@@ -267,7 +267,9 @@ class Router(nn.Module):
         self.pending_counts.zero_()
 
     def _record(self, routing: Routing, tokens: int) -> None:
-        loss = self.aux_loss * routing.aux_loss + self.z_loss * routing.z_loss
+        loss = self.aux_loss * routing.aux_loss
+        if self.z_loss:
+            loss = loss + self.z_loss * routing.z_loss
         routes = max(tokens, 1) * self.top_k
         stats: RouterStats = {
             "counts": routing.counts,
