@@ -1,20 +1,6 @@
 // Activations and their slopes; numbered as `elementwise.FUSED` lists them.
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 typedef int64_t i64;
-
-// Asks for huge pages below a large buffer that has not been written to: at 4 KiB a page, the faults
-// of a first write take longer than the write.
-static inline void on_huge_pages(void* p, i64 bytes) {
-#ifdef __linux__
-  const i64 page = 1 << 21;
-  i64 start = ((i64)p + page - 1) / page * page, end = ((i64)p + bytes) / page * page;
-  if (p && end > start) madvise((void*)start, end - start, MADV_HUGEPAGE);
-#endif
-}
 
 enum Act { GELU, GELU_TANH, QUICK_GELU, SILU, RELU, RELU2, IDENTITY };
 

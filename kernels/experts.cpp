@@ -296,8 +296,6 @@ struct Forward {
 
   void run() {
     const i64 R = T * K, H = gated ? 2 * F : F, used = E ? offsets[E - 1] : 0;
-    on_huge_pages(hidden, hidden ? R * H * sizeof(X) : 0);
-    on_huge_pages(rows, K > 1 ? R * O * sizeof(float) : 0);
 #pragma omp parallel if (R * D * F > 1 << 20)
     {
       for (i64 e = 0, start = 0; e < E; start = offsets[e++])

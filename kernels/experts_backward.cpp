@@ -35,7 +35,7 @@ struct Product {
   i64 row, step;
   const float* b;
   i64 ldb, M, N, K;
-  bool add, last;  // add to C; C will not be read again here
+  bool add;
 
   template <int H, typename Row>
   void tile(i64 i, i64 j, const float* block, Row out) const {
@@ -46,8 +46,7 @@ struct Product {
       float* y = out(i + h) + j;
       for (int v = 0; v < W; v++) {
         i64 w = std::min<i64>(V, n - v * V);
-        if (w == V && last) stream(y + v * V, add ? load(y + v * V) + c[h][v] : c[h][v]);
-        else if (w == V) store(y + v * V, add ? load(y + v * V) + c[h][v] : c[h][v]);
+        if (w == V) store(y + v * V, add ? load(y + v * V) + c[h][v] : c[h][v]);
         else for (i64 t = 0; t < w; t++) y[v * V + t] = c[h][v][t] + (add ? y[v * V + t] : 0.0f);
       }
     }
@@ -154,10 +153,10 @@ struct Backward {
 
   void chunk(i64 e, i64 first, i64 end, float* block) {
     const i64 n = end - first;
-    const bool add = first > (e ? offsets[e - 1] : 0), last = end == offsets[e];
+    const bool add = first > (e ? offsets[e - 1] : 0);
 #pragma omp for schedule(static)
     for (i64 i = 0; i < n; i++) gather(e, first + i, i);
-    Product{go, lo, 1, down + e * O * F, F, n, F, O, false, false}.by_columns(block, [&](i64 i) { return ga + i * lf; });
+    Product{go, lo, 1, down + e * O * F, F, n, F, O, false}.by_columns(block, [&](i64 i) { return ga + i * lf; });
 #pragma omp barrier
 #pragma omp for schedule(static)
     for (i64 i = 0; i < n; i++) {
@@ -169,12 +168,12 @@ struct Backward {
       }
     }
     if (grad_tokens)
-      Product{gh, lh, 1, up + e * H * D, D, n, D, H, false, false}.by_columns(block, [&](i64 i) {
+      Product{gh, lh, 1, up + e * H * D, D, n, D, H, false}.by_columns(block, [&](i64 i) {
         return K == 1 ? grad_tokens + (i64)order[first + i] * D : back + (first + i) * D;
       });
     if (grad_up) {
-      Product{go, 1, lo, ga, lf, O, F, n, add, last}.by_columns(block, [&](i64 o) { return grad_down + (e * O + o) * F; });
-      Product{gh, 1, lh, xr, ld, H, D, n, add, last}.by_rows(shared, block, [&](i64 h) { return grad_up + (e * H + h) * D; });
+      Product{go, 1, lo, ga, lf, O, F, n, add}.by_columns(block, [&](i64 o) { return grad_down + (e * O + o) * F; });
+      Product{gh, 1, lh, xr, ld, H, D, n, add}.by_rows(shared, block, [&](i64 h) { return grad_up + (e * H + h) * D; });
       if (grad_up_bias) column_sums(gh, lh, H, nullptr, n, first, grad_up_bias + e * H, add);
       if (grad_down_bias) column_sums(go, lo, O, weights, n, first, grad_down_bias + e * O, add);
     }
@@ -222,11 +221,6 @@ struct Backward {
   void run(float* scratch, float* blocks, i64 longest) {
     H = gated ? 2 * F : F;
     lo = O + V, ld = D + V, lf = F + V, lh = H + V;
-    on_huge_pages(back, back ? T * K * D * sizeof(float) : 0);
-    if (grad_up) {
-      on_huge_pages(grad_up, E * H * D * sizeof(float));
-      on_huge_pages(grad_down, E * O * F * sizeof(float));
-    }
     go = scratch, xr = go + C * lo, ga = xr + C * ld, gh = ga + C * lf, shared = gh + C * lh;
 #pragma omp parallel if (T * K * D * F > 1 << 20)
     {
@@ -235,7 +229,6 @@ struct Backward {
         if (start == offsets[e] && grad_up) zero(e);
         for (i64 r = start; r < offsets[e]; r += C) chunk(e, r, std::min<i64>(r + C, offsets[e]), block);
       }
-      stream_done();
 #pragma omp for schedule(static)
       for (i64 t = 0; t < T; t++) token(t);
     }

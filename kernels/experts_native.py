@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moeify.kernels import experts_grouped_mm
 from moeify.kernels.elementwise import FUSED
-from moeify.kernels.native import address, function
+from moeify.kernels.native import address, function, library
 
 FEW = 4
 """Mean rows per expert up to which bfloat16 is bound by reading weights, and C++ is ahead."""
@@ -209,7 +209,7 @@ def _serves(tokens: Tensor, weights: Tensor | None, parts: tuple[Tensor | None, 
         return False
     if weights is not None and weights.dtype != torch.float32:
         return False
-    return _forward(dtype) is not None
+    return _forward(dtype) is not None and library("experts_backward") is not None
 
 
 def _groups(offsets: Tensor) -> Iterator[tuple[int, int, int]]:

@@ -18,7 +18,7 @@ import torch
 
 Function = Callable[..., Any]
 
-_LIBRARY: Any = torch.library.Library("moeify", "DEF")
+_LIBRARY: Any = torch.library.Library("moeify", "DEF")  # type: ignore[no-untyped-call]
 _forced_reference = False
 
 
