@@ -37,6 +37,7 @@ def experts(
     """Run `experts.experts_reference`; see there for arguments and results."""
     if not _serves(tokens, up, down):
         return NotImplemented
+    up, down = up.contiguous(), down.contiguous()
     unused = (order < 0)[:, None]
     with without_autocast(tokens):
         rows = torch.ops.moeify.dispatch(tokens, order, slots)
@@ -75,6 +76,7 @@ def experts_backward(
     if not _serves(tokens, up, down):
         return NotImplemented
     ops, dtype = torch.ops.moeify, tokens.dtype
+    up, down = up.contiguous(), down.contiguous()
     unused = (order < 0)[:, None]
     with without_autocast(tokens):
         grad_rows = ops.dispatch(grad.to(dtype), order, slots)

@@ -70,6 +70,8 @@ def experts(
     if kernel == "reference" or not _serves(tokens, weights, parts):
         return NotImplemented
     tokens, up, down = tokens.contiguous(), up.contiguous(), down.contiguous()
+    down_bias = None if down_bias is None else down_bias.contiguous()
+    up_bias = None if up_bias is None else up_bias.contiguous()
     (count, d_in), top_k = tokens.shape, slots.shape[1]
     number, d_out, d_ff = down.shape
     rows = count * top_k
@@ -153,6 +155,7 @@ def experts_backward(
         return NotImplemented
     grad = grad.to(tokens.dtype).contiguous()
     tokens, up, down = tokens.contiguous(), up.contiguous(), down.contiguous()
+    down_bias = None if down_bias is None else down_bias.contiguous()
     weights = None if weights is None else weights.contiguous()
     with_down_bias = down_bias is not None
     grads = (

@@ -154,7 +154,7 @@ def _outside(
     gm: fx.GraphModule, discovery: Discovery, resolved: ResolvedPlan
 ) -> dict[str, tuple[str, str]]:
     """Return what must be left of the graph once the planned sites are gone."""
-    chosen = {layer.site.down.weight for layer in resolved}
+    chosen = {layer.site.down.weight for layer in resolved if layer.expert == "mlp"}
     inside = {n for r in discovery.regions if r.down.weight.name in chosen for n in r.nodes}
     linear = {layer.site.down.weight for layer in resolved if layer.expert == "linear"}
     inside |= {n for lin in discovery.linear_nodes if lin.weight.name in linear for n in lin.nodes}

@@ -45,9 +45,11 @@ def deterministic():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def threads():
+    """One thread: sizes are small, and other tests run beside these."""
     before = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield torch.set_num_threads
     torch.set_num_threads(before)
 
@@ -195,18 +197,9 @@ def test_a_backward_without_save_is_refused():
         out.sum().backward()
 
 
-def _strided():
-    for dtype, kernel, name in itertools.product(DTYPES, KERNELS, [*NAMES[1:], "grad"]):
-        reason = ""
-        if (dtype, kernel) == (torch.float32, "cpu") and name in ("up_bias", "down_bias"):
-            reason = "the C++ kernels read a bias as if it were contiguous"
-        if kernel == "grouped_mm" and name in ("up", "down"):
-            reason = "torch's grouped matmul refuses these strides; they should not be served"
-        marks = [pytest.mark.xfail(strict=True, reason=reason)] if reason else []
-        yield pytest.param(dtype, kernel, name, marks=marks, id=f"{dtype}-{kernel}-{name}")
-
-
-@pytest.mark.parametrize(("dtype", "kernel", "name"), _strided())
+@pytest.mark.parametrize("name", [*NAMES[1:], "grad"])
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_any_strides(dtype, kernel, name):
     given, expected = truth(SMALL, dtype)
     strided = replace(
@@ -237,10 +230,19 @@ def test_an_expanded_gradient(dtype, kernel):
     check(expanded.solve(kernel), ones.solve(kernel), 1e-6)
 
 
+def _matmul_spreads_nan(dtype):
+    rows = torch.ones(20, 48, dtype=dtype)
+    rows[3] = float("nan")
+    product = rows @ torch.ones(48, 16, dtype=dtype)
+    return product.isnan().any(1).nonzero().flatten().tolist() != [3]
+
+
 @pytest.mark.parametrize("what", ["token", "grad"])
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nan_stays_where_it_belongs(dtype, kernel, what):
+    if _matmul_spreads_nan(dtype):
+        pytest.skip("torch's own matmul spreads NaN over rows here, as that of 2.11 in bfloat16")
     case = replace(SMALL, tokens=70, experts=6, capacity=20)
     given = problem(case, dtype)
     (given.floats[0] if what == "token" else given.grad)[11] = float("nan")

@@ -623,3 +623,13 @@ def test_mixed_dtypes_are_held_to_the_coarsest():
 class Cast(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.to(torch.bfloat16)
+
+
+def test_linear_experts_in_front_of_an_mlps_own_projection():
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8), nn.LayerNorm(8))
+    x = torch.randn(4, 8)
+    want = model(x)
+    rule = {"select": {"name": "2"}, "expert": "linear", "experts": 2}
+    mf.moeify(model, {"layers": [rule]}, example_inputs=x)
+    assert isinstance(model[0], nn.Linear)
+    torch.testing.assert_close(model(x), want)
