@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moeify.kernels.aot import AotCase
-from moeify.kernels.tile_config import bucket
+from moeify.kernels.tile_config import bucket, fitting_stages, shared_memory
 from moeify.kernels.tiles_triton import dot_precision, order_tile
 
 
@@ -43,7 +43,7 @@ def weight_gradient(
     """
     experts, height, width = offsets.shape[0], left.shape[1], right.shape[1]
     out = left.new_empty(experts, height, width)
-    config = _tile(order.shape[0], experts, left.dtype)
+    config = _tile(order.shape[0], experts, left.dtype, left.device)
     tiles = triton.cdiv(height, config["BN"]) * triton.cdiv(width, config["BM"])
     _weight_kernel[(tiles, experts)](
         left,
@@ -139,12 +139,14 @@ def combine_gradient(
     return out
 
 
-def _tile(rows: int, experts: int, dtype: torch.dtype) -> dict[str, int]:
+def _tile(rows: int, experts: int, dtype: torch.dtype, device: torch.device) -> dict[str, int]:
     """Return tile sizes and launch options; the step over rows follows the rows per expert."""
     step = bucket(rows, experts)
     if dtype == torch.float32:
         return {"BN": 64, "BM": 64, "BR": min(step, 32), "num_warps": 8, "num_stages": 3}
-    return {"BN": 128, "BM": 128, "BR": min(step, 64), "num_warps": 8, "num_stages": 5}
+    step = min(step, 64)
+    stages = fitting_stages(5, (128 + 128) * step * 2, shared_memory(device))
+    return {"BN": 128, "BM": 128, "BR": step, "num_warps": 8, "num_stages": stages}
 
 
 @triton.jit
@@ -274,7 +276,7 @@ def aot_cases() -> list[AotCase]:
     ):
         name = "fp32" if dtype == torch.float32 else "bf16"
         left = gathered == "left"
-        config = _tile(rows, experts, dtype)
+        config = _tile(rows, experts, dtype, torch.device("cpu"))
         warps, stages = config.pop("num_warps"), config.pop("num_stages")
         indices = {"order": "*i32", "offsets": "*i32"}
         note = f"{name} {n} x {m}, gathered {gathered}"

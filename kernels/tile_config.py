@@ -182,6 +182,8 @@ def _heuristic(shared: int, dtype: str, rows: int, n: int, k: int, lean: bool) -
     bm = min(rows, 64 if wide else 128)
     bn = _fitting(n, 64 if wide else 128 if bm < 128 or lean else 256)
     bk = _fitting(k, 32 if wide else 64 if bm > 32 else 128)
+    if n * itemsize % 16 or k * itemsize % 16:  # masked, unaligned loads take registers
+        bm, bn, bk = min(bm, 64), min(bn, 64), min(bk, 32)
     while bn > 64 and fitting_stages(2, (bm + bn) * bk * itemsize, shared) < 2:
         bn //= 2
     stages = fitting_stages(3 if wide else 4, (bm + bn) * bk * itemsize, shared)
