@@ -21,7 +21,7 @@ from moeify.kernels import experts_grouped_mm
 from moeify.kernels.elementwise import FUSED
 from moeify.kernels.native import address, function, library
 
-FEW = 4
+FEW = 3
 """Mean rows per expert up to which bfloat16 is bound by reading weights, and C++ is ahead."""
 
 _PANEL = 64
