@@ -124,7 +124,10 @@ def compare(dense: Snapshot, moe: Snapshot, layers: Sequence[LayerPlan]) -> Diff
         raise VerificationError(f"the outputs changed shape: {shapes[0]} became {shapes[1]}")
     largest = max((_size(t) for t in dense.outputs), default=0.0)
     outputs = max(
-        (_relative(a, b, _FLOOR * largest) for a, b in zip(dense.outputs, moe.outputs, strict=True)),
+        (
+            _relative(a, b, _FLOOR * largest)
+            for a, b in zip(dense.outputs, moe.outputs, strict=True)
+        ),
         default=0.0,
     )
     if moe.failure and not dense.failure:
