@@ -25,13 +25,20 @@ static inline vec tanh_inner(vec x) { return 0.7978845608f * (x + 0.044715f * x 
 
 static inline vec activate(int act, vec x) {
   switch (act) {
-    case GELU: return 0.5f * x * (1.0f + erf(x * 0.70710678118f));
-    case GELU_TANH: return x * sigmoid(2.0f * tanh_inner(x));
-    case QUICK_GELU: return x * sigmoid(1.702f * x);
-    case SILU: return x * sigmoid(x);
-    case RELU: return pick(x < 0, splat(0.0f), x);
-    case RELU2: return pick(x < 0, splat(0.0f), x * x);
-    default: return x;
+    case GELU:
+      return 0.5f * x * (1.0f + erf(x * 0.70710678118f));
+    case GELU_TANH:
+      return x * sigmoid(2.0f * tanh_inner(x));
+    case QUICK_GELU:
+      return x * sigmoid(1.702f * x);
+    case SILU:
+      return x * sigmoid(x);
+    case RELU:
+      return pick(x < 0, splat(0.0f), x);
+    case RELU2:
+      return pick(x < 0, splat(0.0f), x * x);
+    default:
+      return x;
   }
 }
 
@@ -54,8 +61,11 @@ static inline vec slope(int act, vec x) {
       vec s = sigmoid(x);
       return s * (1.0f + x * (1.0f - s));
     }
-    case RELU: return pick(x > 0, splat(1.0f), x != x ? x : vec{});
-    case RELU2: return pick(x < 0, vec{}, 2.0f * x);
-    default: return splat(1.0f);
+    case RELU:
+      return pick(x > 0, splat(1.0f), x != x ? x : vec{});
+    case RELU2:
+      return pick(x < 0, vec{}, 2.0f * x);
+    default:
+      return splat(1.0f);
   }
 }

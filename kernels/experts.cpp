@@ -1,26 +1,28 @@
 // Grouped two-layer MLPs in float32, forward: gather, matmul, activation, matmul, combine.
 //
-// Tokens lie along the lanes of the vectors. A chunk of an expert's rows is packed, transposed, into
-// panels of up to 3 vectors; the weights are then read as they lie in memory, each element once per
-// chunk, broadcast and multiplied into a tile of 8 weight rows by 3 vectors of tokens. The activated
-// values come out in the panel layout that the second matmul reads, and never leave the cache.
+// Tokens lie along the lanes of the vectors. A chunk of an expert's rows is packed, transposed,
+// into panels of up to 3 vectors; the weights are then read as they lie in memory, each element
+// once per chunk, broadcast and multiplied into a tile of 8 weight rows by 3 vectors of tokens. The
+// activated values come out in the panel layout that the second matmul reads, and never leave the
+// cache.
 //
 // Up to FEW rows would leave the lanes empty: there the vectors lie along the contraction, rows are
 // not transposed, and the work is a few matrix-vector products that read the weights once.
 //
-// All threads work on one chunk together, on different rows of the weights. Every output is summed in
-// one order whatever their number.
+// All threads work on one chunk together, on different rows of the weights. Every output is summed
+// in one order whatever their number.
 
 #include "activation.h"
 
-constexpr int N = 3;         // vectors of tokens in a panel
+constexpr int N = 3;          // vectors of tokens in a panel
 constexpr int PANEL = N * V;  // tokens in a panel
-constexpr int CHUNK = 4;     // panels that share one pass over the weights
-constexpr int FEW = 4;       // rows up to which vectors lie along the contraction
+constexpr int CHUNK = 4;      // panels that share one pass over the weights
+constexpr int FEW = 4;        // rows up to which vectors lie along the contraction
 
 // c[i][v] += a[i][k] * b[k][v] over k, M rows of a, W vectors of b. Prefetches what lies `ahead`.
 template <int M, int W, typename A>
-static inline void multiply(const A* const* a, i64 ahead, const float* b, i64 ld, i64 K, vec (&c)[M][W]) {
+static inline void multiply(const A* const* a, i64 ahead, const float* b, i64 ld, i64 K,
+                            vec (&c)[M][W]) {
   const A* r[M];
   vec s[M][W];
   for (int i = 0; i < M; i++) r[i] = a[i];
@@ -94,9 +96,12 @@ static inline void few(const A* const* a, i64 ahead, const float* b, int rows, i
   if (rows == 1) return dots<M, 1>(a, ahead, b, K, c);
   if (rows == 2 && M * 2 <= V) return dots<(M * 2 <= V ? M : 1), 2>(a, ahead, b, K, c);
   for (int i = 0; i < M; i += P) {
-    if (rows == 2) dots<P, 2>(a + i, ahead, b, K, c + i);
-    else if (rows == 3) dots<P, 3>(a + i, ahead, b, K, c + i);
-    else dots<P, 4>(a + i, ahead, b, K, c + i);
+    if (rows == 2)
+      dots<P, 2>(a + i, ahead, b, K, c + i);
+    else if (rows == 3)
+      dots<P, 3>(a + i, ahead, b, K, c + i);
+    else
+      dots<P, 4>(a + i, ahead, b, K, c + i);
   }
 }
 
@@ -123,8 +128,10 @@ static void pack(const Panel& p, i64 from, i64 to, i64 K, float* out, Row row) {
       int n = std::min(V, p.rows - v * V), w = (int)std::min<i64>(V, to - k);
       for (int t = 0; t < n; t++) {
         const X* x = row(p.first + v * V + t) + k;
-        if (w == V) r[t] = widen(x);
-        else for (int j = 0; j < w; j++) r[t][j] = value(x[j]);
+        if (w == V)
+          r[t] = widen(x);
+        else
+          for (int j = 0; j < w; j++) r[t][j] = value(x[j]);
       }
       transpose(r);
       for (int j = 0; j < w; j++) store(out + (k + j) * p.W * V + v * V, r[j]);
@@ -141,9 +148,12 @@ static void unpack(const Panel& p, const float* tile, int w, Row row) {
     int n = std::min(V, p.rows - v * V);
     for (int t = 0; t < n; t++) {
       X* x = row(p.first + v * V + t);
-      if (w < V) for (int j = 0; j < w; j++) round_to(x[j], r[t][j]);
-      else if (LATER) stream(x, r[t]);
-      else narrow(x, r[t]);
+      if (w < V)
+        for (int j = 0; j < w; j++) round_to(x[j], r[t][j]);
+      else if (LATER)
+        stream(x, r[t]);
+      else
+        narrow(x, r[t]);
     }
   }
 }
@@ -176,23 +186,29 @@ struct Forward {
     if (p.few) {
       vec s[R];
       for (int i = 0; i < R; i++) s[i] = c[i][0];
-      if (gated) few<R>(a, M * D, x, p.rows, D, s);
-      else few<M>(a, M * D, x, p.rows, D, s);
+      if (gated)
+        few<R>(a, M * D, x, p.rows, D, s);
+      else
+        few<M>(a, M * D, x, p.rows, D, s);
       for (int i = 0; i < R; i++) c[i][0] = s[i];
     } else if (gated) {
       multiply<R, W>(a, M * D, x, W * V, D, c);
     } else {
       vec s[M][W];
-      for (int i = 0; i < M; i++) for (int v = 0; v < W; v++) s[i][v] = c[i][v];
+      for (int i = 0; i < M; i++)
+        for (int v = 0; v < W; v++) s[i][v] = c[i][v];
       multiply<M, W>(a, M * D, x, W * V, D, s);
-      for (int i = 0; i < M; i++) for (int v = 0; v < W; v++) c[i][v] = s[i][v];
+      for (int i = 0; i < M; i++)
+        for (int v = 0; v < W; v++) c[i][v] = s[i][v];
     }
     for (int i = 0; i < M; i++)
       for (int v = 0; v < W; v++) {
         vec y = activate(act, c[i][v]);
         if (halves == 2) y *= c[M + i][v];
-        if (p.few) for (int t = 0; t < p.rows; t++) active[t * F + f + i] = y[t];
-        else store(active + (f + i) * W * V + v * V, y);
+        if (p.few)
+          for (int t = 0; t < p.rows; t++) active[t * F + f + i] = y[t];
+        else
+          store(active + (f + i) * W * V + v * V, y);
         if (hidden) {
           store(gate_out + i * PANEL + v * V, c[i][v]);
           if (halves == 2) store(up_out + i * PANEL + v * V, c[M + i][v]);
@@ -218,7 +234,8 @@ struct Forward {
   }
 
   template <int M, int W>
-  void out_tile(const Panel& p, const X* w, const X* bias, const float* active, i64 o, float* tile) {
+  void out_tile(const Panel& p, const X* w, const X* bias, const float* active, i64 o,
+                float* tile) {
     const X* a[M];
     vec c[M][W];
     for (int i = 0; i < M; i++) {
@@ -250,8 +267,10 @@ struct Forward {
     if (weights)
       for (int v = 0; v < W; v++) {
         vec s = {};
-        for (int t = 0; t < V && v * V + t < p.rows; t++) s[t] = weights[order[p.first + v * V + t]];
-        for (int j = 0; j < n; j++) store(tile + j * PANEL + v * V, load(tile + j * PANEL + v * V) * s);
+        for (int t = 0; t < V && v * V + t < p.rows; t++)
+          s[t] = weights[order[p.first + v * V + t]];
+        for (int j = 0; j < n; j++)
+          store(tile + j * PANEL + v * V, load(tile + j * PANEL + v * V) * s);
       }
     if (K == 1)
       unpack<X, false>(p, tile, n, [&](i64 r) { return out + (i64)order[r] * O + o; });
@@ -261,9 +280,12 @@ struct Forward {
 
   template <typename Body>
   static void with_width(int W, Body body) {
-    if (W == 1) body(std::integral_constant<int, 1>());
-    else if (W == 2) body(std::integral_constant<int, 2>());
-    else body(std::integral_constant<int, 3>());
+    if (W == 1)
+      body(std::integral_constant<int, 1>());
+    else if (W == 2)
+      body(std::integral_constant<int, 2>());
+    else
+      body(std::integral_constant<int, 3>());
   }
 
   // One chunk of an expert's rows, by all threads.
@@ -284,7 +306,8 @@ struct Forward {
     for (i64 f = 0; f < ups; f++)
       for (int p = 0; p < count; p++)
         with_width(panels[p].W, [&](auto W) {
-          hidden_block<W.value>(panels[p], e, packed + p * D * PANEL, active + p * F * PANEL, f * V);
+          hidden_block<W.value>(panels[p], e, packed + p * D * PANEL, active + p * F * PANEL,
+                                f * V);
         });
 #pragma omp for schedule(static)
     for (i64 o = 0; o < outs; o++)
@@ -294,7 +317,19 @@ struct Forward {
         });
   }
 
-  void run() {
+  // Whether every index of the table points to where there is something.
+  bool sound() const {
+    for (i64 e = 0, start = 0; e < E; start = offsets[e++])
+      if (offsets[e] < start || offsets[e] > T * K) return false;
+    for (i64 r = 0; r < (E ? offsets[E - 1] : 0); r++)
+      if (order[r] < 0 || order[r] >= T * K) return false;
+    for (i64 r = 0; r < T * K; r++)
+      if (slots[r] >= T * K) return false;
+    return true;
+  }
+
+  bool run() {
+    if (!sound()) return false;
     const i64 R = T * K, H = gated ? 2 * F : F, used = E ? offsets[E - 1] : 0;
 #pragma omp parallel if (R * D * F > 1 << 20)
     {
@@ -309,6 +344,7 @@ struct Forward {
 #pragma omp for schedule(static)
       for (i64 t = 0; t < T; t++) combine(t);
     }
+    return true;
   }
 
   // Sums a token's rows; with one route only dropped tokens are left to do.
@@ -325,24 +361,29 @@ struct Forward {
         i64 slot = slots[t * K + k];
         if (slot < 0) continue;
         const float* r = rows + slot * O + o;
-        if (w == V) s += load(r);
-        else for (int j = 0; j < w; j++) s[j] += r[j];
+        if (w == V)
+          s += load(r);
+        else
+          for (int j = 0; j < w; j++) s[j] += r[j];
       }
-      if (w == V) narrow(y + o, s);
-      else for (int j = 0; j < w; j++) round_to(y[o + j], s[j]);
+      if (w == V)
+        narrow(y + o, s);
+      else
+        for (int j = 0; j < w; j++) round_to(y[o + j], s[j]);
     }
   }
 };
 
-#define FORWARD(NAME, X)                                                                          \
-  extern "C" void NAME(const X* tokens, const float* weights, const X* up, const X* up_bias,      \
-                       const X* down, const X* down_bias, const int32_t* order,                   \
-                       const int32_t* slots, const int32_t* offsets, X* out, X* hidden,           \
-                       float* rows, float* packed, float* active, i64 T, i64 D, i64 F, i64 O,     \
-                       i64 E, i64 K, int act, int gated) {                                        \
-    Forward<X>{tokens, up, up_bias, down, down_bias, weights, order, slots, offsets, out, hidden, \
-               rows, packed, active, T, D, F, O, E, K, act, gated}                                \
-        .run();                                                                                   \
+#define FORWARD(NAME, X)                                                                     \
+  extern "C" i64 NAME(const X* tokens, const float* weights, const X* up, const X* up_bias,  \
+                      const X* down, const X* down_bias, const int32_t* order,               \
+                      const int32_t* slots, const int32_t* offsets, X* out, X* hidden,       \
+                      float* rows, float* packed, float* active, i64 T, i64 D, i64 F, i64 O, \
+                      i64 E, i64 K, int act, int gated) {                                    \
+    return Forward<X>{tokens,  up,  up_bias, down, down_bias, weights, order, slots,         \
+                      offsets, out, hidden,  rows, packed,    active,  T,     D,             \
+                      F,       O,   E,       K,    act,       gated}                         \
+        .run();                                                                              \
   }
 FORWARD(experts_float, float)
 FORWARD(experts_bfloat16, bf16)

@@ -13,7 +13,8 @@ constexpr int BLOCK = W * V;  // columns in a block
 
 // c[i][v] += a[i * row + k * step] * b[k][v] over k.
 template <int M>
-static inline void multiply(const float* a, i64 row, i64 step, const float* b, i64 K, vec (&c)[M][W]) {
+static inline void multiply(const float* a, i64 row, i64 step, const float* b, i64 K,
+                            vec (&c)[M][W]) {
   const float* r[M];
   vec s[M][W] = {};
   for (int i = 0; i < M; i++) r[i] = a + i * row;
@@ -46,8 +47,10 @@ struct Product {
       float* y = out(i + h) + j;
       for (int v = 0; v < W; v++) {
         i64 w = std::min<i64>(V, n - v * V);
-        if (w == V) store(y + v * V, add ? load(y + v * V) + c[h][v] : c[h][v]);
-        else for (i64 t = 0; t < w; t++) y[v * V + t] = c[h][v][t] + (add ? y[v * V + t] : 0.0f);
+        if (w == V)
+          store(y + v * V, add ? load(y + v * V) + c[h][v] : c[h][v]);
+        else
+          for (i64 t = 0; t < w; t++) y[v * V + t] = c[h][v][t] + (add ? y[v * V + t] : 0.0f);
       }
     }
   }
@@ -92,8 +95,10 @@ struct Product {
       Product own = *this;
       own.a = strip - i, own.row = 1, own.step = 8;
       for (i64 j = 0; j < N; j += BLOCK) {
-        if (h == 8) own.tile<8>(i, j, shared + j * K, out);
-        else for (int t = 0; t < h; t++) own.tile<1>(i + t, j, shared + j * K, out);
+        if (h == 8)
+          own.tile<8>(i, j, shared + j * K, out);
+        else
+          for (int t = 0; t < h; t++) own.tile<1>(i + t, j, shared + j * K, out);
       }
     }
   }
@@ -103,7 +108,7 @@ struct Backward {
   const float *grad, *tokens, *weights, *up, *down, *down_bias, *hidden;
   const int32_t *order, *slots, *offsets;
   float *grad_tokens, *grad_weights, *grad_up, *grad_up_bias, *grad_down, *grad_down_bias;
-  float *back, *inner;  // scratch: [R, D] row gradients if K > 1; [R] inner products
+  float *back, *inner;      // scratch: [R, D] row gradients if K > 1; [R] inner products
   i64 T, D, F, O, E, K, C;  // C: rows in a chunk
   int act, gated;
   i64 H, lo, ld, lf, lh;  // strides of the scratch rows
@@ -156,7 +161,8 @@ struct Backward {
     const bool add = first > (e ? offsets[e - 1] : 0);
 #pragma omp for schedule(static)
     for (i64 i = 0; i < n; i++) gather(e, first + i, i);
-    Product{go, lo, 1, down + e * O * F, F, n, F, O, false}.by_columns(block, [&](i64 i) { return ga + i * lf; });
+    Product{go, lo, 1, down + e * O * F, F, n, F, O, false}.by_columns(
+        block, [&](i64 i) { return ga + i * lf; });
 #pragma omp barrier
 #pragma omp for schedule(static)
     for (i64 i = 0; i < n; i++) {
@@ -172,16 +178,18 @@ struct Backward {
         return K == 1 ? grad_tokens + (i64)order[first + i] * D : back + (first + i) * D;
       });
     if (grad_up) {
-      Product{go, 1, lo, ga, lf, O, F, n, add}.by_columns(block, [&](i64 o) { return grad_down + (e * O + o) * F; });
-      Product{gh, 1, lh, xr, ld, H, D, n, add}.by_rows(shared, block, [&](i64 h) { return grad_up + (e * H + h) * D; });
+      Product{go, 1, lo, ga, lf, O, F, n, add}.by_columns(
+          block, [&](i64 o) { return grad_down + (e * O + o) * F; });
+      Product{gh, 1, lh, xr, ld, H, D, n, add}.by_rows(
+          shared, block, [&](i64 h) { return grad_up + (e * H + h) * D; });
       if (grad_up_bias) column_sums(gh, lh, H, nullptr, n, first, grad_up_bias + e * H, add);
       if (grad_down_bias) column_sums(go, lo, O, weights, n, first, grad_down_bias + e * O, add);
     }
 #pragma omp barrier
   }
 
-  void column_sums(const float* x, i64 stride, i64 width, const float* scale, i64 n, i64 first, float* out,
-                   bool add) {
+  void column_sums(const float* x, i64 stride, i64 width, const float* scale, i64 n, i64 first,
+                   float* out, bool add) {
 #pragma omp for schedule(static) nowait
     for (i64 c = 0; c < width; c++) {
       float s = add ? out[c] : 0.0f;
@@ -227,7 +235,8 @@ struct Backward {
       float* block = blocks + omp_get_thread_num() * longest * BLOCK;
       for (i64 e = 0, start = 0; e < E; start = offsets[e++]) {
         if (start == offsets[e] && grad_up) zero(e);
-        for (i64 r = start; r < offsets[e]; r += C) chunk(e, r, std::min<i64>(r + C, offsets[e]), block);
+        for (i64 r = start; r < offsets[e]; r += C)
+          chunk(e, r, std::min<i64>(r + C, offsets[e]), block);
       }
 #pragma omp for schedule(static)
       for (i64 t = 0; t < T; t++) token(t);
@@ -235,22 +244,35 @@ struct Backward {
   }
 };
 
-extern "C" void experts_backward(const float* grad, const float* tokens, const float* weights, const float* up,
-                                 const float* down, const float* down_bias, const float* hidden,
-                                 const int32_t* order, const int32_t* slots, const int32_t* offsets,
-                                 float* grad_tokens, float* grad_weights, float* grad_up, float* grad_up_bias,
-                                 float* grad_down, float* grad_down_bias, float* back, float* inner,
-                                 float* scratch, float* blocks, i64 T, i64 D, i64 F, i64 O, i64 E, i64 K, i64 C,
+extern "C" void experts_backward(const float* grad, const float* tokens, const float* weights,
+                                 const float* up, const float* down, const float* down_bias,
+                                 const float* hidden, const int32_t* order, const int32_t* slots,
+                                 const int32_t* offsets, float* grad_tokens, float* grad_weights,
+                                 float* grad_up, float* grad_up_bias, float* grad_down,
+                                 float* grad_down_bias, float* back, float* inner, float* scratch,
+                                 float* blocks, i64 T, i64 D, i64 F, i64 O, i64 E, i64 K, i64 C,
                                  i64 longest, int act, int gated) {
-  Backward{grad, tokens, weights, up, down, down_bias, hidden, order, slots, offsets, grad_tokens, grad_weights,
-           grad_up, grad_up_bias, grad_down, grad_down_bias, back, inner, T, D, F, O, E, K, C, act, gated}
+  Backward{grad,        tokens,
+           weights,     up,
+           down,        down_bias,
+           hidden,      order,
+           slots,       offsets,
+           grad_tokens, grad_weights,
+           grad_up,     grad_up_bias,
+           grad_down,   grad_down_bias,
+           back,        inner,
+           T,           D,
+           F,           O,
+           E,           K,
+           C,           act,
+           gated}
       .run(scratch, blocks, longest);
 }
 
 // The elementwise half of the backward for rows in bfloat16, whose matmuls are the library's: turns
 // `ga` [n, F] into the weighted activated values, writes `gh` [n, H] and the inner products [n].
-extern "C" void slopes_bfloat16(const bf16* hidden, bf16* ga, bf16* gh, const float* row_weights, float* inner,
-                                i64 n, i64 F, int act, int gated) {
+extern "C" void slopes_bfloat16(const bf16* hidden, bf16* ga, bf16* gh, const float* row_weights,
+                                float* inner, i64 n, i64 F, int act, int gated) {
   const i64 H = gated ? 2 * F : F;
 #pragma omp parallel for schedule(static) if (n * F > 1 << 15)
   for (i64 i = 0; i < n; i++) {

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeify.errors import DispatchError
 from moeify.kernels import experts_grouped_mm
 from moeify.kernels.elementwise import FUSED
 from moeify.kernels.native import address, function, library
@@ -26,6 +27,11 @@ FEW = 3
 
 _PANEL = 64
 """Upper bound of the rows in one of the C++ panels, whatever the vector width."""
+
+_UNSOUND = (
+    "offsets, order or slots do not fit: offsets must not decrease and not pass the last row, "
+    "order and slots must name routes and rows that exist"
+)
 
 _ROWS = 256
 """Rows of one expert that the backward takes at a time."""
@@ -98,7 +104,7 @@ def experts(
     room = min(rows + _PANEL, 4 * _PANEL)
     scratch = torch.empty(room * (d_in + d_ff) + (rows * d_out if top_k > 1 else 0))
     start = scratch.data_ptr()
-    _forward(tokens.dtype)(
+    sound = _forward(tokens.dtype)(
         tokens.data_ptr(),
         address(weights),
         up.data_ptr(),
@@ -122,6 +128,8 @@ def experts(
         FUSED.index(activation),
         gated,
     )
+    if not sound:
+        raise DispatchError(_UNSOUND)
     return out, hidden
 
 
@@ -215,9 +223,11 @@ def _serves(tokens: Tensor, weights: Tensor | None, parts: tuple[Tensor | None, 
     return _forward(dtype) is not None and library("experts_backward") is not None
 
 
-def _groups(offsets: Tensor) -> Iterator[tuple[int, int, int]]:
+def _groups(offsets: Tensor, rows: int) -> Iterator[tuple[int, int, int]]:
     start = 0
     for expert, end in enumerate(offsets.tolist()):
+        if not start <= end <= rows:
+            raise DispatchError(_UNSOUND)
         if end > start:
             yield expert, start, end
         start = end
@@ -249,7 +259,7 @@ def _by_matmul(
     active = tokens.new_empty(longest, d_ff)
     returned = tokens.new_empty(rows.shape[0], down.shape[1])
     number, end = FUSED.index(activation), 0
-    for expert, start, end in _groups(offsets):
+    for expert, start, end in _groups(offsets, order.shape[0]):
         size = end - start
         h = hidden[start:end] if save else hidden[:size]
         _affine(rows[start:end], up[expert], up_bias, expert, h)
@@ -298,7 +308,7 @@ def _backward_by_matmul(
     inner = torch.empty(order.shape[0])
     back = tokens.new_empty(order.shape[0], tokens.shape[1]) if grad_tokens.numel() else None
     number, full = FUSED.index(activation), set()
-    for expert, start, end in _groups(offsets):
+    for expert, start, end in _groups(offsets, order.shape[0]):
         full.add(expert)
         size = end - start
         a, gh, go = active[:size], grad_hidden[:size], grad_rows[start:end]

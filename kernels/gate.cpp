@@ -118,7 +118,6 @@ static inline ivec key(vec x) {
   return x != x ? ivec{} + 0x7fffffff : k;
 }
 
-
 // What `top` needs besides its input: W >= E floats, W a multiple of V.
 struct Keys {
   std::vector<int32_t> keys, best;
@@ -246,8 +245,8 @@ static void choose(const Gate& g, const float* row, i64 t, float* scratch, float
   if (g.bias) add_bias(g, values, scratch, values);
   if (g.noise_kind == GUMBEL) {
     for (i64 e = 0; e < g.E; e++)
-      values[e] = values[e] != values[e] ? -LARGEST
-                                         : std::min(std::max(values[e], -LARGEST), LARGEST);
+      values[e] =
+          values[e] != values[e] ? -LARGEST : std::min(std::max(values[e], -LARGEST), LARGEST);
     values[first] = INFINITE;
   }
   top(values, g.E, g.W, g.K, s, ids);
@@ -318,10 +317,10 @@ EXPORT void gate(const float* logits, const float* bias, const float* noise, i64
 }
 
 // The gradient of the logits: `with_scores` whole, `without_scores` but for that of the scores.
-EXPORT void gate_backward(const float* grad_scores, const float* grad_logits,
-                          const float* grad_aux, const float* grad_z, const float* logits,
-                          const int32_t* ids, i64 T, i64 E, i64 K, i64 score, i64 first_only,
-                          float* with_scores, float* without_scores) {
+EXPORT void gate_backward(const float* grad_scores, const float* grad_logits, const float* grad_aux,
+                          const float* grad_z, const float* logits, const int32_t* ids, i64 T,
+                          i64 E, i64 K, i64 score, i64 first_only, float* with_scores,
+                          float* without_scores) {
   const i64 W = (E + V - 1) / V * V;
   std::vector<float> target(W);
   if (grad_aux) {

@@ -47,7 +47,7 @@ def source(name: str) -> str:
 
 
 def function(name: str, symbol: str, arguments: str) -> Any:
-    """Return a C function that returns nothing, or None where its library does not compile.
+    """Return a C function, or None where its library does not compile.
 
     Args:
         name: Library.
@@ -58,7 +58,7 @@ def function(name: str, symbol: str, arguments: str) -> Any:
     if lib is None:
         return None
     found = getattr(lib, symbol)
-    found.restype = None
+    found.restype = ctypes.c_int64  # of functions without a result it means nothing
     found.argtypes = [_TYPES[letter] for letter in arguments]
     return found
 

@@ -1,5 +1,5 @@
-// What gate.cpp and rows.cpp share. Inductor's flags turn the compiler's vectoriser off, so loops are
-// vectorised by hand.
+// What gate.cpp and rows.cpp share. Inductor's flags turn the compiler's vectoriser off, so loops
+// are vectorised by hand.
 
 #ifdef __x86_64__
 #include <immintrin.h>

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moeify.errors import DispatchError
 from moeify.kernels import experts_native, native
 from moeify.kernels.elementwise import FUSED
 from tests.kernels.cases import NAMES, TOLERANCE, Case, check, problem, truth
@@ -250,3 +251,22 @@ def test_vectors_of_eight(forgotten, monkeypatch):
         for tokens in (1, 3, 30, 75, 300):
             for gated in (True, False):
                 check_all(replace(PLAIN, tokens=tokens, gated=gated, capacity=100), dtype)
+
+
+@pytest.mark.parametrize("tokens", [2, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_table_that_points_nowhere_is_an_error(dtype, tokens):
+    x, up, down = torch.ones(tokens, 4), torch.ones(2, 8, 4), torch.ones(2, 4, 8)
+    x, up, down = x.to(dtype), up.to(dtype), down.to(dtype)
+    order = torch.arange(tokens, dtype=torch.int32)
+    slots, ends = order[:, None].contiguous(), torch.tensor([1, tokens], dtype=torch.int32)
+
+    def run(order, slots, ends):
+        options = ("relu", False, False, "cpu")
+        return torch.ops.moeify.experts(x, None, up, None, down, None, order, slots, ends, *options)
+
+    assert torch.equal(run(order, slots, ends)[0], torch.full((tokens, 4), 32.0, dtype=dtype))
+    with pytest.raises(DispatchError, match="offsets"):
+        run(order, slots, ends + 1)
+    with pytest.raises(DispatchError, match="offsets"):
+        run(order, slots, ends.flip(0))
