@@ -17,10 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeify.kernels import combine as _combine  # noqa: F401  registers the op
-from moeify.kernels import dispatch as _dispatch  # noqa: F401  registers the op
-from moeify.kernels import grouped_linear as _grouped_linear  # noqa: F401  registers the op
+from moeify.kernels.combine import combine_reference
+from moeify.kernels.dispatch import dispatch_reference
 from moeify.kernels.elementwise import activate, activate_backward
+from moeify.kernels.grouped_linear import (
+    grouped_linear_backward_reference,
+    grouped_linear_reference,
+)
 from moeify.kernels.implementations import define, fake
 from moeify.kernels.precision import accumulation_dtype, without_autocast
 
@@ -68,11 +71,11 @@ def experts_reference(
         2025) section 3.
     """
     with without_autocast(tokens):
-        rows = torch.ops.moeify.dispatch(tokens, order, slots)
-        hidden = torch.ops.moeify.grouped_linear(rows, up, up_bias, offsets)
+        rows = dispatch_reference(tokens, order, slots)
+        hidden = grouped_linear_reference(rows, up, up_bias, offsets)
         activated = activate(hidden, activation, gated)
-        rows = torch.ops.moeify.grouped_linear(activated, down, down_bias, offsets)
-        out = torch.ops.moeify.combine(rows, weights, order, slots)
+        rows = grouped_linear_reference(activated, down, down_bias, offsets)
+        out = combine_reference(rows, weights, order, slots)
     return out, hidden if save else hidden.new_empty(0, hidden.shape[1])
 
 
@@ -122,11 +125,10 @@ def experts_backward_reference(
         Experts without rows and dropped routes get zeros.
     """
     accumulate = accumulation_dtype(tokens.dtype)
-    ops = torch.ops.moeify
     with without_autocast(tokens):
-        grad_rows = ops.dispatch(grad.to(tokens.dtype), order, slots)  # not weighted yet
+        grad_rows = dispatch_reference(grad.to(tokens.dtype), order, slots)  # not weighted yet
         activated = activate(hidden, activation, gated)
-        grad_activated = ops.grouped_linear(grad_rows, down.transpose(1, 2), None, offsets)
+        grad_activated = grouped_linear_reference(grad_rows, down.transpose(1, 2), None, offsets)
         grad_weights = tokens.new_empty(0)
         row_weights = None
         if weights is not None:
@@ -137,7 +139,7 @@ def experts_backward_reference(
             inner = (grad_activated.to(accumulate) * activated.to(accumulate)).sum(1)
             if down_bias is not None:
                 ones = tokens.new_ones(order.shape[0], 1)
-                bias_rows = ops.grouped_linear(ones, down_bias[:, :, None], None, offsets)
+                bias_rows = grouped_linear_reference(ones, down_bias[:, :, None], None, offsets)
                 inner = inner + (grad_rows.to(accumulate) * bias_rows.to(accumulate)).sum(1)
             flat = inner.index_select(0, slots.flatten().clamp_min(0))
             flat = flat.masked_fill(slots.flatten() < 0, 0)
@@ -151,16 +153,16 @@ def experts_backward_reference(
             for _ in range(5)  # outputs of an op may not be one tensor
         )
         if needs_params:
-            grad_down, grad_down_bias = ops.grouped_linear_backward(
+            grad_down, grad_down_bias = grouped_linear_backward_reference(
                 grad_rows, activated, offsets, down_bias is not None
             )
-            rows = ops.dispatch(tokens, order, slots)
-            grad_up, grad_up_bias = ops.grouped_linear_backward(
+            rows = dispatch_reference(tokens, order, slots)
+            grad_up, grad_up_bias = grouped_linear_backward_reference(
                 grad_hidden, rows, offsets, up_has_bias
             )
         if needs_tokens:
-            back = ops.grouped_linear(grad_hidden, up.transpose(1, 2), None, offsets)
-            grad_tokens = ops.combine(back, None, order, slots)
+            back = grouped_linear_reference(grad_hidden, up.transpose(1, 2), None, offsets)
+            grad_tokens = combine_reference(back, None, order, slots)
     return grad_tokens, grad_weights, grad_up, grad_up_bias, grad_down, grad_down_bias
 
 

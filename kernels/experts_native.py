@@ -20,7 +20,7 @@ from torch import Tensor
 from moeify.errors import DispatchError
 from moeify.kernels import experts_grouped_mm
 from moeify.kernels.elementwise import FUSED
-from moeify.kernels.native import address, function, library
+from moeify.kernels.native import address, floats, function, library
 
 FEW = 3
 """Mean rows per expert up to which bfloat16 is bound by reading weights, and C++ is ahead."""
@@ -102,7 +102,7 @@ def experts(
             save,
         )
     room = min(rows + _PANEL, 4 * _PANEL)
-    scratch = torch.empty(room * (d_in + d_ff) + (rows * d_out if top_k > 1 else 0))
+    scratch = floats(room * (d_in + d_ff) + (rows * d_out if top_k > 1 else 0))
     start = scratch.data_ptr()
     sound = _forward(tokens.dtype)(
         tokens.data_ptr(),
@@ -189,10 +189,10 @@ def experts_backward(
     chunk = min(_ROWS, rows)
     padded = 2 * d_in + d_out + d_ff + width + 4 * 16 + 48
     longest = max(d_out, width, chunk)
-    back = torch.empty(rows * d_in if needs_tokens and top_k > 1 else 0)
-    inner = torch.empty(rows)
-    scratch = torch.empty(chunk * padded)
-    blocks = torch.empty(torch.get_num_threads() * longest * 48)
+    back = floats(rows * d_in if needs_tokens and top_k > 1 else 0)
+    inner = floats(rows)
+    scratch = floats(chunk * padded)
+    blocks = floats(torch.get_num_threads() * longest * 48)
     _library("experts_backward", "p" * 20 + "l" * 8 + "ii")(
         *(address(t) for t in (grad, tokens, weights, up, down, down_bias, hidden)),
         *(address(t) for t in (order, slots, offsets)),
@@ -305,7 +305,7 @@ def _backward_by_matmul(
     rows = ops.dispatch(tokens, order, slots) if params else grad_rows
     longest, width, d_ff = _longest(offsets), up.shape[1], down.shape[2]
     active, grad_hidden = tokens.new_empty(longest, d_ff), tokens.new_empty(longest, width)
-    inner = torch.empty(order.shape[0])
+    inner = floats(order.shape[0])
     back = tokens.new_empty(order.shape[0], tokens.shape[1]) if grad_tokens.numel() else None
     number, full = FUSED.index(activation), set()
     for expert, start, end in _groups(offsets, order.shape[0]):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moeify.kernels.gate import BALANCES, LOGIT_NOISES, SCORES
-from moeify.kernels.native import address, function
+from moeify.kernels.native import address, floats, function, integers
 from moeify.kernels.precision import without_autocast
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -65,10 +65,10 @@ def gate(
     logits = _logits(tokens, weight, input_noise)
     bias = None if selection_bias is None else selection_bias.float().contiguous()
     added = None if logit_noise is None else logit_noise.float().contiguous()
-    scores = torch.empty(rows, top_k)
-    ids = torch.empty(rows, top_k, dtype=torch.int32)
-    counts = torch.empty(experts, dtype=torch.int32)
-    aux_loss, z_loss, entropy = torch.empty(()), torch.empty(()), torch.empty(())
+    scores = floats(rows, top_k)
+    ids = integers(rows, top_k)
+    counts = integers(experts)
+    aux_loss, z_loss, entropy = floats(), floats(), floats()
     kernel(
         logits.data_ptr(),
         address(bias),
@@ -115,8 +115,8 @@ def gate_backward(
     ]
     split = surrogate and grad_scores is not None
     others = any(grad is not None for grad in grads[1:])
-    whole = torch.empty(rows, experts)
-    without_scores = torch.empty(rows, experts) if split and others else None
+    whole = floats(rows, experts)
+    without_scores = floats(rows, experts) if split and others else None
     kernel(
         *(address(grad) for grad in grads),
         logits.data_ptr(),
@@ -169,7 +169,7 @@ def _logits(tokens: Tensor, weight: Tensor, input_noise: Tensor | None) -> Tenso
     if input_noise is not None:
         tokens = tokens.float() * input_noise.float()
     left, right = _readable(tokens), _readable(weight)
-    logits = torch.empty(rows, experts)
+    logits = floats(rows, experts)
     _kernel("multiply")(
         left.data_ptr(),
         left.dtype == torch.bfloat16,
@@ -208,7 +208,7 @@ def _blocks(tokens: Tensor, input_noise: Tensor | None) -> Iterator[tuple[slice,
         return
     rows, width = tokens.shape
     step = max(FEW, BLOCK_BYTES // (4 * max(width, 1)))
-    buffer = torch.empty(min(step, rows), width)
+    buffer = floats(min(step, rows), width)
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))
         block = buffer[: part.stop - start].copy_(tokens[part])
@@ -222,7 +222,7 @@ def _grad_weight(grad: Tensor, tokens: Tensor, input_noise: Tensor | None) -> Te
     for part, block in _blocks(tokens, input_noise):
         across = grad[part].t()
         total = torch.mm(across, block) if total is None else total.addmm_(across, block)
-    return torch.zeros(grad.shape[1], tokens.shape[1]) if total is None else total
+    return grad.new_zeros(grad.shape[1], tokens.shape[1]) if total is None else total
 
 
 def _grad_tokens(
@@ -232,7 +232,7 @@ def _grad_tokens(
     if tokens.dtype == torch.float32:
         whole = _product(grad, across)
         return whole if input_noise is None else whole.mul_(input_noise)
-    out = torch.empty(tokens.shape, dtype=tokens.dtype)
+    out = tokens.new_empty(tokens.shape)
     step = max(FEW, BLOCK_BYTES // (4 * max(tokens.shape[1], 1)))
     for start in range(0, tokens.shape[0], step):
         part = slice(start, start + step)

@@ -16,6 +16,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moeify.compat import compile_cpp
@@ -61,6 +62,16 @@ def function(name: str, symbol: str, arguments: str) -> Any:
     found.restype = ctypes.c_int64  # of functions without a result it means nothing
     found.argtypes = [_TYPES[letter] for letter in arguments]
     return found
+
+
+def floats(*shape: int) -> Tensor:
+    """Return an uninitialised float32 tensor on the CPU, whatever torch's defaults are just now."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
+def integers(*shape: int) -> Tensor:
+    """Return an uninitialised int32 tensor on the CPU, whatever torch's defaults are just now."""
+    return torch.empty(shape, dtype=torch.int32, device="cpu")
 
 
 def address(tensor: Tensor | None) -> int | None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeify.kernels.native import address, function
+from moeify.kernels.native import address, function, integers
 from moeify.kernels.weigh import COMBINES
 
 ROWS = (torch.float32, torch.bfloat16)
@@ -43,8 +43,8 @@ def assign(ids: Tensor, priority: Tensor | None, experts: int, capacity: int) ->
     if priority is not None:
         priority = priority.float()
         strides = priority.stride()
-    slots, order = torch.empty_like(ids), torch.empty(tokens * top_k, dtype=torch.int32)
-    offsets = torch.empty(experts, dtype=torch.int32)
+    slots, order = torch.empty_like(ids), integers(tokens * top_k)
+    offsets = integers(experts)
     kernel(
         ids.data_ptr(),
         address(priority),
@@ -102,7 +102,7 @@ def dispatch(tokens: Tensor, order: Tensor, slots: Tensor) -> Any:
         tokens = tokens.contiguous()
     order = order.contiguous()
     size, width = tokens.element_size(), tokens.shape[1]
-    rows = torch.empty(order.shape[0], width, dtype=tokens.dtype)
+    rows = tokens.new_empty(order.shape[0], width)
     kernel(
         tokens.data_ptr(), order.data_ptr(), order.shape[0], slots.shape[1],
         width * size, tokens.stride(0) * size, rows.data_ptr(),
@@ -121,7 +121,7 @@ def combine(hidden: Tensor, weights: Tensor | None, order: Tensor, slots: Tensor
     if weights is not None:
         weights = weights.float().contiguous()
     (tokens, top_k), width = slots.shape, hidden.shape[1]
-    out = torch.empty(tokens, width, dtype=hidden.dtype)
+    out = hidden.new_empty(tokens, width)
     kernel(
         hidden.data_ptr(), address(weights), slots.data_ptr(),
         tokens, top_k, width, out.data_ptr(),

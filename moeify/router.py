@@ -190,6 +190,9 @@ class Router(nn.Module):
         if drop == "random" and (factor is None or not stochastic):
             drop = "position"
         input_noise, logit_noise = self._draw_noise(tokens) if stochastic else (None, None)
+        priority: Tensor | None = None
+        if drop == "random":  # float32 whatever the default: ties would favour the first tokens
+            priority = torch.rand(count, dtype=torch.float32, device=tokens.device)
         routing = route(
             tokens,
             self.weight,
@@ -198,7 +201,7 @@ class Router(nn.Module):
             selection_bias=self.selection_bias,
             input_noise=input_noise,
             logit_noise=logit_noise,
-            random_priority=torch.rand(count, device=tokens.device) if drop == "random" else None,
+            random_priority=priority,
             score=self.score,
             combine=self.combine,
             noise=self.noise.removeprefix("jitter+").replace("jitter", "none"),
