@@ -16,7 +16,7 @@ from torch import fx, nn
 import moeify as mf
 from moeify import moeify
 from moeify.passes.base import Fact, PassResult, PlanContext
-from moeify.passes.replace_mlps import blocks_of
+from moeify.passes.blocks import blocks_of
 
 
 def clamp_before(graph: fx.Graph, readers: list[fx.Node], limit: float) -> bool:

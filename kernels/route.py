@@ -41,6 +41,7 @@ Z_LOSS: Final = 7
 ENTROPY: Final = 8
 DROPPED: Final = 9
 LOGITS: Final = 10
+CAPACITY: Final = 11
 
 
 class Routing(NamedTuple):
@@ -60,6 +61,7 @@ class Routing(NamedTuple):
         entropy: [] A, mean entropy of the scores over experts, in nats; no gradient.
         dropped: [] int32, number of dropped routes.
         logits: [T, E] A, the router's logits.
+        capacity: Rows per expert at most; -1 where nothing can be dropped.
     """
 
     ids: Tensor
@@ -73,6 +75,7 @@ class Routing(NamedTuple):
     entropy: Tensor
     dropped: Tensor
     logits: Tensor
+    capacity: int | torch.SymInt = -1
 
 
 def route(

@@ -16,6 +16,7 @@ from moeify.conversion import (
     ATTRIBUTE,
     Conversion,
     ConvertedLayer,
+    Fate,
     Installer,
     make_ledger,
     skeleton,
@@ -30,10 +31,13 @@ from moeify.passes.lower_kernels import LowerKernels
 from moeify.passes.manager import PassManager
 from moeify.passes.observers import observers_from_env
 from moeify.passes.records import record_of
-from moeify.passes.replace_mlps import MOE_ROLE, ReplaceMlps, block_path, find_site
+from moeify.passes.blocks import MOE_ROLE, block_path, find_site
+from moeify.passes.replace_mlps import ReplaceMlps
+from moeify.mesh import World
+from moeify.parallel import Parallel, agree_on_layers, join, reduce_gradients, together
 from moeify.plan import Plan
 from moeify.resolve import LayerPlan, ResolvedPlan, resolve_sites
-from moeify.verification import check, check_untouched, coarsest, compare, snapshot
+from moeify.verification import Snapshot, check, check_untouched, coarsest, compare, snapshot
 
 log = logging.getLogger("moeify")
 Model = TypeVar("Model", bound=nn.Module)
@@ -59,7 +63,8 @@ def moeify(
         plan: A `Plan`, a dict, the name of a preset such as "pr-moe", or a path to YAML or JSON.
         example_inputs: A dict of keyword arguments, a tuple of positional ones, or a tensor; made
             from the config of a Hugging Face model if None.
-        mesh: Reserved for parallel plans.
+        mesh: Your own DeviceMesh with the dimensions "dp" and "tp", in a world of several ranks;
+            made from the plan if None.
         passes: Your own graph passes, ordered among moeify's by their facts.
         verify: Run the dense and the converted model on the example inputs and compare outputs
             and gradients; needs memory for the gradients.
@@ -88,9 +93,34 @@ def moeify(
         >>> type(model[0]).__name__
         'MoEBlock'
     """
+    chosen = together("take model and plan", lambda: _checked(model, plan))
+    world = join(chosen, mesh, model, verify=verify)
+    inputs, discovery, resolved = together(
+        "apply the plan", lambda: _prepare(model, chosen, example_inputs)
+    )
+    if world is not None:
+        agree_on_layers(resolved, model, inputs)
+        world.prepare(layer.experts for layer in resolved)
+    blocks = together(
+        "build its blocks",
+        lambda: run_pipeline(model, chosen, resolved, discovery, passes, world),
+    )
+    _install_checked(model, chosen, resolved, discovery, blocks, inputs, verify, world)
+    return model
+
+
+def _checked(model: nn.Module, plan: Plan | Mapping[str, Any] | str | os.PathLike[str]) -> Plan:
+    """Read the plan, and refuse what no plan can do."""
     refuse_wrapped(model)
     chosen = Plan.of(plan)
-    _refuse_parallel(chosen, mesh)
+    _refuse_zero(chosen)
+    return chosen
+
+
+def _prepare(
+    model: nn.Module, plan: Plan, example_inputs: ExampleInputs | None
+) -> tuple[ExampleInputs, Discovery, ResolvedPlan]:
+    """Find the model's sites and apply the plan to them."""
     if example_inputs is None:
         from moeify.hf import example_inputs_for
 
@@ -98,16 +128,14 @@ def moeify(
     discovery = discover(model, example_inputs)
     _refuse_quantised(model, discovery)
     resolved = resolve_sites(
-        chosen,
+        plan,
         discovery.sites,
         parameters=discovery.parameters,
         parameter_bytes=discovery.parameter_bytes,
         linears=discovery.linears,
         near_misses=[str(miss) for miss in discovery.near_misses],
     )
-    blocks = run_pipeline(model, chosen, resolved, discovery, passes)
-    _install_checked(model, chosen, resolved, discovery, blocks, example_inputs, verify)
-    return model
+    return example_inputs, discovery, resolved
 
 
 def run_pipeline(
@@ -116,14 +144,26 @@ def run_pipeline(
     resolved: ResolvedPlan,
     discovery: Discovery,
     passes: Sequence[Pass] = (),
+    world: World | None = None,
 ) -> dict[str, fx.GraphModule]:
     """Run the graph passes and return the finished blocks by path; the model is only read."""
     gm = discovery.capture.graph_module
     ctx = PlanContext(
-        plan=plan, resolved=resolved, facts=frozenset({Fact.CAPTURED, Fact.RESOLVED}), model=model
+        plan=plan,
+        resolved=resolved,
+        mesh=world,
+        rank=0 if world is None else world.rank,
+        world_size=1 if world is None else world.layout.world,
+        facts=frozenset({Fact.CAPTURED, Fact.RESOLVED}),
+        model=model,
     )
     outside = _outside(gm, discovery, resolved)
     ours: list[Pass] = [FindMlps(discovery.regions), ReplaceMlps(discovery)]
+    if world is not None:
+        from moeify.parallel_passes import parallel_passes, share_of
+
+        shares = {layer.name: share_of(world, layer.experts) for layer in resolved}
+        ours = [ours[0], ReplaceMlps(discovery, shares), *parallel_passes()]
     manager = PassManager([*ours, *passes, LowerKernels()], observers=observers_from_env())
     gm = manager.run(gm, ctx).graph_module
     for report in manager.reports:
@@ -174,18 +214,23 @@ def _install_checked(
     blocks: Mapping[str, fx.GraphModule],
     example_inputs: ExampleInputs,
     verify: bool,
+    world: World | None = None,
 ) -> None:
     before = dict(model.named_parameters(remove_duplicate=False))
     versions = {name: (id(p), p._version) for name, p in before.items()}
     untouched = _untouched(before, resolved)
     numeric = verify and not any(p.is_meta for p in before.values())
-    dense = snapshot(model, example_inputs, untouched) if numeric else None
+    layers: list[ConvertedLayer] = []
     installer = Installer(model)
-    try:
-        layers = []
+
+    def install() -> Snapshot | None:
+        dense = snapshot(model, example_inputs, untouched) if numeric else None
         for layer in resolved:
             found = find_site(discovery, layer)
             layers.append(_install(installer, layer, found, blocks[layer.name]))
+        return dense
+
+    def prove() -> dict[str, tuple[Fate, str]]:
         ledger = make_ledger(before, model, layers)
         check_untouched(versions, model)
         if dense is not None:
@@ -195,10 +240,21 @@ def _install_checked(
         for converted in layers:
             for swap in converted.swaps:
                 swap.original = skeleton(swap.original)
+        return ledger
+
+    try:
+        # One after the other on all ranks: blocks that run wait for those of other ranks.
+        dense = together("install its blocks", install)
+        ledger = together("prove its blocks", prove)
+        record = Conversion(plan, layers, ledger, installer.fused, describe_inputs(example_inputs))
+        if world is not None:
+            paths = {converted.layer.name: converted.block for converted in layers}
+            which = plan.parallel.gradients
+            reducer = reduce_gradients(model, world, resolved, paths, which)
+            record.parallel = Parallel(world.layout, world.rank, reducer)
     except BaseException:
         installer.undo()
         raise
-    record = Conversion(plan, layers, ledger, installer.fused, describe_inputs(example_inputs))
     model.__dict__[ATTRIBUTE] = record
     losses.attach(model)
     from moeify import hf
@@ -266,22 +322,13 @@ def _refuse_quantised(model: nn.Module, discovery: Discovery) -> None:
             )
 
 
-def _refuse_parallel(plan: Plan, mesh: Any) -> None:
-    parallel, zero = plan.parallel, plan.zero
-    asked = []
-    if parallel.expert > 1:
-        asked.append(f"parallel.expert: {parallel.expert}")
-    if parallel.tensor > 1:
-        asked.append(f"parallel.tensor: {parallel.tensor}")
+def _refuse_zero(plan: Plan) -> None:
+    zero = plan.zero
     if zero.stage > 0 or zero.offload != "none":
-        asked.append(f"zero.stage: {zero.stage}, offload: {zero.offload}")
-    if mesh is not None:
-        asked.append("mesh")
-    if asked:
-        raise PlanError(
-            f"{', '.join(asked)}: this version converts on one process; set parallel and zero to "
-            "their defaults (plan.resolve and `moeify plan show` accept them)",
-            path="parallel" if parallel.expert * parallel.tensor > 1 else "zero",
+        raise plan.fault(
+            ("zero",),
+            f"stage {zero.stage}, offload {zero.offload}: this version does not partition state; "
+            "set zero to its defaults (plan.resolve and `moeify plan show` accept it)",
         )
 
 

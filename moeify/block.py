@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from moeify.activations import activation as activation_named
 from moeify.kernels.grouped_linear import grouped_linear
 from moeify.kernels.precision import autocast_enabled
+from moeify.sharding import local
 
 
 class Tap(nn.Module):
@@ -218,8 +219,8 @@ class LinearExperts(nn.Module):
 
     def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
         """Run every row [R, D] through its expert; zeros from row `offsets[-1]` on."""
-        weight: Tensor = self.weight
-        bias: Tensor = self.bias
+        weight: Tensor = local(self.weight)
+        bias: Tensor = local(self.bias)
         if autocast_enabled(rows.device.type):
             dtype = torch.get_autocast_dtype(rows.device.type)
             rows, weight, bias = rows.to(dtype), weight.to(dtype), bias.to(dtype)

@@ -206,6 +206,53 @@ def convert(
 
 
 @app.command()
+def simulate(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help=f"{MODEL_HELP} Only its config is read.")
+    ],
+    plan: Annotated[str, typer.Option("--plan", metavar="PLAN", help=PLAN_HELP)],
+    world: Annotated[int, typer.Option("--world", min=1, help="Number of ranks.")],
+    node: Annotated[int, typer.Option("--gpus-per-node", min=1, help="Ranks per node.")] = 8,
+    expert: Annotated[
+        int | None, typer.Option("--expert", min=1, help="Instead of the plan's parallel.expert.")
+    ] = None,
+    tensor: Annotated[
+        int | None, typer.Option("--tensor", min=1, help="Instead of the plan's parallel.tensor.")
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences per rank.")] = 1,
+    length: Annotated[
+        int | None,
+        typer.Option("--length", min=1, help="Tokens per sequence; 2048, or what the model takes."),
+    ] = None,
+    settings: Settings = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", help="Draw hops over ranks into this file; needs matplotlib."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Count what a training step would send in a large world. Needs no GPU and no weights."""
+    chosen = _plan(plan, settings)
+    from moeify.cli_output import make_console, write_json
+    from moeify.cli_simulate import simulate_model
+
+    data = simulate_model(
+        model,
+        chosen,
+        make_console(quiet=as_json),
+        world=world,
+        node=node,
+        expert=expert,
+        tensor=tensor,
+        batch=batch,
+        length=length,
+        plot=plot,
+    )
+    if as_json:
+        write_json(data)
+
+
+@app.command()
 def demo(
     out: Annotated[
         Path, typer.Option("--out", help="Folder for the converted model; replaced if it is one.")

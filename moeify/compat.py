@@ -6,6 +6,7 @@ Tested on torch 2.11 and 2.13.
 from __future__ import annotations
 
 import inspect
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -339,3 +340,165 @@ def compile_cpp(source: str) -> Any:
     from torch._inductor.codecache import CppCodeCache
 
     return CppCodeCache.load(source, device_type="cpu", extra_flags=("-ffp-contract=fast",))
+
+
+def fake_store() -> Any:
+    """Return a store for the process group "fake", in which collectives do nothing.
+
+    Private because torch keeps this backend, which the import registers, among its test helpers.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    return FakeStore()
+
+
+def group_ranks(handle: Any) -> tuple[int, ...]:
+    """Return the ranks of the group that a collective operator was given, by name or as an object.
+
+    Private because an operator sees its group as a script object, which dispatch does not unbox.
+    """
+    import torch.distributed as dist
+
+    if isinstance(handle, torch.ScriptObject):
+        handle = dist.ProcessGroup.unbox(handle)
+    group = process_group(handle) if isinstance(handle, str) else handle
+    return tuple(dist.get_process_group_ranks(group))
+
+
+class _Telling(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Tells of every operator that runs on plain tensors, those inside a DTensor's included."""
+
+    def __init__(self, tell: Callable[[Any, Any, Any], None]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.tell = tell
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if any(kind.__name__ == "DTensor" for kind in types):
+            return NotImplemented  # it turns into operators on its local tensors first
+        self.tell(func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+
+def telling(tell: Callable[[Any, Any, Any], None]) -> Any:
+    """Return a mode that calls `tell(operator, args, kwargs)` before each one, backward included.
+
+    Private because torch documents dispatch modes but exports them from a private module.
+    """
+    return _Telling(tell)
+
+
+def dtensor_like(local: Tensor, like: Any) -> Tensor:
+    """Return a DTensor laid out as another one, with another local tensor.
+
+    Private because the public constructor takes no layout but works out one of its own.
+    """
+    make: Any = type(like)
+    found: Tensor = make(local, like._spec, requires_grad=False)
+    return found
+
+
+def named_arguments(func: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return an operator's arguments by the names in its schema (a private attribute)."""
+    names = [argument.name for argument in func._schema.arguments]
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
+def node_number() -> int | None:
+    """Return the number of the autograd node that is running, or None outside of a backward pass.
+
+    Nodes are numbered in the order of the forward pass; those that accumulate gradients share a
+    huge number. Private because torch shows it to its own tracers only.
+    """
+    node = torch._C._current_autograd_node()
+    return None if node is None else int(node._sequence_nr())
+
+
+def next_node_number() -> int:
+    """Return the number that the next autograd node of this thread will have."""
+    return int(torch._C._autograd._get_sequence_nr())
+
+
+def sharded_halves(local: Tensor, mesh: Any, placements: Any, shape: torch.Size, dim: int) -> Any:
+    """Return a DTensor whose dimension `dim` is two halves, each sliced over the last mesh axis.
+
+    A rank's slice of a fused gate and up projection is a piece of each half. Private because torch
+    has that placement (`_StridedShard`) for its own FSDP over tensor parallelism only; torch 2.11
+    reads it as an order of shards unless the spec says otherwise.
+    """
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    stride = torch.empty(shape, device="meta").stride()
+    placements = (*placements[:-1], _StridedShard(dim, split_factor=2))
+    meta = TensorMeta(shape, stride, local.dtype)
+    known = inspect.signature(DTensorSpec).parameters
+    name = "use_strided_shard_as_shard_order"
+    options: dict[str, Any] = {name: False} if name in known else {}
+    spec = DTensorSpec(mesh, placements, tensor_meta=meta, **options)
+    return DTensor(local, spec, requires_grad=False)
+
+
+def graph_task() -> int:
+    """Return the number of the backward pass that runs here, -1 outside of one.
+
+    A backward pass inside another has a number of its own. Private like `in_backward`.
+    """
+    return int(torch._C._current_graph_task_id())
+
+
+def at_end_of_backward(callback: Callable[[], None]) -> None:
+    """Let the autograd engine call `callback` once when the current backward pass ends.
+
+    The engine owns it, and drops it uncalled when that pass raises. Private because torch has no
+    public end of a backward pass; its own DDP and FSDP use this.
+    """
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+def process_group(name: str) -> Any:
+    """Return the process group of a name, the inverse of `ProcessGroup.group_name`.
+
+    Private because torch takes names in its functional collectives only.
+
+    Raises:
+        LookupError: There is none.
+    """
+    from torch.distributed import distributed_c10d
+
+    resolve: Any = distributed_c10d.__dict__["_resolve_process_group"]
+    try:
+        return resolve(name)
+    except (LookupError, RuntimeError, ValueError) as error:
+        raise LookupError(name) from error
+
+
+@contextmanager
+def quiet_fake_tensors() -> Iterator[None]:
+    """Keep fake tensors from logging a traceback where an operator refuses their shapes.
+
+    For runs that may fail. Private because the logger has the name of a private module.
+    """
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    former = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = former
+
+
+def restore_hooks(parameter: nn.Parameter) -> None:
+    """Make a parameter's hooks work again after `torch.utils.swap_tensors`.
+
+    `model.to()` uses it for a DTensor: the engine then no longer knows the hooks, which Python
+    still lists. Private because the lists are; assigning one tells the engine.
+    """
+    parameter._backward_hooks = parameter._backward_hooks
+    parameter._post_accumulate_grad_hooks = parameter._post_accumulate_grad_hooks

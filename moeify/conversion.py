@@ -84,6 +84,7 @@ class Conversion:
             (the new name follows) or copied into experts.
         fused: Encoder layers whose fused kernel was switched off, with the former value.
         inputs: Description of the example inputs, enough to make others of the same form.
+        parallel: How it lies on its ranks; None if one process did it all.
     """
 
     plan: Plan
@@ -91,6 +92,7 @@ class Conversion:
     ledger: dict[str, tuple[Fate, str]] = field(default_factory=dict)
     fused: dict[str, Any] = field(default_factory=dict)
     inputs: Any = None
+    parallel: Any = None
 
 
 def conversion_of(model: nn.Module) -> Conversion | None:

@@ -66,9 +66,17 @@ def init_router(shape: tuple[int, int], like: Tensor, spec: InitSpec, name: str)
 
 
 def init_experts(
-    dense: MlpWeights, experts: int, spec: InitSpec, name: str, *, scale: float = 1.0
+    dense: MlpWeights,
+    experts: int,
+    spec: InitSpec,
+    name: str,
+    *,
+    scale: float = 1.0,
+    share: range | None = None,
 ) -> MlpWeights:
-    """Return stacked weights of `experts` experts, each tensor with a leading E.
+    """Return stacked weights of experts, each tensor with a leading E.
+
+    What is drawn for an expert depends on its number alone, so every rank draws its own share.
 
     Args:
         dense: The weights of the dense MLP; on `meta` only shapes are made.
@@ -76,6 +84,7 @@ def init_experts(
         spec: The strategy and its numbers.
         name: The site's name, which seeds what is drawn.
         scale: Factor on what the last projection gives (weight and bias).
+        share: The experts that are wanted; None for all E.
 
     Returns:
         `copy`: E copies (sparse upcycling, Komatsuzaki et al. 2022).
@@ -88,12 +97,13 @@ def init_experts(
         slices of a copy share its weight (fine-grained upcycling, He et al. 2024, with the whole
         scale in the last projection, which is exact for gated MLPs too).
     """
+    share = range(experts) if share is None else share
     if spec.experts == "granular" and spec.granularity > 1:
-        stacked = _granular(dense, experts, spec.granularity)
+        stacked = _granular(dense, share, spec.granularity)
     else:
-        stacked = _map(dense, lambda t: _repeat(t, experts))
+        stacked = _map(dense, lambda t: _repeat(t, len(share)))
         if not dense.up.is_meta:
-            _STRATEGIES[spec.experts](stacked, dense, spec, name)
+            _STRATEGIES[spec.experts](stacked, dense, spec, name, share)
     if scale != 1.0 and not dense.up.is_meta:
         stacked.down.mul_(scale)
         if stacked.down_bias is not None:
@@ -120,23 +130,22 @@ def _repeat(tensor: Tensor, experts: int) -> Tensor:
     return stacked if tensor.is_meta else stacked.copy_(tensor)
 
 
-def _granular(dense: MlpWeights, experts: int, slices: int) -> MlpWeights:
-    copies = experts // slices
+def _granular(dense: MlpWeights, share: range, slices: int) -> MlpWeights:
     halves = 2 if dense.gated else 1
     width = dense.down.shape[1] // slices
+    which = [expert % slices for expert in share]
 
     def rows(tensor: Tensor) -> Tensor:  # [wide, ...] -> [E, wide / G, ...]
         rest = tensor.shape[1:]
         parts = tensor.view(halves, slices, width, *rest).transpose(0, 1)
-        parts = parts.reshape(slices, halves * width, *rest)
-        return parts.repeat(copies, *([1] * (parts.dim() - 1)))
+        return parts.reshape(slices, halves * width, *rest)[which]
 
     down = dense.down.view(dense.down.shape[0], slices, width).permute(1, 0, 2) * slices
     return MlpWeights(
         rows(dense.up),
         None if dense.up_bias is None else rows(dense.up_bias),
-        down.repeat(copies, 1, 1),
-        None if dense.down_bias is None else _repeat(dense.down_bias, experts),
+        down[which],
+        None if dense.down_bias is None else _repeat(dense.down_bias, len(share)),
         (),
         dense.gated,
     )
@@ -146,45 +155,49 @@ def _draw(shape: torch.Size, generator: torch.Generator, like: Tensor) -> Tensor
     return torch.randn(shape, generator=generator, device="cpu").to(device=like.device)
 
 
-def _keep(stacked: MlpWeights, dense: MlpWeights, spec: InitSpec, name: str) -> None:
+def _keep(stacked: MlpWeights, dense: MlpWeights, spec: InitSpec, name: str, share: range) -> None:
     """Leave copies as they are."""
 
 
-def _add_noise(stacked: MlpWeights, dense: MlpWeights, spec: InitSpec, name: str) -> None:
-    generator = generator_for(spec.seed, name, "noise")
-    for tensor, source in ((stacked.up, dense.up), (stacked.down, dense.down)):
-        std = spec.noise_std * source.float().std()
-        for expert in tensor.unbind(0):
+def _add_noise(
+    stacked: MlpWeights, dense: MlpWeights, spec: InitSpec, name: str, share: range
+) -> None:
+    scales = [spec.noise_std * source.float().std() for source in (dense.up, dense.down)]
+    for number, *tensors in zip(share, stacked.up, stacked.down, strict=True):
+        generator = generator_for(spec.seed, name, "noise", number)
+        for expert, std in zip(tensors, scales, strict=True):
             noise = _draw(expert.shape, generator, expert) * std
             expert.copy_((expert.float() + noise).to(expert.dtype))
 
 
-def _drop(stacked: MlpWeights, dense: MlpWeights, spec: InitSpec, name: str) -> None:
+def _drop(stacked: MlpWeights, dense: MlpWeights, spec: InitSpec, name: str, share: range) -> None:
     width = dense.down.shape[1]
     count = round(spec.drop_ratio * width)
-    generator = generator_for(spec.seed, name, "drop")
 
-    def redraw(target: Tensor, index: Tensor, dim: int) -> None:
+    def redraw(target: Tensor, index: Tensor, dim: int, generator: torch.Generator) -> None:
         kept = target.index_select(dim, index).float()
         std, mean = torch.std_mean(kept, correction=0)
         drawn = _draw(kept.shape, generator, kept) * std + mean
         target.index_copy_(dim, index, drawn.to(target.dtype))
 
-    for expert in range(stacked.down.shape[0]):
+    for expert, number in enumerate(share):
+        generator = generator_for(spec.seed, name, "drop", number)
         chosen = torch.randperm(width, generator=generator, device="cpu")[:count].sort().values
         neurons = chosen.to(dense.up.device)
         for half in range(2 if dense.gated else 1):
-            redraw(stacked.up[expert], neurons + half * width, 0)
+            redraw(stacked.up[expert], neurons + half * width, 0, generator)
             if stacked.up_bias is not None:
-                redraw(stacked.up_bias[expert], neurons + half * width, 0)
-        redraw(stacked.down[expert], neurons, 1)
+                redraw(stacked.up_bias[expert], neurons + half * width, 0, generator)
+        redraw(stacked.down[expert], neurons, 1, generator)
 
 
-def _random(stacked: MlpWeights, dense: MlpWeights, spec: InitSpec, name: str) -> None:
-    generator = generator_for(spec.seed, name, "random")
-    for tensor, source in ((stacked.up, dense.up), (stacked.down, dense.down)):
-        std = source.float().std(correction=0)
-        for expert in tensor.unbind(0):
+def _random(
+    stacked: MlpWeights, dense: MlpWeights, spec: InitSpec, name: str, share: range
+) -> None:
+    scales = [source.float().std(correction=0) for source in (dense.up, dense.down)]
+    for number, *tensors in zip(share, stacked.up, stacked.down, strict=True):
+        generator = generator_for(spec.seed, name, "random", number)
+        for expert, std in zip(tensors, scales, strict=True):
             expert.copy_((_draw(expert.shape, generator, expert) * std).to(expert.dtype))
     for bias in (stacked.up_bias, stacked.down_bias):
         if bias is not None:

@@ -19,6 +19,7 @@ from moeify.kernels import experts as _fused_experts  # noqa: F401  registers th
 from moeify.kernels import grouped_linear as _grouped_linear  # noqa: F401  registers the op
 from moeify.kernels.elementwise import FUSED
 from moeify.kernels.precision import autocast_enabled
+from moeify.sharding import local
 
 
 class Experts(nn.Module):
@@ -98,6 +99,7 @@ class Experts(nn.Module):
         self.d_out = d_in if d_out is None else d_out
         self.activation, self.gated, self.dropout = activation, gated, dropout
         self.inner, self.inner_params = inner, inner_params
+        self.slice_index = 0
         first, width = ("gate_up", 2 * d_ff) if gated else ("up", d_ff)
         shapes: dict[str, tuple[int, ...] | None] = {
             f"{first}_proj": (experts, width, d_in),
@@ -173,9 +175,12 @@ class Experts(nn.Module):
         kernel: str,
     ) -> Tensor:
         first = "gate_up" if self.gated else "up"
-        up, up_bias = getattr(self, f"{first}_proj"), getattr(self, f"{first}_bias")
         tokens, up, up_bias, down, down_bias = autocast_all(
-            tokens, up, up_bias, self.down_proj, self.down_bias
+            tokens,
+            local(getattr(self, f"{first}_proj")),
+            local(getattr(self, f"{first}_bias")),
+            local(self.down_proj),
+            self._down_bias(),
         )
         out: Tensor = torch.ops.moeify.experts(
             tokens,
@@ -195,17 +200,24 @@ class Experts(nn.Module):
         return out
 
     def _rows(self, rows: Tensor, offsets: Tensor) -> Tensor:
-        if self.gated:
-            hidden = _linear(rows, self.gate_up_proj, self.gate_up_bias, offsets)
-        else:
-            hidden = _linear(rows, self.up_proj, self.up_bias, offsets)
+        first = "gate_up" if self.gated else "up"
+        weight, bias = getattr(self, f"{first}_proj"), getattr(self, f"{first}_bias")
+        hidden = _linear(rows, local(weight), local(bias), offsets)
         if self.inner is not None:
             hidden = self.inner(hidden, *self._inner_rows(hidden, offsets))
         else:
             hidden = self._activate(hidden)
         if self.dropout > 0:
             hidden = F.dropout(hidden, self.dropout, self.training)
-        return _linear(hidden, self.down_proj, self.down_bias, offsets)
+        return _linear(hidden, local(self.down_proj), self._down_bias(), offsets)
+
+    def _down_bias(self) -> Tensor | None:
+        """Return the last bias [E, d_out]; a slice of it lies among zeros, for slices are summed."""
+        bias: Tensor | None = local(self.down_bias)
+        if bias is None or bias.shape[1] == self.d_out:
+            return bias
+        before = self.slice_index * bias.shape[1]
+        return F.pad(bias, (before, self.d_out - before - bias.shape[1]))
 
     def extra_repr(self) -> str:
         inner = self.activation if self.inner is None else "inner"
@@ -232,7 +244,7 @@ class Experts(nn.Module):
             torch.ops.moeify.grouped_linear(
                 ones.to(parameter.dtype), parameter[:, :, None], None, offsets
             )
-            for parameter in (getattr(self, f"inner_{i}") for i in range(self.inner_params))
+            for parameter in (local(getattr(self, f"inner_{i}")) for i in range(self.inner_params))
         ]
 
 

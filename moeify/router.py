@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from moeify.compat import in_backward, is_exporting, record_under_compiled_checkpointing
 from moeify.kernels.precision import accumulation_dtype, without_autocast
 from moeify.kernels.route import BALANCES, COMBINES, DROPS, SCORES, Routing, route
+from moeify.losses_over_ranks import over_ranks
 
 record_under_compiled_checkpointing()
 
@@ -34,13 +35,13 @@ class RouterStats(TypedDict):
         counts: [E] int32, routes per expert before dropping.
         dropped: [] float, fraction of the routes that were dropped.
         entropy: [] float, mean entropy of the scores, in nats.
-        tokens: Number of tokens.
+        tokens: Number of tokens; a tensor if they were counted over ranks.
     """
 
     counts: Tensor
     dropped: Tensor
     entropy: Tensor
-    tokens: int
+    tokens: int | Tensor
 
 
 def expert_capacity(
@@ -109,6 +110,9 @@ class Router(nn.Module):
         pending_counts: [E] int64 buffer, load not yet answered by a bias update.
         last_aux_loss: Weighted sum of the losses of the last forward, with its graph; or None.
         last_stats: `RouterStats` of the last forward, or None.
+        group: Process group of the ranks that hold different tokens, whose losses and statistics
+            in training are over all their tokens; "" for this process alone.
+        where: Path of the layer, for messages.
         lift_capacity: True makes routing dropless, deterministic and without traces; see
             `lifted_capacity`.
 
@@ -172,6 +176,7 @@ class Router(nn.Module):
         self.register_buffer("pending_counts", counts)
         self.last_aux_loss: Tensor | None = None
         self.last_stats: RouterStats | None = None
+        self.group = self.where = ""
         self.lift_capacity = False
         self._call = 0
         self.reset_parameters()
@@ -193,11 +198,12 @@ class Router(nn.Module):
         priority: Tensor | None = None
         if drop == "random":  # float32 whatever the default: ties would favour the first tokens
             priority = torch.rand(count, dtype=torch.float32, device=tokens.device)
+        capacity = self.capacity(count)
         routing = route(
             tokens,
             self.weight,
             top_k=self.top_k,
-            capacity=self.capacity(count),
+            capacity=capacity,
             selection_bias=self.selection_bias,
             input_noise=input_noise,
             logit_noise=logit_noise,
@@ -208,10 +214,16 @@ class Router(nn.Module):
             drop=drop,
             balance=self.balance,
         )
+        if factor is not None:
+            routing = routing._replace(capacity=capacity)
+        total: int | Tensor = count
+        if self.group and stochastic:
+            options = {"top_k": self.top_k, "score": self.score, "balance": self.balance}
+            routing, total = over_ranks(routing, self.group, self.where, **options)
         if stochastic and live and self.pending_counts is not None:
             self.pending_counts.add_(routing.counts)
         if live and not is_exporting():
-            self._record(routing, count)
+            self._record(routing, total)
         return routing
 
     def capacity(self, tokens: int) -> int:
@@ -269,11 +281,12 @@ class Router(nn.Module):
         self.selection_bias.add_((load.mean() - load).sign(), alpha=self.bias_update)
         self.pending_counts.zero_()
 
-    def _record(self, routing: Routing, tokens: int) -> None:
+    def _record(self, routing: Routing, tokens: int | Tensor) -> None:
         loss = self.aux_loss * routing.aux_loss
         if self.z_loss:
             loss = loss + self.z_loss * routing.z_loss
-        routes = max(tokens, 1) * self.top_k
+        some = tokens.clamp_min(1) if isinstance(tokens, Tensor) else max(tokens, 1)
+        routes = some * self.top_k
         stats: RouterStats = {
             "counts": routing.counts,
             "dropped": routing.dropped / routes,
@@ -345,7 +358,8 @@ def lifted_capacity(model: nn.Module) -> Iterator[None]:
 def _merged(first: RouterStats, second: RouterStats) -> RouterStats:
     """Return the statistics of both: counts and tokens add, fractions and means by tokens."""
     tokens = first["tokens"] + second["tokens"]
-    share = first["tokens"] / max(tokens, 1)
+    some = tokens.clamp_min(1) if isinstance(tokens, Tensor) else max(tokens, 1)
+    share = first["tokens"] / some
     return {
         "counts": first["counts"] + second["counts"],
         "dropped": share * first["dropped"] + (1 - share) * second["dropped"],

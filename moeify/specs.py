@@ -80,8 +80,17 @@ class ParallelSpec(Strict):
         expert: Ranks that share the experts of a layer.
         tensor: Ranks that share each dense layer.
         experts_in_tp: Experts in a tensor group: `replicate`, `slice`, or `fold` (different ones).
-        all_to_all: How rows travel.
-        coordinated: Exchange only among ranks of equal tensor rank.
+        all_to_all: How rows travel: straight to their ranks (`flat`), over one rank per node
+            (`hierarchical`), or all tokens to all ranks (`allgather`); `auto` by size and topology.
+        coordinated: In a tensor group, which holds the same tokens, each rank sends its share of
+            them only; `auto` always does.
+        splits: `auto` gives every expert its capacity on the wire where there is one, so that
+            nothing waits for the routing (ranks then hold equally many tokens); `uneven` always
+            sends only the rows that there are.
+        overlap_chunks: In how many pieces rows travel, so that the exchange of one overlaps the
+            experts of another.
+        gradients: Which gradients are reduced over the ranks in the backward pass: `all`; those of
+            the `experts`, if DDP or another engine does the others; `none`.
     """
 
     expert: Count = 1
@@ -92,6 +101,9 @@ class ParallelSpec(Strict):
         Annotated[bool, Tag("<bool>")] | Annotated[Literal["auto"], Tag("<word>")],
         Discriminator(_word_or_bool),
     ] = "auto"
+    splits: Literal["auto", "uneven"] = "auto"
+    overlap_chunks: Count = 1
+    gradients: Literal["all", "experts", "none"] = "all"
 
 
 class ZeroSpec(Strict):

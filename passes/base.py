@@ -40,6 +40,8 @@ class Fact(StrEnum):
     """The plan has been applied to the sites: every site has its layer plan."""
     MOE_BLOCKS = "moe-blocks"
     """The chosen sites are MoE blocks."""
+    SLICED = "sliced"
+    """Dense layers know which of them are sliced over the tensor ranks."""
     SHARDED = "sharded"
     """Experts and dense layers hold this rank's share of their weights."""
     DISPATCHED = "dispatched"

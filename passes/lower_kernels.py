@@ -29,7 +29,7 @@ from moeify.experts import Experts
 from moeify.kernels.lowering import Choice, Workload, choose
 from moeify.passes.base import Fact, PassResult, PlanContext
 from moeify.passes.records import NodeRecord, record_of, set_record
-from moeify.passes.replace_mlps import blocks_of
+from moeify.passes.blocks import blocks_of, site_of
 
 log = logging.getLogger("moeify")
 
@@ -57,7 +57,7 @@ class LowerKernels:
         asked = {} if ctx.resolved is None else {la.name: la.kernel for la in ctx.resolved}
         changed = False
         for path, block in blocks_of(gm):
-            wanted = asked.get(_site_of(gm, path), "auto")
+            wanted = asked.get(site_of(gm, path), "auto")
             wanted = self.kernel if wanted == "auto" else wanted
             for call in block.graph.find_nodes(op="call_module", target="experts"):
                 experts = block.get_submodule("experts")
@@ -87,12 +87,6 @@ def workload(experts: Experts) -> Workload:
         activation=experts.activation if experts.inner is None else None,
         dropout=experts.dropout > 0,
     )
-
-
-def _site_of(gm: fx.GraphModule, path: str) -> str:
-    """Return the name of the site that the block at `path` replaces."""
-    records = (record_of(n) for n in gm.graph.find_nodes(op="call_module", target=path))
-    return next((r.site for r in records if r is not None and r.site), path)
 
 
 def _fuse(graph: fx.Graph, call: fx.Node, choice: Choice) -> bool:

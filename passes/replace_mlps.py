@@ -26,8 +26,8 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -42,13 +42,12 @@ from moeify.kernels import combine as _combine  # noqa: F401  registers the op
 from moeify.kernels import dispatch as _dispatch  # noqa: F401  registers the op
 from moeify.kernels import route
 from moeify.passes.base import Fact, PassResult, PlanContext
+from moeify.passes.blocks import MOE_ROLE, block_path, find_site
 from moeify.passes.dataflow import Linear, linear_of, weight_of
 from moeify.passes.find_mlps import Region
 from moeify.passes.records import NodeRecord, record_of, set_record
 from moeify.resolve import LayerPlan
 from moeify.router import Router
-
-MOE_ROLE = "moe"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +56,11 @@ class ReplaceMlps:
 
     Args:
         discovery: The sites of this graph.
+        shares: Experts to build by layer name, where a rank keeps only some; all of them else.
     """
 
     discovery: Discovery
+    shares: Mapping[str, range] = field(default_factory=dict)
     name: ClassVar[str] = "replace-mlps"
     requires: ClassVar[frozenset[str]] = frozenset({Fact.MLP_SITES, Fact.RESOLVED})
     provides: ClassVar[frozenset[str]] = frozenset({Fact.MOE_BLOCKS})
@@ -81,7 +82,7 @@ class ReplaceMlps:
             runs = self._runs(gm, site, layer)
             if not runs:
                 continue
-            block = build_block(ctx.model, layer, site)
+            block = build_block(ctx.model, layer, site, self.shares.get(layer.name))
             for source, out, nodes in runs:
                 live = calls.get(source, source)
                 calls[out] = _call_block(gm, path, layer.name, live, out, nodes)
@@ -110,34 +111,6 @@ def _source(linear: Linear) -> fx.Node:
     now = linear_of(linear.node)
     assert now is not None
     return now.source
-
-
-def find_site(discovery: Discovery, layer: LayerPlan) -> FoundSite | None:
-    """Return the site that a layer plan is for, or None for `expert: linear`."""
-    if layer.expert == "linear":
-        return None
-    return next(found for found in discovery.found if found.site.name == layer.site.name)
-
-
-def block_path(site: FoundSite | None, layer: LayerPlan) -> str:
-    """Return where the block goes in the model."""
-    if site is None:
-        return layer.site.name
-    placement = site.placement
-    return placement.module if placement.install == "T1" else placement.block
-
-
-def blocks_of(gm: fx.GraphModule) -> Iterator[tuple[str, fx.GraphModule]]:
-    """Yield (path, block) of every MoE block that a graph calls, each once, in execution order."""
-    seen = set()
-    for node in gm.graph.nodes:
-        record = record_of(node)
-        if record is None or record.role != MOE_ROLE or node.target in seen:
-            continue
-        seen.add(node.target)
-        block = gm.get_submodule(str(node.target))
-        assert isinstance(block, fx.GraphModule)
-        yield str(node.target), block
 
 
 def _call_block(
@@ -178,13 +151,16 @@ def _call_block(
     return call
 
 
-def build_block(model: nn.Module, layer: LayerPlan, found: FoundSite | None) -> fx.GraphModule:
+def build_block(
+    model: nn.Module, layer: LayerPlan, found: FoundSite | None, share: range | None = None
+) -> fx.GraphModule:
     """Build the block of one layer, with experts from the model's weights.
 
     Args:
         model: The dense model; read only. On `meta` the block is on `meta` too.
         layer: The resolved plan of this layer.
         found: Its site, or None for `expert: linear`.
+        share: The experts to build; None for all.
 
     Raises:
         UnsupportedModuleError: The layer asks for something that this site does not have.
@@ -194,11 +170,11 @@ def build_block(model: nn.Module, layer: LayerPlan, found: FoundSite | None) -> 
     root.add_module("router", _router(layer, weight))
     scale = 1.0
     if found is None:
-        _linear_parts(root, model, layer)
+        _linear_parts(root, model, layer, share)
         channel, tail, argument = -1, 0.0, "input"
     else:
         scale = 0.5 if layer.residual in ("add", "sigmoid") else 1.0
-        root.add_module("experts", _experts(model, layer, found.region, scale))
+        root.add_module("experts", _experts(model, layer, found.region, scale, share))
         if layer.residual != "none":
             half = 0.5 if layer.residual == "add" else 1.0
             root.add_module("mlp", _dense(model, found.region, half))
@@ -324,9 +300,11 @@ def _bias(model: nn.Module, linear: Linear) -> Tensor | None:
     return None if linear.bias is None else model.get_parameter(linear.bias.name).detach()
 
 
-def _experts(model: nn.Module, layer: LayerPlan, region: Region, scale: float) -> Experts:
+def _experts(
+    model: nn.Module, layer: LayerPlan, region: Region, scale: float, share: range | None
+) -> Experts:
     dense = mlp_weights(model, region)
-    weights = init_experts(dense, layer.experts, layer.init, layer.name, scale=scale)
+    weights = init_experts(dense, layer.experts, layer.init, layer.name, scale=scale, share=share)
     program = region.program
     experts = Experts(
         experts=layer.experts,
@@ -393,7 +371,7 @@ def _leaf_names(weights: list[str]) -> list[str]:
     return [f"projection_{i}" for i in range(len(weights))]
 
 
-def _linear_parts(root: nn.Module, model: nn.Module, layer: LayerPlan) -> None:
+def _linear_parts(root: nn.Module, model: nn.Module, layer: LayerPlan, share: range | None) -> None:
     """`expert: linear`: square linear experts, then the layer itself.
 
     There is no square map to copy, so experts start as the identity, which keeps step 0; `random`
@@ -407,10 +385,10 @@ def _linear_parts(root: nn.Module, model: nn.Module, layer: LayerPlan) -> None:
     width = layer.site.d_in
     identity = torch.eye(width, dtype=weight.dtype, device=weight.device)
     dense = MlpWeights(identity, None, identity, None, (), False)
-    stacked = init_experts(dense, layer.experts, layer.init, layer.name).up
+    stacked = init_experts(dense, layer.experts, layer.init, layer.name, share=share).up
     if layer.init.experts == "random" and not weight.is_meta:
         stacked = stacked / identity.float().std(correction=0).to(stacked.dtype) / width**0.5
-    bias = torch.zeros(layer.experts, width, dtype=weight.dtype, device=weight.device)
+    bias = torch.zeros(stacked.shape[0], width, dtype=weight.dtype, device=weight.device)
     trains = weight.requires_grad
     experts = LinearExperts(
         nn.Parameter(stacked, requires_grad=trains), nn.Parameter(bias, requires_grad=trains)

@@ -14,13 +14,14 @@ EXPECTED = {
     "export_graph": ["moeify.experts.default", "equal after pickling: True", "own router"],
     "gpt2_pr_moe": ["whole model", "largest difference", "kernel = 'cpu'"],
     "plan_from_yaml": ["layers.5", "largest difference", "did you mean `residual`?"],
+    "train_expert_parallel": ["% of the routes to each expert"],
     "train_loop": ["MoE, 100 steps more", "% of the tokens to its experts"],
 }
 
 
-def run(name, repo):
-    env = {**os.environ, "PYTHONPATH": str(repo)}
-    command = [sys.executable, str(repo / "examples" / f"{name}.py")]
+def run(name, repo, launcher=()):
+    env = {**os.environ, "PYTHONPATH": str(repo), "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, *launcher, str(repo / "examples" / f"{name}.py")]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -51,3 +52,19 @@ def test_train_loop(repo):
     untrained, dense, converted, moe = (float(x) for x in re.findall(r"loss (\S+)", out))
     assert untrained > dense > moe
     assert abs(converted - dense) < 2e-3
+
+
+@pytest.mark.slow
+def test_train_expert_parallel(repo):
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 4".split()
+    alone, over_ranks = (run("train_expert_parallel", repo, how) for how in ((), torchrun))
+    assert EXPECTED["train_expert_parallel"][0] in alone
+    want, got = (
+        [float(loss) for loss in re.findall(r"loss (\S+)", out)] for out in (alone, over_ranks)
+    )
+    assert len(want) == 20
+    assert want[-1] < want[0] - 1
+    assert got == pytest.approx(want, rel=1e-4)
+    ranks = re.findall(r"rank (\d): (\d) of 4 experts per layer, ([\d,]+) weights", over_ranks)
+    assert [(rank, experts) for rank, experts, _ in ranks] == [(str(i), "2") for i in range(4)]
+    assert {weights for *_, weights in ranks} == {"287,232"}

@@ -34,6 +34,7 @@ _PRELOAD = [
     "moeify.api",
     "tests.zoo_models",
     "tests.distributed.ranks",
+    "tests.distributed.warm",
 ]
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(_PRELOAD)

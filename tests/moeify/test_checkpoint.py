@@ -25,7 +25,7 @@ import moeify as mf
 from moeify.checkpoint_json import canonical_digest
 from moeify.errors import CheckpointError
 from moeify.passes.base import Fact, PassResult
-from moeify.passes.replace_mlps import blocks_of
+from moeify.passes.blocks import blocks_of
 
 SMALL = {"vocab_size": 99}
 ALL = {"layers": [{"select": "all", "experts": 3}]}

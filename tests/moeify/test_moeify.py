@@ -14,7 +14,7 @@ import moeify as mf
 from moeify import api, verification
 from moeify.conversion import conversion_of
 from moeify.passes.base import Fact, PassResult, PlanContext
-from moeify.passes.replace_mlps import blocks_of
+from moeify.passes.blocks import blocks_of
 from moeify.router import Router
 from moeify.verification import compare, snapshot
 from tests.zoo_models import ZOO, ids

@@ -19,7 +19,8 @@ from moeify.passes.lower_kernels import LowerKernels, workload
 from moeify.passes.manager import PassManager
 from moeify.passes.printer import print_graph
 from moeify.passes.records import record_of
-from moeify.passes.replace_mlps import ReplaceMlps, blocks_of
+from moeify.passes.blocks import blocks_of
+from moeify.passes.replace_mlps import ReplaceMlps
 from moeify.passes.testing import assert_idempotent, run_pass
 from moeify.plan import Plan
 from moeify.resolve import resolve_sites

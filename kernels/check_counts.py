@@ -1,0 +1,81 @@
+"""`moeify::check_counts`: what the other ranks announce, checked before any row is sent.
+
+Collectives with splits that do not agree give garbage or hang. So each rank first tells every other
+one how many rows it will send for each of its experts, and their sum (or, in an even layout, the
+capacity); the receiver compares. On a GPU the check of an even layout runs on the device, without
+the host.
+
+Shapes: N ranks of the group, L local experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moeify.errors import DispatchError
+from moeify.kernels.implementations import define, fake
+
+
+def check_counts_reference(
+    heard: Tensor, capacity: int, where: str, ranks: Sequence[int], rank: int
+) -> Tensor:
+    """Return the rows that each rank of the group will send to each local expert.
+
+    Args:
+        heard: [N, L + 1] int64, what each rank announced to this one: rows for each of its experts,
+            then their sum, or the capacity in an even layout.
+        capacity: Rows per expert in an even layout, or -1.
+        where: The layer, for messages.
+        ranks: [N] global ranks of the group.
+        rank: This rank.
+
+    Returns:
+        [N, L] int64, equal to `heard[:, :-1]`.
+
+    Raises:
+        DispatchError: The announcements do not agree.
+    """
+    counts = heard[:, :-1]
+    last = heard[:, -1]
+    if capacity < 0:
+        fine = ((counts >= 0).all(1)) & (counts.sum(1) == last)
+    else:
+        fine = ((counts >= 0) & (counts <= capacity)).all(1) & (last == capacity)
+    if capacity >= 0 and heard.is_cuda:
+        torch._assert_async(fine.all(), f"{where}: ranks announced different capacities")
+        return counts.clone()
+    if not bool(fine.all()):
+        place = int((~fine).nonzero()[0])
+        raise DispatchError(_message(heard[place].tolist(), capacity, where, ranks[place], rank))
+    return counts.clone()
+
+
+def _message(heard: list[int], capacity: int, where: str, sender: int, rank: int) -> str:
+    counts, last = heard[:-1], heard[-1]
+    head = f"{where}: rank {rank} heard from rank {sender}"
+    if capacity < 0:
+        return (
+            f"{head} of {counts} rows for its experts, {sum(counts)} in all, but {last} were "
+            "announced: the ranks do not run the same code on the same plan"
+        )
+    if last == capacity:
+        return f"{head} of {counts} rows for its experts, more than the capacity of {capacity}"
+    return (
+        f"{head} of a capacity of {last} rows, its own is {capacity}: the ranks hold different "
+        "numbers of tokens; pad the batches to one size, or set `parallel: {splits: uneven}`"
+    )
+
+
+check_counts = define(
+    "check_counts",
+    "(Tensor heard, SymInt capacity, str where, int[] ranks, int rank) -> Tensor",
+    check_counts_reference,
+)
+
+
+@fake("check_counts")
+def _(heard: Tensor, capacity: int, where: str, ranks: Sequence[int], rank: int) -> Tensor:
+    return heard.new_empty(heard.shape[0], heard.shape[1] - 1)

@@ -1,0 +1,282 @@
+"""A conversion on several ranks: one layout, agreed on before anything is built or sent.
+
+Ranks that disagree would hang in the first collective, or exchange garbage. So what each of them
+is about to do is compared at set-up, and what goes wrong on one rank is raised on all of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import fx, nn
+
+from moeify import exchange
+from moeify.errors import DispatchError, MoeifyError, PlanError
+from moeify.input_spec import describe_inputs
+from moeify.layout import Layout
+from moeify.mesh import World, world_size
+from moeify.plan import Plan
+from moeify.resolve import ResolvedPlan
+
+if TYPE_CHECKING:
+    from moeify.gradients import GradientReducer
+
+__all__ = ["Parallel", "agree_on_layers", "join", "reduce_gradients", "together"]
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Parallel:
+    """What a conversion remembers of its ranks; travels with copies of the model.
+
+    Attributes:
+        layout: How the world is cut.
+        rank: This rank.
+        reducer: Reduces gradients in every backward pass, or None.
+    """
+
+    layout: Layout
+    rank: int
+    reducer: GradientReducer | None = None
+
+
+def join(plan: Plan, mesh: Any, model: nn.Module, *, verify: bool = True) -> World | None:
+    """Return the meshes of a plan in the running world; None where one process is the world.
+
+    Args:
+        plan: The plan.
+        mesh: The user's own dense mesh, or None.
+        model: Tells the device.
+        verify: Whether the conversion will be verified, which all ranks do or none.
+
+    Raises:
+        PlanError: The plan does not fit the world, or the ranks have different plans or meshes.
+    """
+    world = world_size()
+    if world == 1 and mesh is None:
+        _fit(plan, world)
+        return None
+    if not dist.is_initialized():
+        raise PlanError("mesh: torch.distributed does not run: call init_process_group first")
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    agree(
+        {
+            "the plan": plan.digest()[:12],
+            "`verify`": str(verify),
+            "`mesh`": _described(mesh),
+            "the device": device,
+        }
+    )
+    layout = _fit(plan, world)
+    return World.create(layout, "cpu" if device == "meta" else device, mesh)
+
+
+def _described(mesh: Any) -> str:
+    if mesh is None:
+        return "none"
+    names, ranks = getattr(mesh, "mesh_dim_names", None), getattr(mesh, "mesh", None)
+    return f"{names} of ranks {ranks.tolist() if isinstance(ranks, torch.Tensor) else mesh}"
+
+
+def _fit(plan: Plan, world: int) -> Layout:
+    try:
+        return Layout.of(plan.parallel, world)
+    except PlanError as error:
+        raise plan.fault(tuple(error.path.split(".")), error.message) from None
+
+
+def _talks() -> bool:
+    """Tell whether ranks can tell each other anything; a simulated world has one rank only."""
+    return world_size() > 1 and dist.get_backend() != "fake"
+
+
+def _hear(said: Any, purpose: str) -> list[Any]:
+    """Return what each rank says.
+
+    Raises:
+        DispatchError: A rank does not say anything.
+    """
+    heard: list[Any] = [None] * world_size()
+    try:
+        dist.all_gather_object(heard, said)
+    except RuntimeError as error:
+        reason = str(error).split("\n", 1)[0]
+        raise DispatchError(
+            f"rank {dist.get_rank()} could not {purpose} with the other ranks: {reason} (a peer "
+            "died or stalled, or does not call moeify; look for its own error)"
+        ) from error
+    return heard
+
+
+def together(what: str, action: Callable[[], T]) -> T:
+    """Do something on all ranks; if it fails on one, raise on each. Alone: just do it.
+
+    Args:
+        what: Infinitive, for messages: "find the model's MLPs".
+        action: May run collectives only if nothing that fails on one rank alone comes before.
+
+    Raises:
+        MoeifyError: It failed on another rank.
+        DispatchError: A rank died.
+        Exception: What failed here.
+    """
+    if not _talks():
+        return action()
+    error: Exception | None = None
+    result: Any = None
+    try:
+        result = action()
+    except Exception as failure:
+        error = failure
+    try:
+        heard = _hear(None if error is None else f"{type(error).__name__}: {error}", what)
+    except DispatchError as silence:
+        raise error or silence from None
+    if error is not None:
+        raise error
+    failed = [rank for rank, text in enumerate(heard) if text is not None]
+    if failed:
+        raise MoeifyError(
+            f"{_ranks(failed)} could not {what}, so no rank converts: {heard[failed[0]]}"
+        )
+    done: T = result
+    return done
+
+
+def agree(facts: dict[str, str]) -> None:
+    """Compare facts over all ranks.
+
+    Args:
+        facts: What must be the same everywhere, by name.
+
+    Raises:
+        PlanError: Ranks differ; names the fact, the ranks and what they hold.
+        DispatchError: A rank died.
+    """
+    if not _talks():
+        return
+    heard: list[dict[str, str]] = _hear(facts, "compare the conversion")
+    for name in {name: None for said in heard for name in said}:
+        holders: dict[str, list[int]] = {}
+        for rank, said in enumerate(heard):
+            holders.setdefault(said.get(name, "nothing"), []).append(rank)
+        if len(holders) > 1:
+            each = [f"{_ranks(ranks)}: {value}" for value, ranks in holders.items()]
+            more = f"; and {len(each) - 4} more" if len(each) > 4 else ""
+            raise PlanError(
+                f"ranks disagree on {name} ({'; '.join(each[:4])}{more}); call moeify on every "
+                "rank with the same plan, weights and form of example inputs"
+            )
+
+
+def agree_on_layers(resolved: ResolvedPlan, model: nn.Module, example_inputs: Any) -> None:
+    """Compare what is about to be converted, and the dense weights, over all ranks.
+
+    Raises:
+        PlanError: Ranks differ.
+        DispatchError: A rank died.
+    """
+    if not _talks():
+        return
+    layers = [(la.name, la.experts, la.top_k, la.residual, la.site.d_in) for la in resolved]
+    facts = {"the number of layers": str(len(layers))}
+    facts |= {f"layer {i}": " ".join(map(str, layer)) for i, layer in enumerate(layers)}
+    facts |= weights_of(model)
+    # Their size decides how rows travel.
+    facts["the example inputs"] = json.dumps(describe_inputs(example_inputs))
+    agree(facts)
+
+
+def weights_of(model: nn.Module) -> dict[str, str]:
+    """Return a digest of each module's own parameters, cheap enough to compare at set-up."""
+    digests: dict[str, str] = {}
+    for path, module in model.named_modules():
+        text = ""
+        for name, parameter in module.named_parameters(recurse=False):
+            text += f"{name} {tuple(parameter.shape)} {parameter.dtype} {parameter.requires_grad} "
+            if not parameter.is_meta:
+                text += f"{_checksum(parameter.detach())} "
+        if text:
+            digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+            digests[f"the weights of {path or 'the model'}"] = digest
+    return digests
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    """Return a sum over the bits, each element times an odd number of its place.
+
+    Of integers, so that it does not depend on the order of a device or of threads.
+    """
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32}.get(tensor.itemsize, torch.int64)
+    total = 0
+    for number, part in enumerate(torch.split(tensor.flatten(), _PIECE)):
+        values = part.view(bits)
+        odd = torch.arange(values.shape[0], device=values.device) * 2 + 1
+        total += (number + 1) * int((values * odd).sum())
+    return total
+
+
+_PIECE = 1 << 24
+"""Elements at a time: a checksum needs 8 bytes for each."""
+
+
+def reduce_gradients(
+    model: nn.Module, world: World, resolved: ResolvedPlan, blocks: dict[str, str], which: str
+) -> GradientReducer | None:
+    """Hook the reduction of gradients into every backward pass of a converted model.
+
+    The single process minimises the mean of the ranks' losses. So dense gradients are averaged
+    over dp; an expert's are summed over all the ranks that sent it tokens, which is what its
+    backward pass does within ep and this does over edp, and divided by dp.
+
+    Args:
+        model: The converted model.
+        world: Its meshes.
+        resolved: Its layers.
+        blocks: Path of each layer's block.
+        which: "all", "experts" or "none".
+    """
+    from moeify.gradients import GradientReducer, Reduction
+
+    layout = world.layout
+    if which == "none" or layout.world == 1:
+        return None
+    reductions = []
+    seen: set[int] = set()
+    for layer in resolved:
+        if layout.ep(layer.experts) == 1:
+            continue
+        experts = model.get_submodule(f"{blocks[layer.name]}.experts")
+        mesh = world.sparse(layer.experts)
+        size = layout.edp(layer.experts)
+        coordinated = is_coordinated(model.get_submodule(blocks[layer.name]))
+        factor = size / layout.dp / layout.copies(coordinated=coordinated)
+        named = [(n, p) for n, p in experts.named_parameters() if id(p) not in seen]
+        seen |= {id(p) for _, p in named}
+        group = world.reducing(mesh, "edp") if size > 1 else ""
+        names = [f"{blocks[layer.name]}.experts.{n}" for n, _ in named]
+        reductions.append(Reduction([p for _, p in named], names, group, size, factor))
+    if which == "all" and layout.dp > 1:
+        rest = [(n, p) for n, p in model.named_parameters() if id(p) not in seen]
+        group = world.reducing(world.dense, "dp")
+        reductions.append(Reduction([p for _, p in rest], [n for n, _ in rest], group, layout.dp))
+    return GradientReducer(reductions) if reductions else None
+
+
+def is_coordinated(block: nn.Module) -> bool:
+    """Tell whether the ranks of a tensor group share out the rows that this block sends."""
+    assert isinstance(block, fx.GraphModule)
+    return any(node.target is exchange.share for node in block.graph.nodes)
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    return f"ranks {', '.join(map(str, ranks[:8]))}{', ...' if len(ranks) > 8 else ''}"

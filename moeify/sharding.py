@@ -1,0 +1,63 @@
+"""Parameters of which a rank holds a share: DTensors, and their local part.
+
+Experts are `Shard(0)` over the expert ranks; sliced ones also over their hidden width. As DTensors
+they carry their layout along, which checkpoints and FSDP2 read.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from moeify import compat
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = ["is_sharded", "local", "shard_parameter"]
+
+
+def local(tensor: Any) -> Any:
+    """Return this rank's part of a DTensor, with its gradient; anything else as it is."""
+    if type(tensor) is nn.Parameter or tensor is None or type(tensor) is Tensor:
+        return tensor
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Tell whether a tensor is a DTensor."""
+    return hasattr(tensor, "to_local")
+
+
+def shard_parameter(
+    part: Tensor,
+    mesh: DeviceMesh,
+    shape: torch.Size,
+    *,
+    dim: int | None = None,
+    halves: bool = False,
+    requires_grad: bool = True,
+) -> nn.Parameter:
+    """Return a parameter of which this rank holds one part; nothing is sent.
+
+    Args:
+        part: This rank's part.
+        mesh: Mesh ("ep",), or ("ep", "etp") if `dim` is given.
+        shape: Shape of the whole.
+        dim: Dimension that is sliced over "etp"; dimension 0 is always sharded over "ep".
+        halves: Whether `dim` is two halves (gate and up), each sliced for itself.
+        requires_grad: Whether it trains.
+    """
+    from torch.distributed.tensor import DTensor, Shard
+
+    placements: list[Any] = [Shard(0)] if dim is None else [Shard(0), Shard(dim)]
+    if halves and dim is not None:
+        whole = compat.sharded_halves(part, mesh, placements, shape, dim)
+    else:
+        stride = torch.empty(shape, device="meta").stride()
+        whole = DTensor.from_local(
+            part, mesh, placements, run_check=False, shape=shape, stride=stride
+        )
+    return nn.Parameter(whole, requires_grad=requires_grad)

@@ -1,0 +1,62 @@
+"""Where the MoE blocks of a graph are, and which layer plan each one has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import fx
+
+from moeify.discovery import Discovery, FoundSite
+from moeify.errors import PassError
+from moeify.passes.records import record_of
+from moeify.resolve import LayerPlan, ResolvedPlan
+
+MOE_ROLE = "moe"
+"""The role of a node that calls a block."""
+
+
+def find_site(discovery: Discovery, layer: LayerPlan) -> FoundSite | None:
+    """Return the site that a layer plan is for, or None for `expert: linear`."""
+    if layer.expert == "linear":
+        return None
+    return next(found for found in discovery.found if found.site.name == layer.site.name)
+
+
+def block_path(site: FoundSite | None, layer: LayerPlan) -> str:
+    """Return where the block goes in the model."""
+    if site is None:
+        return layer.site.name
+    placement = site.placement
+    return placement.module if placement.install == "T1" else placement.block
+
+
+def blocks_of(gm: fx.GraphModule) -> Iterator[tuple[str, fx.GraphModule]]:
+    """Yield (path, block) of every MoE block that a graph calls, each once, in execution order."""
+    seen = set()
+    for node in gm.graph.nodes:
+        record = record_of(node)
+        if record is None or record.role != MOE_ROLE or node.target in seen:
+            continue
+        seen.add(node.target)
+        block = gm.get_submodule(str(node.target))
+        assert isinstance(block, fx.GraphModule)
+        yield str(node.target), block
+
+
+def site_of(gm: fx.GraphModule, path: str) -> str:
+    """Return the name of the site that the block at `path` replaces."""
+    records = (record_of(n) for n in gm.graph.find_nodes(op="call_module", target=path))
+    return next((r.site for r in records if r is not None and r.site), path)
+
+
+def layer_at(gm: fx.GraphModule, path: str, resolved: ResolvedPlan) -> LayerPlan:
+    """Return the layer plan of the block at `path`.
+
+    Raises:
+        PassError: The plan has no such layer.
+    """
+    site = site_of(gm, path)
+    for layer in resolved:
+        if layer.name == site:
+            return layer
+    raise PassError(f"{path}: the plan has no layer for the site {site!r}")

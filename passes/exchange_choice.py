@@ -1,0 +1,38 @@
+"""Which way the rows of a block travel: what the plan says, else what the cost model finds cheaper."""
+
+from __future__ import annotations
+
+from math import prod
+
+from torch import fx
+
+from moeify.mesh import World
+from moeify.passes.records import record_of
+from moeify.resolve import LayerPlan
+from moeify.specs import ParallelSpec
+from moeify.topology import Choice, choose
+
+
+def chosen_form(
+    spec: ParallelSpec, world: World, layer: LayerPlan, gm: fx.GraphModule, path: str
+) -> Choice:
+    """Return how the rows of the block at `path` travel, and why.
+
+    The size of a message is that of the example inputs; only `auto` asks for it.
+    """
+    ranks = world.sparse(layer.experts)["ep"].mesh.flatten().tolist()
+    rows = tokens_of(gm, path, layer) * layer.top_k
+    size = rows * layer.site.d_in * layer.site.itemsize
+    found = choose(ranks, world.node, size, top_k=layer.top_k)
+    if spec.all_to_all == "auto":
+        return found
+    return Choice(spec.all_to_all, "the plan says so", found.seconds)
+
+
+def tokens_of(gm: fx.GraphModule, path: str, layer: LayerPlan) -> int:
+    """Return how many tokens the block at `path` gets from the example inputs."""
+    for call in gm.graph.find_nodes(op="call_module", target=path):
+        record = record_of(call)
+        if record is not None and record.shapes:
+            return prod(record.shapes[0]) // layer.site.d_out
+    return 0

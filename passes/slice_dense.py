@@ -1,0 +1,91 @@
+"""slice-dense: decide which dense layers are sliced over the tensor ranks (analysis).
+
+Before and after, the same graph; what it says is new::
+
+    %q   = linear(%x, attn.q.weight)                        @ attn: colwise
+    %k   = linear(%x, attn.k.weight)                        @ attn: colwise
+    %v   = linear(%x, attn.v.weight)                        @ attn: colwise
+    ...
+    %sdp = scaled_dot_product_attention(%q_1, %k_1, %v_1)
+    ...
+    %o   = linear(%sdp_2, attn.o.weight)                    @ attn: rowwise
+
+The projections of an MLP keep the roles that they have in their site. The whole decision, with
+what stays whole and why, is `slices_of(gm)`; `moeify.tensor_parallel.apply` carries it out on the
+model. It reads the dense graph, so it is listed before the passes that replace parts of it.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from moeify.capture import ExampleInputs
+from moeify.discovery import Discovery
+from moeify.passes.base import Fact, PassResult, PlanContext
+from moeify.passes.records import record_of, update_record
+from moeify.tensor_parallel import SlicePlan
+from moeify.tensor_parallel_derive import derive
+
+log = logging.getLogger("moeify")
+
+_KEY = "moeify_slices"
+
+
+@dataclass(frozen=True, slots=True)
+class SliceDense:
+    """Decide for every attention and every dense MLP whether the plan's tensor ranks slice it.
+
+    Args:
+        discovery: The sites and projections of this graph.
+        example_inputs: The inputs it was recorded with; made from the config of a Hugging Face
+            model if None.
+    """
+
+    discovery: Discovery
+    example_inputs: ExampleInputs | None = None
+    name: ClassVar[str] = "slice-dense"
+    requires: ClassVar[frozenset[str]] = frozenset({Fact.RESOLVED})
+    provides: ClassVar[frozenset[str]] = frozenset({Fact.SLICED})
+    invalidates: ClassVar[frozenset[str]] = frozenset()
+
+    def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
+        """Derive the slices, log them and write them down; the graph is not changed."""
+        assert ctx.resolved is not None
+        assert ctx.model is not None
+        plan = derive(
+            self.discovery,
+            ctx.resolved,
+            ctx.resolved.plan.parallel.tensor,
+            model=ctx.model,
+            example_inputs=self.example_inputs,
+        )
+        for line in plan.lines():
+            log.info("%s", line)
+        _mark(gm, self.discovery, plan)
+        gm.meta[_KEY] = plan
+        return PassResult(gm, False)
+
+
+def slices_of(gm: fx.GraphModule) -> SlicePlan | None:
+    """Return what `slice-dense` decided for a graph, or None where it has not run."""
+    found = gm.meta.get(_KEY)
+    assert found is None or isinstance(found, SlicePlan)
+    return found
+
+
+def _mark(gm: fx.GraphModule, discovery: Discovery, plan: SlicePlan) -> None:
+    """Write layer and way onto the sliced projections that belong to no site."""
+    layer = {path: pair.name for pair in plan.pairs for path in (*pair.colwise, pair.rowwise)}
+    alive = set(gm.graph.nodes)
+    for linear in discovery.linear_nodes:
+        path = linear.weight.name.rpartition(".")[0]
+        record = record_of(linear.node)
+        if path in layer and linear.node in alive and (record is None or record.site is None):
+            update_record(linear.node, site=layer[path], role=plan.modules[path])
+
+
+__all__ = ["SliceDense", "slices_of"]

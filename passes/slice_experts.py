@@ -1,0 +1,118 @@
+"""slice-experts: each expert's hidden width is cut over the ranks of a tensor group (ETP).
+
+Before::
+
+    hidden = self.experts(mine, landed_offsets)
+
+After::
+
+    copied = exchange.copy_to_slices(mine, 'etp', ...)      sums the slices' gradients
+    sliced = self.experts(copied, landed_offsets)
+    hidden = exchange.sum_of_slices(sliced, 'etp', ...)
+
+and the experts hold DTensors that are sharded by expert and sliced by hidden width; the halves of
+a fused gate and up projection are each sliced for themselves, the last bias by output width.
+
+Source:
+    Expert slicing: DeepSpeed-MoE (Rajbhandari et al. 2022) section 5.1; Megatron-LM (Shoeybi et
+    al. 2019) section 3 for the pair of functions around it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from moeify import exchange
+from moeify.errors import UnsupportedModuleError
+from moeify.experts import Experts
+from moeify.mesh import World
+from moeify.passes.base import Fact, PassResult, PlanContext
+from moeify.passes.blocks import blocks_of, layer_at
+from moeify.passes.exchange_nodes import Group, node
+from moeify.sharding import local, shard_parameter
+
+
+@dataclass(frozen=True, slots=True)
+class SliceExperts:
+    """Slice the experts of every block where the plan says `experts_in_tp: slice`."""
+
+    name: ClassVar[str] = "slice-experts"
+    requires: ClassVar[frozenset[str]] = frozenset({Fact.MOE_BLOCKS, Fact.SHARDED})
+    provides: ClassVar[frozenset[str]] = frozenset()
+    invalidates: ClassVar[frozenset[str]] = frozenset()
+
+    def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
+        """Slice the weights and rewrite the blocks.
+
+        Raises:
+            UnsupportedModuleError: Experts that cannot be sliced.
+        """
+        world: World | None = ctx.mesh
+        if world is None or world.layout.etp == 1 or ctx.resolved is None:
+            return PassResult(gm, False)
+        changed = False
+        for path, block in blocks_of(gm):
+            experts = block.get_submodule("experts")
+            done = block.graph.find_nodes(op="call_function", target=exchange.sum_of_slices)
+            if done:
+                continue
+            slices = world.layout.etp
+            if not isinstance(experts, Experts) or experts.inner is not None:
+                kind = "linear experts" if not isinstance(experts, Experts) else "an inner module"
+                raise UnsupportedModuleError(
+                    path, f"{kind} cannot be sliced; use `experts_in_tp: replicate` or `fold`"
+                )
+            if experts.d_ff % slices or experts.d_out % slices:
+                raise UnsupportedModuleError(
+                    path,
+                    f"widths {experts.d_ff} and {experts.d_out} do not slice over {slices} tensor "
+                    "ranks; use `experts_in_tp: replicate` or `fold`",
+                )
+            group = Group.of(
+                world.sparse(layer_at(gm, path, ctx.resolved).experts), "etp", world.rank
+            )
+            _slice(experts, world, layer_at(gm, path, ctx.resolved).experts)
+            _rewrite(block.graph, group, path)
+            block.graph.lint()
+            block.recompile()
+            changed = True
+        return PassResult(gm, changed)
+
+
+def _slice(experts: Experts, world: World, count: int) -> None:
+    mesh = world.sparse(count)["ep", "etp"]
+    index, slices = mesh.get_local_rank("etp"), world.layout.etp
+    for name, parameter in list(experts.named_parameters(recurse=False)):
+        dim = 2 if name == "down_proj" else 1
+        halves = name.startswith("gate_up")
+        part = _part(local(parameter).detach(), dim, index, slices, halves)
+        whole = torch.Size((count, *parameter.shape[1:]))
+        sliced = shard_parameter(
+            part, mesh, whole, dim=dim, halves=halves, requires_grad=parameter.requires_grad
+        )
+        setattr(experts, name, sliced)
+    experts.slice_index = index
+
+
+def _part(tensor: Tensor, dim: int, index: int, slices: int, halves: bool) -> Tensor:
+    pieces = tensor.chunk(2, dim) if halves else (tensor,)
+    return torch.cat([piece.chunk(slices, dim)[index] for piece in pieces], dim).contiguous()
+
+
+def _rewrite(graph: fx.Graph, group: Group, path: str) -> None:
+    for call in graph.find_nodes(op="call_module", target="experts"):
+        rows = call.args[0]
+        assert isinstance(rows, fx.Node)
+        where = f"{path}: slices of experts"
+        with graph.inserting_before(call):
+            copied = node(graph, exchange.copy_to_slices, (rows, group.name, where), "copied")
+        call.replace_input_with(rows, copied)
+        users = list(call.users)
+        with graph.inserting_after(call):
+            total = node(graph, exchange.sum_of_slices, (call, group.name, where), "summed")
+        for user in users:
+            user.replace_input_with(call, total)

@@ -1,0 +1,14 @@
+"""Imported once by the server that forks ranks: what every rank would else load for itself."""
+
+from __future__ import annotations
+
+import torch.distributed.tensor.parallel  # noqa: F401
+import torch.testing._internal.distributed.fake_pg  # noqa: F401
+
+import moeify.demo  # noqa: F401
+import moeify.gradients
+import moeify.parallel_passes  # noqa: F401
+from moeify.kernels.native import library
+
+for name in ("gate", "rows", "experts", "experts_backward"):
+    library(name)  # loads C++ code, starts no thread
