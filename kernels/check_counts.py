@@ -46,11 +46,11 @@ def check_counts_reference(
         fine = ((counts >= 0) & (counts <= capacity)).all(1) & (last == capacity)
     if capacity >= 0 and heard.is_cuda:
         torch._assert_async(fine.all(), f"{where}: ranks announced different capacities")
-        return counts.clone()
+        return counts.clone(memory_format=torch.contiguous_format)
     if not bool(fine.all()):
         place = int((~fine).nonzero()[0])
         raise DispatchError(_message(heard[place].tolist(), capacity, where, ranks[place], rank))
-    return counts.clone()
+    return counts.clone(memory_format=torch.contiguous_format)
 
 
 def _message(heard: list[int], capacity: int, where: str, sender: int, rank: int) -> str:
@@ -62,7 +62,7 @@ def _message(heard: list[int], capacity: int, where: str, sender: int, rank: int
             "announced: the ranks do not run the same code on the same plan"
         )
     if last == capacity:
-        return f"{head} of {counts} rows for its experts, more than the capacity of {capacity}"
+        return f"{head} of {counts} rows for its experts, not 0 to {capacity}, the capacity"
     return (
         f"{head} of a capacity of {last} rows, its own is {capacity}: the ranks hold different "
         "numbers of tokens; pad the batches to one size, or set `parallel: {splits: uneven}`"

@@ -31,7 +31,7 @@ def part_rows(routes: Any, experts: int, capacity: Any, parts: int) -> Any:
     if parts == 1:
         return routes
     most = (routes + experts * (parts - 1)) // parts
-    smaller: Any = torch.sym_min(most, routes)
+    smaller: Any = torch.sym_min(most, routes)  # type: ignore[no-untyped-call]
     return smaller
 
 

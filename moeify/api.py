@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
 
-from moeify import losses
+from moeify import compat, losses
 from moeify.capture import ExampleInputs
 from moeify.conversion import (
     ATTRIBUTE,
@@ -22,19 +24,26 @@ from moeify.conversion import (
     skeleton,
 )
 from moeify.discovery import Discovery, FoundSite, discover
-from moeify.errors import PassError, PlanError, UnsupportedModuleError
+from moeify.errors import PassError, UnsupportedModuleError
 from moeify.input_spec import describe_inputs
+from moeify.mesh import World
+from moeify.parallel import (
+    Parallel,
+    agree_on_layers,
+    join,
+    reduce_gradients,
+    sharded_names,
+    together,
+)
 from moeify.passes.base import Fact, Pass, PlanContext
+from moeify.passes.blocks import MOE_ROLE, SLICES, block_path, find_site
 from moeify.passes.dataflow import weight_of
 from moeify.passes.find_mlps import FindMlps
 from moeify.passes.lower_kernels import LowerKernels
 from moeify.passes.manager import PassManager
 from moeify.passes.observers import observers_from_env
 from moeify.passes.records import record_of
-from moeify.passes.blocks import MOE_ROLE, block_path, find_site
 from moeify.passes.replace_mlps import ReplaceMlps
-from moeify.mesh import World
-from moeify.parallel import Parallel, agree_on_layers, join, reduce_gradients, together
 from moeify.plan import Plan
 from moeify.resolve import LayerPlan, ResolvedPlan, resolve_sites
 from moeify.verification import Snapshot, check, check_untouched, coarsest, compare, snapshot
@@ -101,11 +110,16 @@ def moeify(
     if world is not None:
         agree_on_layers(resolved, model, inputs)
         world.prepare(layer.experts for layer in resolved)
-    blocks = together(
+    slices: list[Pass] = []
+    if world is not None and world.layout.tensor > 1:
+        from moeify.passes.slice_dense import SliceDense
+
+        slices = [SliceDense(discovery, inputs)]
+    built = together(
         "build its blocks",
-        lambda: run_pipeline(model, chosen, resolved, discovery, passes, world),
+        lambda: run_pipeline(model, chosen, resolved, discovery, passes, world, slices),
     )
-    _install_checked(model, chosen, resolved, discovery, blocks, inputs, verify, world)
+    _install_checked(model, chosen, resolved, discovery, built, inputs, verify, world)
     return model
 
 
@@ -145,8 +159,9 @@ def run_pipeline(
     discovery: Discovery,
     passes: Sequence[Pass] = (),
     world: World | None = None,
-) -> dict[str, fx.GraphModule]:
-    """Run the graph passes and return the finished blocks by path; the model is only read."""
+    before: Sequence[Pass] = (),
+) -> Built:
+    """Run the graph passes, some before the MLPs are replaced; the model is only read."""
     gm = discovery.capture.graph_module
     ctx = PlanContext(
         plan=plan,
@@ -158,12 +173,12 @@ def run_pipeline(
         model=model,
     )
     outside = _outside(gm, discovery, resolved)
-    ours: list[Pass] = [FindMlps(discovery.regions), ReplaceMlps(discovery)]
+    ours: list[Pass] = [FindMlps(discovery.regions), *before, ReplaceMlps(discovery)]
     if world is not None:
         from moeify.parallel_passes import parallel_passes, share_of
 
         shares = {layer.name: share_of(world, layer.experts) for layer in resolved}
-        ours = [ours[0], ReplaceMlps(discovery, shares), *parallel_passes()]
+        ours = [*ours[:-1], ReplaceMlps(discovery, shares), *parallel_passes()]
     manager = PassManager([*ours, *passes, LowerKernels()], observers=observers_from_env())
     gm = manager.run(gm, ctx).graph_module
     for report in manager.reports:
@@ -187,7 +202,20 @@ def run_pipeline(
             f"a pass changed the graph outside the MoE blocks ({names}): only blocks are installed "
             "in the model; run such a pass on moeify.export(model, example_inputs)"
         )
-    return blocks
+    return Built(blocks, gm.meta.get(SLICES))
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """What the passes made of a model.
+
+    Attributes:
+        blocks: The finished blocks by layer name.
+        slices: How dense layers are sliced over the tensor ranks (a `SlicePlan`), or None.
+    """
+
+    blocks: dict[str, fx.GraphModule]
+    slices: Any = None
 
 
 def _outside(
@@ -211,7 +239,7 @@ def _install_checked(
     plan: Plan,
     resolved: ResolvedPlan,
     discovery: Discovery,
-    blocks: Mapping[str, fx.GraphModule],
+    built: Built,
     example_inputs: ExampleInputs,
     verify: bool,
     world: World | None = None,
@@ -222,17 +250,26 @@ def _install_checked(
     numeric = verify and not any(p.is_meta for p in before.values())
     layers: list[ConvertedLayer] = []
     installer = Installer(model)
+    undo = ExitStack()
+    undo.callback(installer.undo)
 
     def install() -> Snapshot | None:
         dense = snapshot(model, example_inputs, untouched) if numeric else None
         for layer in resolved:
             found = find_site(discovery, layer)
-            layers.append(_install(installer, layer, found, blocks[layer.name]))
+            layers.append(_install(installer, layer, found, built.blocks[layer.name]))
         return dense
 
-    def prove() -> dict[str, tuple[Fate, str]]:
+    def slice_dense() -> dict[str, tuple[Fate, str]]:
         ledger = make_ledger(before, model, layers)
         check_untouched(versions, model)
+        if built.slices is not None and world is not None:
+            from moeify.tensor_parallel import apply
+
+            undo.callback(apply(model, built.slices, world.dense["tp"]).undo)
+        return ledger
+
+    def prove() -> None:
         if dense is not None:
             difference = compare(dense, snapshot(model, example_inputs, untouched), resolved.layers)
             log.info("step-0 difference: %s", difference)
@@ -240,21 +277,23 @@ def _install_checked(
         for converted in layers:
             for swap in converted.swaps:
                 swap.original = skeleton(swap.original)
-        return ledger
 
     try:
         # One after the other on all ranks: blocks that run wait for those of other ranks.
         dense = together("install its blocks", install)
-        ledger = together("prove its blocks", prove)
+        ledger = together("slice its dense layers", slice_dense)
+        together("prove its blocks", prove)
         record = Conversion(plan, layers, ledger, installer.fused, describe_inputs(example_inputs))
         if world is not None:
             paths = {converted.layer.name: converted.block for converted in layers}
             which = plan.parallel.gradients
             reducer = reduce_gradients(model, world, resolved, paths, which)
-            record.parallel = Parallel(world.layout, world.rank, reducer)
+            record.parallel = Parallel(world.layout, world.rank, reducer, built.slices)
+            compat.leave_out_of_ddp(model, sharded_names(model))
     except BaseException:
-        installer.undo()
+        undo.close()
         raise
+    undo.pop_all()
     model.__dict__[ATTRIBUTE] = record
     losses.attach(model)
     from moeify import hf

@@ -216,11 +216,12 @@ class LinearExperts(nn.Module):
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter) -> None:
         super().__init__()
         self.weight, self.bias = weight, bias
+        self.sharded = False
 
     def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
         """Run every row [R, D] through its expert; zeros from row `offsets[-1]` on."""
-        weight: Tensor = local(self.weight)
-        bias: Tensor = local(self.bias)
+        weight: Tensor = local(self.weight, self.sharded)
+        bias: Tensor = local(self.bias, self.sharded)
         if autocast_enabled(rows.device.type):
             dtype = torch.get_autocast_dtype(rows.device.type)
             rows, weight, bias = rows.to(dtype), weight.to(dtype), bias.to(dtype)

@@ -56,7 +56,7 @@ from moeify.checkpoint_state import (
     restore_modes,
     tensors_of,
 )
-from moeify.conversion import Conversion, require_conversion
+from moeify.conversion import Conversion, require_conversion, require_one_process
 from moeify.errors import CheckpointError, MoeifyError
 from moeify.hf import is_hf
 from moeify.passes.base import Pass
@@ -101,6 +101,7 @@ def save(
     limit = parse_size(max_shard_size)
     inner = _unwrapped(model)
     conversion = require_conversion(inner)
+    require_one_process(inner, "save")
     for path, module in inner.named_modules():
         if compat.is_compiled_module(module):
             raise CheckpointError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FunctionType
 from typing import Any, cast
@@ -442,7 +442,8 @@ def sharded_halves(local: Tensor, mesh: Any, placements: Any, shape: torch.Size,
     name = "use_strided_shard_as_shard_order"
     options: dict[str, Any] = {name: False} if name in known else {}
     spec = DTensorSpec(mesh, placements, tensor_meta=meta, **options)
-    return DTensor(local, spec, requires_grad=False)
+    make: Any = DTensor  # its constructor is untyped
+    return make(local, spec, requires_grad=False)
 
 
 def graph_task() -> int:
@@ -502,3 +503,36 @@ def restore_hooks(parameter: nn.Parameter) -> None:
     """
     parameter._backward_hooks = parameter._backward_hooks
     parameter._post_accumulate_grad_hooks = parameter._post_accumulate_grad_hooks
+
+
+def take_timeout_of_world(groups: Iterable[Any]) -> None:
+    """Give process groups the timeout that the user gave to the whole world.
+
+    Groups made later, also those of device meshes, wait for the default of half an hour. Private
+    because torch has no public way to read a group's timeout, nor to set it.
+    """
+    from torch.distributed import distributed_c10d
+
+    world: Any = distributed_c10d.__dict__["_get_default_group"]()
+    set_timeout: Any = distributed_c10d.__dict__["_set_pg_timeout"]
+    timeouts = []
+    for device in world._device_types:
+        try:
+            timeouts.append(world._get_backend(device).options._timeout)
+        except (AttributeError, RuntimeError):  # a simulated one has none
+            continue
+    for group in groups if timeouts else ():
+        if group is not world:
+            set_timeout(min(timeouts), group)
+
+
+def leave_out_of_ddp(model: nn.Module, names: list[str]) -> None:
+    """Tell DistributedDataParallel, if it comes, which parameters differ from rank to rank.
+
+    Private because torch has no public name for it; DDP would overwrite them with those of rank 0.
+    """
+    from torch.nn.parallel import DistributedDataParallel
+
+    if names:
+        ignore: Any = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+        ignore(model, names)

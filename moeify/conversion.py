@@ -119,6 +119,22 @@ def require_conversion(model: nn.Module) -> Conversion:
     return found
 
 
+def require_one_process(model: nn.Module, what: str) -> None:
+    """Refuse what needs a whole model where a rank holds a share of it.
+
+    Raises:
+        MoeifyError: Experts or dense layers lie on several ranks.
+    """
+    record = conversion_of(model)
+    layout = None if record is None or record.parallel is None else record.parallel.layout
+    if layout is not None and layout.expert * layout.tensor > 1:
+        raise MoeifyError(
+            f"{what} needs the whole model, and its layers lie on {layout.world} ranks (expert "
+            f"{layout.expert}, tensor {layout.tensor}): do it in one process; state_dict() holds "
+            "DTensors, which torch.distributed.checkpoint saves from all ranks"
+        )
+
+
 def routers_of(model: nn.Module) -> Iterator[tuple[str, Router]]:
     """Yield (layer name, router) of every MoE layer, in module order."""
     for path, module in model.named_modules():

@@ -26,6 +26,7 @@ from moeify.conversion import (
     ConvertedLayer,
     Swap,
     require_conversion,
+    require_one_process,
 )
 from moeify.errors import UnsupportedModuleError
 from moeify.expert_merge import joined_columns, joined_rows, merged, same_bits, widened
@@ -73,6 +74,7 @@ def demoeify(model: Model) -> Model:
         True
     """
     conversion = require_conversion(model)
+    require_one_process(model, "demoeify")
     with torch.no_grad():
         rebuilt = [_Rebuilt(model, converted) for converted in conversion.layers]
     inexact = [layer.name for layer in rebuilt if not layer.exact]
@@ -93,6 +95,8 @@ def demoeify(model: Model) -> Model:
 def _forget(model: nn.Module, conversion: Conversion) -> None:
     for path, value in conversion.fused.items():
         compat.restore_fused_encoder(model.get_submodule(path), value)
+    if conversion.parallel is not None and conversion.parallel.reducer is not None:
+        conversion.parallel.reducer.remove()
     del model.__dict__[ATTRIBUTE]
     losses.detach(model)
     hf.unguard(model)

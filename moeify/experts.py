@@ -99,7 +99,7 @@ class Experts(nn.Module):
         self.d_out = d_in if d_out is None else d_out
         self.activation, self.gated, self.dropout = activation, gated, dropout
         self.inner, self.inner_params = inner, inner_params
-        self.slice_index = 0
+        self.sharded, self.slice_index = False, 0
         first, width = ("gate_up", 2 * d_ff) if gated else ("up", d_ff)
         shapes: dict[str, tuple[int, ...] | None] = {
             f"{first}_proj": (experts, width, d_in),
@@ -177,9 +177,9 @@ class Experts(nn.Module):
         first = "gate_up" if self.gated else "up"
         tokens, up, up_bias, down, down_bias = autocast_all(
             tokens,
-            local(getattr(self, f"{first}_proj")),
-            local(getattr(self, f"{first}_bias")),
-            local(self.down_proj),
+            local(getattr(self, f"{first}_proj"), self.sharded),
+            local(getattr(self, f"{first}_bias"), self.sharded),
+            local(self.down_proj, self.sharded),
             self._down_bias(),
         )
         out: Tensor = torch.ops.moeify.experts(
@@ -202,18 +202,18 @@ class Experts(nn.Module):
     def _rows(self, rows: Tensor, offsets: Tensor) -> Tensor:
         first = "gate_up" if self.gated else "up"
         weight, bias = getattr(self, f"{first}_proj"), getattr(self, f"{first}_bias")
-        hidden = _linear(rows, local(weight), local(bias), offsets)
+        hidden = _linear(rows, local(weight, self.sharded), local(bias, self.sharded), offsets)
         if self.inner is not None:
             hidden = self.inner(hidden, *self._inner_rows(hidden, offsets))
         else:
             hidden = self._activate(hidden)
         if self.dropout > 0:
             hidden = F.dropout(hidden, self.dropout, self.training)
-        return _linear(hidden, local(self.down_proj), self._down_bias(), offsets)
+        return _linear(hidden, local(self.down_proj, self.sharded), self._down_bias(), offsets)
 
     def _down_bias(self) -> Tensor | None:
-        """Return the last bias [E, d_out]; a slice of it lies among zeros, for slices are summed."""
-        bias: Tensor | None = local(self.down_bias)
+        """Return the last bias [E, d_out]; a slice lies among zeros, because slices are summed."""
+        bias: Tensor | None = local(self.down_bias, self.sharded)
         if bias is None or bias.shape[1] == self.d_out:
             return bias
         before = self.slice_index * bias.shape[1]
@@ -233,6 +233,10 @@ class Experts(nn.Module):
         gate, up = hidden.chunk(2, dim=1)
         return act(gate) * up
 
+    def _inner_parameters(self) -> list[Tensor]:
+        names = [f"inner_{i}" for i in range(self.inner_params)]
+        return [local(getattr(self, name), self.sharded) for name in names]
+
     def _inner_rows(self, hidden: Tensor, offsets: Tensor) -> list[Tensor]:
         """Return each inner parameter [E, F] spread over the rows: [R, F], zeros where unused.
 
@@ -244,7 +248,7 @@ class Experts(nn.Module):
             torch.ops.moeify.grouped_linear(
                 ones.to(parameter.dtype), parameter[:, :, None], None, offsets
             )
-            for parameter in (local(getattr(self, f"inner_{i}")) for i in range(self.inner_params))
+            for parameter in self._inner_parameters()
         ]
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from moeify import compat, hf, losses
 from moeify.block import Tap
 from moeify.capture import ExampleInputs, split_inputs
-from moeify.conversion import routers_of
+from moeify.conversion import require_one_process, routers_of
 from moeify.errors import CaptureError
 from moeify.graph_pickle import StoredNode, dump_nodes, load_nodes
 from moeify.kernels import experts as _experts  # noqa: F401  registers ops that graphs call
@@ -106,6 +106,7 @@ def export(
         >>> gm(torch.randn(7, 8)).shape
         torch.Size([7, 8])
     """
+    require_one_process(model, "export")
     made = hf.example_inputs_for(model) if hf.is_hf(model) or example_inputs is None else {}
     constants = {name: v for name, v in made.items() if not isinstance(v, Tensor)}
     if example_inputs is None:

@@ -9,15 +9,19 @@ Shapes: T tokens of this rank, M the most tokens of any rank, N ranks, D model w
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from moeify.exchange import wait
+from moeify.collectives import wait
 from moeify.kernels import check_counts as _check_counts  # noqa: F401  registers the op
 from moeify.kernels import own_routes as _own_routes  # noqa: F401
 
 __all__ = ["gather", "kept_ids", "most_tokens", "scatter_sum"]
+
+_check: Any = torch._check  # both untyped in torch
+_sym_max: Any = torch.sym_max
 
 
 def most_tokens(
@@ -52,13 +56,13 @@ def most_tokens(
     values: list[int] = counts.flatten().tolist()
     most: int = values[0]
     for value in values[1:]:
-        most = torch.sym_max(most, value) if torch.compiler.is_compiling() else max(most, value)
-    torch._check(most >= count)
+        most = _sym_max(most, value) if torch.compiler.is_compiling() else max(most, value)
+    _check(most >= count)
     return most
 
 
 def gather(rows: Tensor, most: int, ranks: int, group: str, where: str) -> Tensor:
-    """Return the rows of all ranks [N * M, ...] of this rank's [T, ...], zeros after each one's own.
+    """Return the rows [T, ...] of all ranks, [N * M, ...], with zeros after each one's own.
 
     Differentiable for floats: a rank's gradient is the sum of what all ranks found for its rows.
     """

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moeify.exchange import sum_over_ranks
+from moeify.collectives import sum_over_ranks
 from moeify.kernels.gate import EPSILON
 from moeify.kernels.precision import without_autocast
 from moeify.kernels.route import Routing
@@ -21,7 +21,7 @@ __all__ = ["over_ranks"]
 
 
 def over_ranks(
-    routing: Routing, group: str, where: str, *, top_k: int, score: str, balance: str
+    routing: Routing, group: str, where: str, top_k: int, score: str, balance: str
 ) -> tuple[Routing, Tensor]:
     """Return a routing with losses, counts and statistics over a group of ranks.
 
@@ -62,7 +62,7 @@ def over_ranks(
         packed = torch.cat([part.to(torch.float64) for part in parts])
         total = sum_over_ranks(packed, group, f"{where}: router losses")
         sizes = [experts, 1, 1, 1, experts, experts, 1]
-        probability, square, entropy, dropped, counts, counted, tokens = total.split(sizes)
+        probability, square, entropy, dropped, counts, counted, tokens = torch.split(total, sizes)
         some = tokens.clamp_min(1)
         each = top_k if balance == "all" else 1
         aux = (probability / some * counted.detach() / some).sum() * (experts / each)

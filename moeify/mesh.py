@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from moeify import compat
 from moeify.errors import PlanError
 from moeify.layout import Layout
 
@@ -65,12 +66,10 @@ class World:
             mesh: The user's own dense mesh, with the dimensions "dp" and, if tp > 1, "tp".
 
         Raises:
-            PlanError: The user's mesh has other dimensions or sizes.
+            PlanError: The user's mesh has other dimensions, sizes or another order of ranks.
         """
-        from torch.distributed.device_mesh import DeviceMesh
-
         if mesh is None:
-            mesh = DeviceMesh(device_type, layout.dense_grid(), mesh_dim_names=("dp", "tp"))
+            mesh = _mesh(device_type, torch.tensor(layout.dense_grid()), ("dp", "tp"))
         else:
             _check_mesh(mesh, layout)
         return cls(layout, dist.get_rank(), mesh, node_size(layout.world), device_type)
@@ -86,13 +85,10 @@ class World:
 
     def sparse(self, experts: int) -> DeviceMesh:
         """Return the mesh ("edp", "ep", "etp") of a layer with that many experts."""
-        from torch.distributed.device_mesh import DeviceMesh
-
         size = self.layout.ep(experts)
         if size not in self._sparse:
-            grid = self._ranks(torch.tensor(self.layout.sparse_grid(experts)))
-            names = ("edp", "ep", "etp")
-            self._sparse[size] = DeviceMesh(self.device_type, grid, mesh_dim_names=names)
+            grid = torch.tensor(self.layout.sparse_grid(experts))
+            self._sparse[size] = _mesh(self.device_type, grid, ("edp", "ep", "etp"))
         return self._sparse[size]
 
     def staged(self, experts: int) -> DeviceMesh | None:
@@ -100,8 +96,6 @@ class World:
 
         "local" are the ranks of an ep group on one node, "node" those of equal place on all nodes.
         """
-        from torch.distributed.device_mesh import DeviceMesh
-
         size = self.layout.ep(experts)
         if size not in self._nodes:
             grid = torch.tensor(self.layout.sparse_grid(experts))  # [edp, ep, etp]
@@ -110,15 +104,10 @@ class World:
             whole = all(local_ranks(row, self.node) == local for row in groups.tolist())
             mesh = None
             if whole and 1 < local < size:
-                staged = self._ranks(groups.view(-1, size // local, local))
-                names = ("rest", "node", "local")
-                mesh = DeviceMesh(self.device_type, staged, mesh_dim_names=names)
+                staged = groups.view(-1, size // local, local)
+                mesh = _mesh(self.device_type, staged, ("rest", "node", "local"))
             self._nodes[size] = mesh
         return self._nodes[size]
-
-    def _ranks(self, places: torch.Tensor) -> torch.Tensor:
-        """Return the ranks at these places of the dense mesh, which the user may have permuted."""
-        return self.dense.mesh.flatten()[places]
 
     def reducing(self, mesh: DeviceMesh, name: str) -> str:
         """Return the name of a group of its own for gradients, along one dimension of a mesh.
@@ -134,8 +123,17 @@ class World:
             own, _ = dist.new_subgroups_by_enumeration(  # type: ignore[no-untyped-call]
                 [list(group) for group in key]
             )
+            compat.take_timeout_of_world([own])
             self._reducing[flat] = own.group_name
         return self._reducing[flat]
+
+
+def _mesh(device_type: str, ranks: torch.Tensor, names: tuple[str, ...]) -> DeviceMesh:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    mesh = DeviceMesh(device_type, ranks, mesh_dim_names=names)
+    compat.take_timeout_of_world(mesh.get_all_groups())
+    return mesh
 
 
 def local_ranks(ranks: list[int], node: int) -> int:
@@ -153,10 +151,16 @@ def _check_mesh(mesh: Any, layout: Layout) -> None:
     names = tuple(getattr(mesh, "mesh_dim_names", None) or ())
     want = (layout.dp, layout.tensor)
     sizes = tuple(mesh.shape) if hasattr(mesh, "shape") else ()
-    if names == ("dp", "tp") and sizes == want:
-        return
-    raise PlanError(
-        f"mesh has dimensions {names} of sizes {sizes}; the plan needs ('dp', 'tp') of sizes "
-        f"{want}: init_device_mesh(device, {want}, mesh_dim_names=('dp', 'tp'))",
-        path="parallel",
-    )
+    usual = f"init_device_mesh(device, {want}, mesh_dim_names=('dp', 'tp'))"
+    if names != ("dp", "tp") or sizes != want:
+        raise PlanError(
+            f"mesh has dimensions {names} of sizes {sizes}; the plan needs ('dp', 'tp') of sizes "
+            f"{want}: {usual}",
+            path="parallel",
+        )
+    # Torch's groups put their ranks in ascending order, whatever a mesh says.
+    if mesh.mesh.tolist() != layout.dense_grid():
+        raise PlanError(
+            f"mesh holds the ranks {mesh.mesh.tolist()}; they must be in their own order: {usual}",
+            path="parallel",
+        )

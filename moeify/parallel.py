@@ -16,13 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import fx, nn
 
-from moeify import exchange
+from moeify import collectives
 from moeify.errors import DispatchError, MoeifyError, PlanError
 from moeify.input_spec import describe_inputs
 from moeify.layout import Layout
 from moeify.mesh import World, world_size
 from moeify.plan import Plan
 from moeify.resolve import ResolvedPlan
+from moeify.sharding import is_sharded
 
 if TYPE_CHECKING:
     from moeify.gradients import GradientReducer
@@ -40,11 +41,13 @@ class Parallel:
         layout: How the world is cut.
         rank: This rank.
         reducer: Reduces gradients in every backward pass, or None.
+        slices: How dense layers are sliced over the tensor ranks (a `SlicePlan`), or None.
     """
 
     layout: Layout
     rank: int
     reducer: GradientReducer | None = None
+    slices: Any = None
 
 
 def join(plan: Plan, mesh: Any, model: nn.Module, *, verify: bool = True) -> World | None:
@@ -270,10 +273,15 @@ def reduce_gradients(
     return GradientReducer(reductions) if reductions else None
 
 
+def sharded_names(model: nn.Module) -> list[str]:
+    """Return the names of the parameters of which this rank holds a share."""
+    return [name for name, parameter in model.named_parameters() if is_sharded(parameter)]
+
+
 def is_coordinated(block: nn.Module) -> bool:
     """Tell whether the ranks of a tensor group share out the rows that this block sends."""
     assert isinstance(block, fx.GraphModule)
-    return any(node.target is exchange.share for node in block.graph.nodes)
+    return any(node.target is collectives.share for node in block.graph.nodes)
 
 
 def _ranks(ranks: Sequence[int]) -> str:

@@ -6,8 +6,8 @@ from moeify.passes.base import Pass
 from moeify.passes.coordinate_all_to_all import CoordinateAllToAll
 from moeify.passes.hierarchical_all_to_all import HierarchicalAllToAll
 from moeify.passes.insert_all_to_all import InsertAllToAll
+from moeify.passes.join_routers import JoinRouters
 from moeify.passes.overlap_chunks import OverlapChunks
-from moeify.passes.reduce_losses import ReduceLosses
 from moeify.passes.shard_experts import ShardExperts, share_of
 from moeify.passes.slice_experts import SliceExperts
 
@@ -23,5 +23,5 @@ def parallel_passes() -> list[Pass]:
         SliceExperts(),
         OverlapChunks(),
         HierarchicalAllToAll(),
-        ReduceLosses(),
+        JoinRouters(),
     ]

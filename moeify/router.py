@@ -18,6 +18,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
+from moeify.collectives import from_first
 from moeify.compat import in_backward, is_exporting, record_under_compiled_checkpointing
 from moeify.kernels.precision import accumulation_dtype, without_autocast
 from moeify.kernels.route import BALANCES, COMBINES, DROPS, SCORES, Routing, route
@@ -112,6 +113,8 @@ class Router(nn.Module):
         last_stats: `RouterStats` of the last forward, or None.
         group: Process group of the ranks that hold different tokens, whose losses and statistics
             in training are over all their tokens; "" for this process alone.
+        tensor_group: Process group of the ranks that hold the same tokens, which all use what the
+            first of them draws; "" for this process alone.
         where: Path of the layer, for messages.
         lift_capacity: True makes routing dropless, deterministic and without traces; see
             `lifted_capacity`.
@@ -176,7 +179,7 @@ class Router(nn.Module):
         self.register_buffer("pending_counts", counts)
         self.last_aux_loss: Tensor | None = None
         self.last_stats: RouterStats | None = None
-        self.group = self.where = ""
+        self.group = self.tensor_group = self.where = ""
         self.lift_capacity = False
         self._call = 0
         self.reset_parameters()
@@ -197,7 +200,7 @@ class Router(nn.Module):
         input_noise, logit_noise = self._draw_noise(tokens) if stochastic else (None, None)
         priority: Tensor | None = None
         if drop == "random":  # float32 whatever the default: ties would favour the first tokens
-            priority = torch.rand(count, dtype=torch.float32, device=tokens.device)
+            priority = self._agreed(torch.rand(count, dtype=torch.float32, device=tokens.device))
         capacity = self.capacity(count)
         routing = route(
             tokens,
@@ -218,8 +221,9 @@ class Router(nn.Module):
             routing = routing._replace(capacity=capacity)
         total: int | Tensor = count
         if self.group and stochastic:
-            options = {"top_k": self.top_k, "score": self.score, "balance": self.balance}
-            routing, total = over_ranks(routing, self.group, self.where, **options)
+            routing, total = over_ranks(
+                routing, self.group, self.where, self.top_k, self.score, self.balance
+            )
         if stochastic and live and self.pending_counts is not None:
             self.pending_counts.add_(routing.counts)
         if live and not is_exporting():
@@ -258,13 +262,20 @@ class Router(nn.Module):
         dtype, device = accumulation_dtype(tokens.dtype), tokens.device
         with without_autocast(tokens):
             if self.noise in ("jitter", "jitter+gumbel"):
-                uniform = torch.rand(tokens.shape, dtype=dtype, device=device)
+                uniform = self._agreed(torch.rand(tokens.shape, dtype=dtype, device=device))
                 input_noise = 1 + self.jitter_eps * (2 * uniform - 1)
             if self.noise in ("rsample", "gumbel", "jitter+gumbel"):
-                uniform = torch.rand(tokens.shape[0], self.experts, dtype=dtype, device=device)
+                shape = (tokens.shape[0], self.experts)
+                uniform = self._agreed(torch.rand(shape, dtype=dtype, device=device))
                 exponential = -uniform.clamp_min(torch.finfo(dtype).tiny).log()
                 logit_noise = -exponential.log()
         return input_noise, logit_noise
+
+    def _agreed(self, drawn: Tensor) -> Tensor:
+        """Return what the first rank of a tensor group has drawn."""
+        if not self.tensor_group:
+            return drawn
+        return from_first(drawn, self.tensor_group, f"{self.where}: random draws")
 
     def update_bias(self) -> None:
         """Answer the pending load: overloaded experts down, underloaded ones up.

@@ -16,14 +16,21 @@ from moeify import compat
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["is_sharded", "local", "shard_parameter"]
+__all__ = ["is_sharded", "local", "shard_parameter", "whole"]
 
 
-def local(tensor: Any) -> Any:
-    """Return this rank's part of a DTensor, with its gradient; anything else as it is."""
-    if type(tensor) is nn.Parameter or tensor is None or type(tensor) is Tensor:
-        return tensor
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+def local(tensor: Any, sharded: bool) -> Any:
+    """Return this rank's part of a DTensor, with its gradient, if the module is `sharded`.
+
+    The module says so, because a compiler cannot ask a parameter for its class.
+    """
+    return tensor.to_local() if sharded and tensor is not None else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return all of a DTensor, gathered, which every rank of its mesh must ask for; else itself."""
+    gathered: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return gathered
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -17,6 +17,7 @@ from moeify.capture import ExampleInputs, preserved, split_inputs, tensors_in
 from moeify.errors import VerificationError
 from moeify.resolve import LayerPlan
 from moeify.router import lifted_capacity
+from moeify.sharding import whole
 
 TOLERANCE = {
     torch.float64: 1e-10,
@@ -103,7 +104,7 @@ def snapshot(model: nn.Module, example_inputs: ExampleInputs, names: Iterable[st
                 failure = f"{type(error).__name__}: {error}"
             else:
                 found = zip(wanted, grads, strict=True)
-                gradients = {name: grad.detach() for name, grad in found if grad is not None}
+                gradients = {n: whole(g.detach()) for n, g in found if g is not None}
     return Snapshot(tuple(t.detach() for t in outputs), gradients, failure)
 
 

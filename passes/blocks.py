@@ -14,6 +14,9 @@ from moeify.resolve import LayerPlan, ResolvedPlan
 MOE_ROLE = "moe"
 """The role of a node that calls a block."""
 
+SLICES = "moeify_slices"
+"""Where in a graph's `meta` slice-dense keeps its decision."""
+
 
 def find_site(discovery: Discovery, layer: LayerPlan) -> FoundSite | None:
     """Return the site that a layer plan is for, or None for `expert: linear`."""

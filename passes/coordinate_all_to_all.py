@@ -16,9 +16,9 @@ After::
 
     wire = torch.ops.moeify.wire(slots, offsets, capacity, 2)
     rows = torch.ops.moeify.dispatch(tokens, wire_order, wire_slots)
-    part = exchange.share(rows, 0, 2, 'tp', ...)
+    part = collectives.share(rows, 0, 2, 'tp', ...)
     ...                                                     part leaves and returns
-    all  = exchange.unshare(returned, 0, 2, 'tp', ...)
+    all  = collectives.unshare(returned, 0, 2, 'tp', ...)
     y    = torch.ops.moeify.combine(all, weights, wire_order, wire_slots)
 
 Source:
@@ -33,7 +33,7 @@ from typing import ClassVar
 
 from torch import fx
 
-from moeify import exchange
+from moeify import collectives, exchange
 from moeify.mesh import World
 from moeify.passes.base import Fact, PassResult, PlanContext
 from moeify.passes.blocks import blocks_of
@@ -44,7 +44,7 @@ log = logging.getLogger("moeify")
 
 @dataclass(frozen=True, slots=True)
 class CoordinateAllToAll:
-    """Let the ranks of a tensor group send 1/tp of their rows each, where experts are not sliced."""
+    """Let each rank of a tensor group send 1/tp of the rows, where experts are not sliced."""
 
     name: ClassVar[str] = "coordinate-all-to-all"
     requires: ClassVar[frozenset[str]] = frozenset({Fact.DISPATCHED})
@@ -87,12 +87,12 @@ def _coordinate(graph: fx.Graph, wire: fx.Node, group: Group, path: str) -> None
     leaving = list(rows.users)
     with graph.inserting_after(rows):
         args = (rows, group.place, parts, group.name, where)
-        part = node(graph, exchange.share, args, "part")
+        part = node(graph, collectives.share, args, "part")
     for user in leaving:
         user.replace_input_with(rows, part)
     returned = y.args[0]
     assert isinstance(returned, fx.Node)
     with graph.inserting_before(y):
         args = (returned, group.place, parts, group.name, where)
-        whole = node(graph, exchange.unshare, args, "whole")
+        whole = node(graph, collectives.unshare, args, "whole")
     y.replace_input_with(returned, whole)

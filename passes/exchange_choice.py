@@ -1,4 +1,4 @@
-"""Which way the rows of a block travel: what the plan says, else what the cost model finds cheaper."""
+"""Which way the rows of a block travel: as the plan says, else as the cost model finds cheaper."""
 
 from __future__ import annotations
 

@@ -1,16 +1,17 @@
-"""The nodes of one exchange: announce, check, send, sort, run, send back. Used by several passes."""
+"""The nodes of one exchange: announce, check, send, sort, run, send back."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import fx
 
-from moeify import exchange
+from moeify import collectives, exchange
 from moeify.errors import PassError
 from moeify.kernels import wire as _wire  # noqa: F401  registers the ops
 
@@ -21,6 +22,8 @@ def node(graph: fx.Graph, target: Callable[..., Any], args: tuple[Any, ...], nam
     """Add a call at the insertion point, named `name` or `name_1`, ..."""
     made = graph.call_function(target, args)
     made._rename(name)
+    if isinstance(target, FunctionType):
+        made.meta["is_wrapped"] = True  # unpickling traces the code again, and not into this
     return made
 
 
@@ -90,8 +93,10 @@ def send(
     graph: fx.Graph, rows: Any, receive: Any, out: Any, group: str, where: str, name: str
 ) -> fx.Node:
     """Add an all-to-all and the wait for it; return the latter."""
-    started = node(graph, exchange.all_to_all, (rows, receive, out, group, where), f"{name}_sent")
-    return node(graph, exchange.wait, (started, where), name)
+    started = node(
+        graph, collectives.all_to_all, (rows, receive, out, group, where), f"{name}_sent"
+    )
+    return node(graph, collectives.wait, (started, where), name)
 
 
 def round_trip(

@@ -6,14 +6,14 @@ ranks of equal place on all nodes, it takes (G - 1) + (p / G - 1), for twice the
 
 Before::
 
-    there = exchange.wait(exchange.all_to_all(leaving, receive, send, 'ep', ...))
+    there = collectives.wait(collectives.all_to_all(leaving, receive, send, 'ep', ...))
 
 After::
 
     turned  = torch.ops.moeify.arrivals(leaving_segments, rows, -1)     by place, then by node
-    local   = exchange.wait(exchange.all_to_all(dispatch(leaving, turned), ..., 'local', ...))
+    local   = collectives.wait(collectives.all_to_all(dispatch(leaving, turned), ..., 'local', ...))
     turned  = torch.ops.moeify.arrivals(local_segments, rows, -1)       by node, then by place
-    there   = exchange.wait(exchange.all_to_all(dispatch(local, turned), ..., 'node', ...))
+    there   = collectives.wait(collectives.all_to_all(dispatch(local, turned), ..., 'node', ...))
 
 The counts that are announced before travel in the same two stages, the results back in reverse.
 
@@ -29,7 +29,7 @@ from typing import ClassVar
 
 from torch import fx
 
-from moeify import exchange
+from moeify import collectives, exchange
 from moeify.mesh import World
 from moeify.passes.base import Fact, PassResult, PlanContext
 from moeify.passes.blocks import blocks_of, layer_at
@@ -122,8 +122,8 @@ def _rewrite(graph: fx.Graph, splits: fx.Node, stages: _Stages) -> None:
     heard.replace_all_uses_with(arrived)
     out = next(user for user in splits.users if user.args[1] == 0)
     receive = next(user for user in splits.users if user.args[1] == 1)
-    to = next(u for u in out.users if u.target is exchange.all_to_all and u.args[2] is out)
-    back = next(u for u in out.users if u.target is exchange.all_to_all and u.args[1] is out)
+    to = next(u for u in out.users if u.target is collectives.all_to_all and u.args[2] is out)
+    back = next(u for u in out.users if u.target is collectives.all_to_all and u.args[1] is out)
     with graph.inserting_before(splits):
         args = (said, middle, checked, capacity, nodes, places)
         both = node(graph, exchange.staged_splits, args, "stages")

@@ -11,15 +11,15 @@ After::
     wire   = torch.ops.moeify.wire(slots, offsets, capacity, 1)
     rows   = torch.ops.moeify.dispatch(tokens, wire_order, wire_slots)
     sent   = exchange.notice(wire_counts[0], wire_capacity, 4)
-    heard  = exchange.wait(exchange.all_to_all(sent, ...))
+    heard  = collectives.wait(collectives.all_to_all(sent, ...))
     counts = torch.ops.moeify.check_counts(heard, wire_capacity, 'h.1.mlp', ...)
     splits = exchange.splits(sent, counts, wire_capacity)
-    there  = exchange.wait(exchange.all_to_all(rows, receive, send, ...))
+    there  = collectives.wait(collectives.all_to_all(rows, receive, send, ...))
     landed = torch.ops.moeify.arrivals(counts, there.shape[0], wire_capacity)
     mine   = torch.ops.moeify.dispatch(there, landed_order, landed_slots)
     hidden = self.experts(mine, landed_offsets)
     back   = torch.ops.moeify.combine(hidden, None, landed_order, landed_slots)
-    home   = exchange.wait(exchange.all_to_all(back, send, receive, ...))
+    home   = collectives.wait(collectives.all_to_all(back, send, receive, ...))
     y      = torch.ops.moeify.combine(home, weights, wire_order, wire_slots)
 
 While a capacity limits the experts all splits are even and known before the routing is; else they
@@ -36,14 +36,14 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from moeify import exchange
+from moeify import collectives, exchange, gathering
 from moeify.kernels import route
 from moeify.mesh import World
 from moeify.passes.base import Fact, PassResult, PlanContext
+from moeify.passes.blocks import blocks_of, layer_at
 from moeify.passes.exchange_choice import chosen_form
 from moeify.passes.exchange_nodes import Group, Middle, node, ops, round_trip
 from moeify.passes.gather_tokens import gather_tokens
-from moeify.passes.blocks import blocks_of, layer_at
 
 log = logging.getLogger("moeify")
 
@@ -70,7 +70,7 @@ class InsertAllToAll:
         for path, block in blocks_of(gm):
             layer = layer_at(gm, path, ctx.resolved)
             ranks = world.layout.ep(layer.experts)
-            if ranks == 1 or block.graph.find_nodes(op="call_function", target=exchange.all_to_all):
+            if ranks == 1 or _exchanges(block.graph):
                 continue
             group = Group.of(world.sparse(layer.experts), "ep", world.rank)
             splits = ctx.plan.parallel.splits
@@ -84,6 +84,11 @@ class InsertAllToAll:
             block.recompile()
             changed = True
         return PassResult(gm, changed)
+
+
+def _exchanges(graph: fx.Graph) -> bool:
+    """Tell whether a block's graph has its exchange."""
+    return any(n.target in (collectives.all_to_all, gathering.gather) for n in graph.nodes)
 
 
 def _exchange(graph: fx.Graph, group: Group, path: str, splits: str) -> None:

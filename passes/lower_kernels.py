@@ -28,8 +28,8 @@ from moeify.errors import PlanError
 from moeify.experts import Experts
 from moeify.kernels.lowering import Choice, Workload, choose
 from moeify.passes.base import Fact, PassResult, PlanContext
-from moeify.passes.records import NodeRecord, record_of, set_record
 from moeify.passes.blocks import blocks_of, site_of
+from moeify.passes.records import NodeRecord, record_of, set_record
 
 log = logging.getLogger("moeify")
 

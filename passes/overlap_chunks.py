@@ -1,10 +1,10 @@
-"""overlap-chunks: rows travel in several pieces, so that one is under way while another is computed.
+"""overlap-chunks: rows travel in pieces, so that one is under way while another is computed.
 
 Every piece holds an equal share of every expert's rows. Before::
 
-    there = exchange.wait(exchange.all_to_all(leaving, ...))
+    there = collectives.wait(collectives.all_to_all(leaving, ...))
     hidden = self.experts(...)
-    home  = exchange.wait(exchange.all_to_all(done, ...))
+    home  = collectives.wait(collectives.all_to_all(done, ...))
 
 After, for two pieces, in this order::
 
@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from moeify import exchange
+from moeify import collectives, exchange
 from moeify.passes.base import Fact, PassResult, PlanContext
 from moeify.passes.blocks import blocks_of
 from moeify.passes.exchange_nodes import node, ops
@@ -70,7 +70,7 @@ def _cut(graph: fx.Graph, wire: fx.Node, pieces: int) -> None:
     last = y.args[0]
     assert isinstance(last, fx.Node)
     region = _between(graph, rows, wire, y)
-    waits = [n for n in region if n.target is exchange.wait and n.all_input_nodes[0].args[1:3]]
+    waits = [n for n in region if n.target is collectives.wait and n.all_input_nodes[0].args[1:3]]
     payload = [w for w in waits if isinstance(w.all_input_nodes[0].args[1], fx.Node)]
     there, home = payload
     stages = _stages(region, there, home)

@@ -75,6 +75,7 @@ def describe(layout: Layout, layer: LayerPlan) -> str:
 
 
 def _shard(experts: nn.Module, world: World, layer: LayerPlan, path: str) -> None:
+    experts.sharded = True  # type: ignore[assignment]
     share = share_of(world, layer.experts)
     mesh = world.sparse(layer.experts)["ep"]
     for name, parameter in list(experts.named_parameters(recurse=False)):

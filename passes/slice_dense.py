@@ -26,13 +26,12 @@ from torch import fx
 from moeify.capture import ExampleInputs
 from moeify.discovery import Discovery
 from moeify.passes.base import Fact, PassResult, PlanContext
+from moeify.passes.blocks import SLICES
 from moeify.passes.records import record_of, update_record
 from moeify.tensor_parallel import SlicePlan
 from moeify.tensor_parallel_derive import derive
 
 log = logging.getLogger("moeify")
-
-_KEY = "moeify_slices"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +65,13 @@ class SliceDense:
         for line in plan.lines():
             log.info("%s", line)
         _mark(gm, self.discovery, plan)
-        gm.meta[_KEY] = plan
+        gm.meta[SLICES] = plan
         return PassResult(gm, False)
 
 
 def slices_of(gm: fx.GraphModule) -> SlicePlan | None:
     """Return what `slice-dense` decided for a graph, or None where it has not run."""
-    found = gm.meta.get(_KEY)
+    found = gm.meta.get(SLICES)
     assert found is None or isinstance(found, SlicePlan)
     return found
 

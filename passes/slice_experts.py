@@ -6,9 +6,9 @@ Before::
 
 After::
 
-    copied = exchange.copy_to_slices(mine, 'etp', ...)      sums the slices' gradients
+    copied = collectives.copy_to_slices(mine, 'etp', ...)      sums the slices' gradients
     sliced = self.experts(copied, landed_offsets)
-    hidden = exchange.sum_of_slices(sliced, 'etp', ...)
+    hidden = collectives.sum_of_slices(sliced, 'etp', ...)
 
 and the experts hold DTensors that are sharded by expert and sliced by hidden width; the halves of
 a fused gate and up projection are each sliced for themselves, the last bias by output width.
@@ -26,7 +26,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from moeify import exchange
+from moeify import collectives
 from moeify.errors import UnsupportedModuleError
 from moeify.experts import Experts
 from moeify.mesh import World
@@ -57,7 +57,7 @@ class SliceExperts:
         changed = False
         for path, block in blocks_of(gm):
             experts = block.get_submodule("experts")
-            done = block.graph.find_nodes(op="call_function", target=exchange.sum_of_slices)
+            done = block.graph.find_nodes(op="call_function", target=collectives.sum_of_slices)
             if done:
                 continue
             slices = world.layout.etp
@@ -89,13 +89,13 @@ def _slice(experts: Experts, world: World, count: int) -> None:
     for name, parameter in list(experts.named_parameters(recurse=False)):
         dim = 2 if name == "down_proj" else 1
         halves = name.startswith("gate_up")
-        part = _part(local(parameter).detach(), dim, index, slices, halves)
+        part = _part(local(parameter, experts.sharded).detach(), dim, index, slices, halves)
         whole = torch.Size((count, *parameter.shape[1:]))
         sliced = shard_parameter(
             part, mesh, whole, dim=dim, halves=halves, requires_grad=parameter.requires_grad
         )
         setattr(experts, name, sliced)
-    experts.slice_index = index
+    experts.sharded, experts.slice_index = True, index
 
 
 def _part(tensor: Tensor, dim: int, index: int, slices: int, halves: bool) -> Tensor:
@@ -109,10 +109,10 @@ def _rewrite(graph: fx.Graph, group: Group, path: str) -> None:
         assert isinstance(rows, fx.Node)
         where = f"{path}: slices of experts"
         with graph.inserting_before(call):
-            copied = node(graph, exchange.copy_to_slices, (rows, group.name, where), "copied")
+            copied = node(graph, collectives.copy_to_slices, (rows, group.name, where), "copied")
         call.replace_input_with(rows, copied)
         users = list(call.users)
         with graph.inserting_after(call):
-            total = node(graph, exchange.sum_of_slices, (call, group.name, where), "summed")
+            total = node(graph, collectives.sum_of_slices, (call, group.name, where), "summed")
         for user in users:
             user.replace_input_with(call, total)

@@ -65,7 +65,7 @@ def whole(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def alone(made: dict[str, Any], counts: tuple[int, ...], steps: int) -> list[dict[str, Any]]:
-    """One process on the global batch: the mean of the ranks' losses, router losses over all tokens.
+    """One process on the global batch: the mean of the ranks' losses, router losses over all.
 
     A capacity is per rank, so the ranks' batches go through one by one; the router losses are then
     those of all tokens that a router has seen, together.

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch.distributed.tensor.parallel  # noqa: F401
+import torch.distributed.tensor.parallel
 import torch.testing._internal.distributed.fake_pg  # noqa: F401
 
-import moeify.demo  # noqa: F401
+import moeify.demo
 import moeify.gradients
 import moeify.parallel_passes  # noqa: F401
 from moeify.kernels.native import library

@@ -1,0 +1,45 @@
+"""join-routers: routers of all ranks act as one.
+
+The graphs stay as they are; each block's router learns two groups. Over the ranks that hold
+different tokens (dp) it sums losses and statistics in training; from the first of the ranks that
+hold the same tokens (tp) it takes whatever is drawn at random, so that all of them route alike.
+
+    router(tokens)   ->   router(tokens), losses over 4 ranks, draws of the first of 2 ranks
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from moeify.mesh import World
+from moeify.passes.base import Fact, PassResult, PlanContext
+from moeify.passes.blocks import blocks_of
+from moeify.router import Router
+
+
+@dataclass(frozen=True, slots=True)
+class JoinRouters:
+    """Give the router of every block its groups of ranks."""
+
+    name: ClassVar[str] = "join-routers"
+    requires: ClassVar[frozenset[str]] = frozenset({Fact.MOE_BLOCKS})
+    provides: ClassVar[frozenset[str]] = frozenset()
+    invalidates: ClassVar[frozenset[str]] = frozenset()
+
+    def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
+        """Set the routers' groups; in one process nothing changes."""
+        world: World | None = ctx.mesh
+        if world is None:
+            return PassResult(gm, False)
+        for path, block in blocks_of(gm):
+            router = block.get_submodule("router")
+            assert isinstance(router, Router)
+            router.where = path
+            if world.layout.dp > 1:
+                router.group = world.dense.get_group("dp").group_name
+            if world.layout.tensor > 1:
+                router.tensor_group = world.dense.get_group("tp").group_name
+        return PassResult(gm, False)
