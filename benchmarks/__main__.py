@@ -2,7 +2,8 @@
 
     python -m benchmarks --out FOLDER
 
-`python -m benchmarks.layer` and `python -m benchmarks.gate` have the full tables, in pieces.
+`python -m benchmarks.layer`, `benchmarks.gate` and `benchmarks.exchange` have the full tables, in
+pieces.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks import conversion, gate, layer, machine
+from benchmarks import conversion, exchange, gate, layer, machine
 
-PARTS = ("conversion", "layer", "gate")
+PARTS = ("conversion", "layer", "gate", "exchange")
 
 
 def main() -> int:
@@ -30,7 +31,7 @@ def main() -> int:
         print(f"{key:13} {value}")
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
-    parts = {"conversion": _conversion, "layer": _layer, "gate": _gate}
+    parts = {"conversion": _conversion, "layer": _layer, "gate": _gate, "exchange": _exchange}
     chosen = [options.only] if options.only else PARTS
     return max(parts[name](options.out) for name in chosen)
 
@@ -56,6 +57,11 @@ def _layer(folder: Path | None) -> int:
 def _gate(folder: Path | None) -> int:
     kept = [] if folder is None else ["--out", str(folder / "gate.json")]
     return gate.main(["--quick", *kept])
+
+
+def _exchange(folder: Path | None) -> int:
+    kept = [] if folder is None else ["--out", str(folder / "exchange.json")]
+    return exchange.main(["--quick", *kept])
 
 
 if __name__ == "__main__":

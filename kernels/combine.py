@@ -1,6 +1,7 @@
 """`moeify::combine`: expert outputs back to tokens, weighted; gathers only, no atomics.
 
-Shapes: T tokens, D model width, K top-k, R = T * K rows.
+Shapes: T tokens, D model width, K top-k, R rows: T * K, or more or fewer
+behind `wire`, which leaves gaps, and has no room for what is dropped.
 """
 
 from __future__ import annotations
@@ -68,6 +69,8 @@ def combine_backward_reference(
     """
     dtype = accumulation_dtype(hidden.dtype)
     top_k = slots.shape[1]
+    if slots.numel() == 0:
+        return torch.zeros_like(hidden), torch.zeros_like(weights)
     with without_autocast(hidden):
         route_of_row = order.clamp_min(0)
         token_of_row = route_of_row.div(top_k, rounding_mode="floor")
@@ -112,4 +115,6 @@ torch.library.register_autograd("moeify::combine", _backward, setup_context=_set
 
 
 def _rows_of(hidden: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor:
+    if hidden.shape[0] == 0:  # all are dropped
+        return hidden.new_zeros(slots.shape[0], hidden.shape[1], dtype=dtype)
     return hidden.index_select(0, slots.clamp_min(0)).to(dtype)

@@ -1,6 +1,7 @@
 """`moeify::dispatch`: tokens into the packed, expert-major buffer; a pure gather.
 
-Shapes: T tokens, D model width, K top-k, R = T * K rows.
+Shapes: T tokens, D model width, K top-k, R rows: T * K, or another number behind
+`wire`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ def dispatch_reference(tokens: Tensor, order: Tensor, slots: Tensor) -> Tensor:
     Source:
         ScatterMoE (Tan et al. 2024) section 3: indices instead of GShard's one-hot einsum.
     """
+    if tokens.shape[0] == 0:
+        return tokens.new_zeros(order.shape[0], tokens.shape[1])
     unused = (order < 0)[:, None]
     token_of_row = order.clamp_min(0).div(slots.shape[1], rounding_mode="floor")
     return tokens.index_select(0, token_of_row).masked_fill_(unused, 0)

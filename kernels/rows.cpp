@@ -154,7 +154,7 @@ static void combine_rows(const H* hidden, const float* weights, const int32_t* s
 template <class H>
 static void combine_rows_backward(const H* grad, const H* hidden, const float* weights,
                                   const int32_t* order, const int32_t* slots, i64 T, i64 K, i64 D,
-                                  H* grad_hidden, float* grad_weights) {
+                                  i64 R, H* grad_hidden, float* grad_weights) {
 #pragma omp parallel if (T * K * D > PARALLEL)
   {
 #pragma omp for schedule(static) nowait
@@ -179,7 +179,7 @@ static void combine_rows_backward(const H* grad, const H* hidden, const float* w
       grad_weights[r] = total;
     }
 #pragma omp for schedule(static)
-    for (i64 r = 0; r < T * K; r++)
+    for (i64 r = 0; r < R; r++)
       if (order[r] < 0) std::memset(grad_hidden + r * D, 0, D * sizeof(H));
   }
 }
@@ -194,11 +194,11 @@ EXPORT void combine_bf16(const bf16* hidden, const float* weights, const int32_t
 }
 EXPORT void combine_backward_f32(const float* grad, const float* hidden, const float* weights,
                                  const int32_t* order, const int32_t* slots, i64 T, i64 K, i64 D,
-                                 float* grad_hidden, float* grad_weights) {
-  combine_rows_backward(grad, hidden, weights, order, slots, T, K, D, grad_hidden, grad_weights);
+                                 i64 R, float* grad_hidden, float* grad_weights) {
+  combine_rows_backward(grad, hidden, weights, order, slots, T, K, D, R, grad_hidden, grad_weights);
 }
 EXPORT void combine_backward_bf16(const bf16* grad, const bf16* hidden, const float* weights,
                                   const int32_t* order, const int32_t* slots, i64 T, i64 K, i64 D,
-                                  bf16* grad_hidden, float* grad_weights) {
-  combine_rows_backward(grad, hidden, weights, order, slots, T, K, D, grad_hidden, grad_weights);
+                                  i64 R, bf16* grad_hidden, float* grad_weights) {
+  combine_rows_backward(grad, hidden, weights, order, slots, T, K, D, R, grad_hidden, grad_weights);
 }

@@ -3,7 +3,7 @@
 Integers equal the references' exactly; sums are in float32. Each function has the arguments and
 results of its reference and returns NotImplemented for what it does not serve.
 
-Shapes: T tokens, D model width, E experts, K top-k, R = T * K rows.
+Shapes: T tokens, D model width, E experts, K top-k, R rows.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ARGUMENTS = {
     "weigh_backward": "ppp" + "lll" + "p",
     "dispatch": "pp" + "llll" + "p",
     "combine": "ppp" + "lll" + "p",
-    "combine_backward": "ppppp" + "lll" + "pp",
+    "combine_backward": "ppppp" + "llll" + "pp",
 }
 """Types of the functions of rows.cpp, as `native.function` reads them."""
 
@@ -144,7 +144,8 @@ def combine_backward(
     grad_hidden, grad_weights = torch.empty_like(hidden), torch.empty_like(wide)
     kernel(
         grad.data_ptr(), hidden.data_ptr(), wide.data_ptr(), order.data_ptr(), slots.data_ptr(),
-        *slots.shape, hidden.shape[1], grad_hidden.data_ptr(), grad_weights.data_ptr(),
+        *slots.shape, hidden.shape[1], order.shape[0], grad_hidden.data_ptr(),
+        grad_weights.data_ptr(),
     )  # fmt: skip
     return grad_hidden, grad_weights.to(weights.dtype)
 

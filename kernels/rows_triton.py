@@ -90,6 +90,7 @@ def combine_backward_kernel(
     grad_hidden,
     grad_weights,
     routes,
+    rows,
     WIDTH: tl.constexpr,
     TOP_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -101,7 +102,7 @@ def combine_backward_kernel(
     slot = tl.load(slots + route, mask=route_ok, other=-1).to(tl.int64)
     kept = slot >= 0
     weight = tl.load(weights + route, mask=kept, other=0.0).to(tl.float32)
-    unused = tl.load(order + route, mask=route_ok, other=0) < 0
+    unused = tl.load(order + route, mask=route < rows, other=0) < 0
     token, row = (route // TOP_K).to(tl.int64), route.to(tl.int64)
     total = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     for start in range(0, WIDTH, BLOCK_D):
@@ -237,14 +238,15 @@ def combine_backward(
     Args, Returns: as of `moeify.kernels.combine.combine_backward_reference`.
     """
     served = {grad.dtype, hidden.dtype, weights.dtype} <= set(DTYPES)
-    if not served or order.shape[0] != slots.numel():
+    if not served:
         return NotImplemented
     width = hidden.shape[1]
     grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
     grad_weights = torch.empty_like(weights, memory_format=torch.contiguous_format)
-    if slots.numel():
+    most = max(slots.numel(), order.shape[0])
+    if most:
         block_r, block_d = _tile(width)
-        combine_backward_kernel[(triton.cdiv(slots.numel(), block_r),)](
+        combine_backward_kernel[(triton.cdiv(most, block_r),)](
             grad.contiguous(),
             hidden.contiguous(),
             weights.contiguous(),
@@ -253,6 +255,7 @@ def combine_backward(
             grad_hidden,
             grad_weights,
             slots.numel(),
+            order.shape[0],
             WIDTH=width,
             TOP_K=slots.shape[1],
             BLOCK_R=block_r,

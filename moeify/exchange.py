@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from moeify.errors import DispatchError
 from moeify.kernels import check_counts as _check_counts  # noqa: F401  registers the op
 from moeify.kernels import combine as _combine  # noqa: F401
 from moeify.kernels import dispatch as _dispatch  # noqa: F401
@@ -138,8 +139,11 @@ def staged_splits(
 def cut(rows: Tensor, send: Sequence[int]) -> Tensor:
     """Return the rows that are sent: the first `sum(send)` of [R, D]."""
     total = sum(send)
-    if not torch.compiler.is_compiling() and total == rows.shape[0]:
-        return rows
+    if not torch.compiler.is_compiling():
+        if total == rows.shape[0]:
+            return rows
+        if total > rows.shape[0]:
+            raise DispatchError(f"{total} rows were announced, and there are {rows.shape[0]}")
     _check(total <= rows.shape[0])
     return rows.narrow(0, 0, total)
 

@@ -63,7 +63,7 @@ def over_ranks(
         total = sum_over_ranks(packed, group, f"{where}: router losses")
         sizes = [experts, 1, 1, 1, experts, experts, 1]
         probability, square, entropy, dropped, counts, counted, tokens = torch.split(total, sizes)
-        some = tokens.clamp_min(1)
+        some = tokens.detach().clamp_min(1)
         each = top_k if balance == "all" else 1
         aux = (probability / some * counted.detach() / some).sum() * (experts / each)
         found = routing._replace(

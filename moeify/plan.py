@@ -7,6 +7,7 @@ that cannot be right is a `PlanError` with its file, line and place. Importable 
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import hashlib
 import json
@@ -309,7 +310,7 @@ class Plan(Strict):
         from moeify.resolve import resolve_sites
 
         found = discover(model, example_inputs)
-        return resolve_sites(
+        resolved = resolve_sites(
             self,
             found.sites,
             parameters=found.parameters,
@@ -317,6 +318,14 @@ class Plan(Strict):
             linears=found.linears,
             near_misses=[str(miss) for miss in found.near_misses],
         )
+        if self.parallel.tensor == 1:
+            return resolved
+        from moeify.tensor_parallel_derive import derive
+
+        slices = derive(
+            found, resolved, self.parallel.tensor, model=model, example_inputs=example_inputs
+        )
+        return dataclasses.replace(resolved, notes=tuple(slices.lines()))
 
     def __eq__(self, other: object) -> bool:
         # Not pydantic's: where a plan was read from is no part of it, what its rules state is.

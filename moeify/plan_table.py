@@ -34,6 +34,7 @@ def render(resolved: ResolvedPlan) -> RenderableType:
         names = shorten([site.name for site in dense], 6)
         parts.append(Text(f"stay dense ({len(dense)}): {names}"))
     parts += [Text(f"refused: {site.name}: {site.reason}") for site in resolved.refused_sites]
+    parts += [Text(note) for note in resolved.notes]
     return Group(*parts)
 
 
@@ -65,6 +66,9 @@ def _table(resolved: ResolvedPlan) -> Table:
     table.add_column("site", Text("whole model"), overflow="fold")
     table.add_column("widths", no_wrap=True)
     table.add_column("experts", justify="right", no_wrap=True)
+    spread = resolved.plan.parallel.expert
+    if spread > 1:
+        table.add_column("ranks", justify="right", no_wrap=True)
     table.add_column("k", justify="right")
     table.add_column("residual", no_wrap=True)
     table.add_column("before", before, justify="right", no_wrap=True)
@@ -77,6 +81,7 @@ def _table(resolved: ResolvedPlan) -> Table:
             Text(layer.name),
             _widths(layer),
             str(layer.experts),
+            *([str(min(spread, layer.experts))] if spread > 1 else []),
             str(layer.top_k),
             "-" if layer.residual == "none" else layer.residual,
             _short(layer.parameters_before),

@@ -150,6 +150,8 @@ class ResolvedPlan:
         sites: Every site of the model, those that stay dense and the refused ones too.
         dense_parameters: Elements of the whole model before.
         dense_bytes: Bytes of the whole model before.
+        notes: Sentences on what the plan means for the rest of the model, such as which dense
+            layers are sliced.
     """
 
     plan: Plan
@@ -157,6 +159,7 @@ class ResolvedPlan:
     sites: tuple[Site, ...]
     dense_parameters: int
     dense_bytes: int
+    notes: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -223,6 +226,7 @@ class ResolvedPlan:
             "parameters": self.parameters,
             "active_parameters": self.active_parameters,
             "bytes": self.bytes,
+            "notes": list(self.notes),
         }
 
 

@@ -7,19 +7,19 @@ shrinks from O(p) to O(p/L), and the expert gradients count each token once.
 
 Before::
 
-    wire = torch.ops.moeify.wire(slots, offsets, capacity, 1)
-    rows = torch.ops.moeify.dispatch(tokens, wire_order, wire_slots)
-    ...                                                     rows leave and return
-    y    = torch.ops.moeify.combine(returned, weights, wire_order, wire_slots)
+    wire   = torch.ops.moeify.wire(slots, offsets, capacity, 1)
+    packed = torch.ops.moeify.dispatch(tokens, wire_order, wire_slots)
+    ...                                                     packed leaves and returns
+    result = torch.ops.moeify.combine(returned, weights, wire_order, wire_slots)
 
 After::
 
-    wire = torch.ops.moeify.wire(slots, offsets, capacity, 2)
-    rows = torch.ops.moeify.dispatch(tokens, wire_order, wire_slots)
-    part = collectives.share(rows, 0, 2, 'tp', ...)
+    wire   = torch.ops.moeify.wire(slots, offsets, capacity, 2)
+    packed = torch.ops.moeify.dispatch(tokens, wire_order, wire_slots)
+    part   = collectives.share(packed, 0, 2, 'tp', ...)
     ...                                                     part leaves and returns
-    all  = collectives.unshare(returned, 0, 2, 'tp', ...)
-    y    = torch.ops.moeify.combine(all, weights, wire_order, wire_slots)
+    whole  = collectives.unshare(returned, 0, 2, 'tp', ...)
+    result = torch.ops.moeify.combine(whole, weights, wire_order, wire_slots)
 
 Source:
     DeepSpeed-MoE (Rajbhandari et al. 2022) section 5.3, parallelism coordinated communication.

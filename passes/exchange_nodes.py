@@ -143,7 +143,7 @@ def round_trip(
     )
     mine = node(graph, ops.dispatch, (there, order, slots), "mine")
     hidden = graph.call_module("experts", (mine, offsets))
-    hidden._rename("hidden")
+    hidden._rename("computed")
     done = node(graph, ops.combine, (hidden, None, order, slots), "done")
     home = send(graph, done, out, receive, group.name, back, "home")
     return node(graph, exchange.padded, (home, rows), "returned")

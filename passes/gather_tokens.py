@@ -8,15 +8,15 @@ Before::
 
 After::
 
-    most    = gathering.most_tokens(tokens, capacity, ...)
-    all     = gathering.gather(tokens, most, ...)
-    gates   = gathering.gather(weights, most, ...)
-    routes  = gathering.gather(gathering.kept_ids(ids, slots), most, ...)
-    own     = torch.ops.moeify.own_routes(routes, first + 1, experts)
-    rows    = torch.ops.moeify.dispatch(all, own_order, own_slots)
-    hidden  = self.experts(rows, own_offsets)
-    part    = torch.ops.moeify.combine(hidden, gates, own_order, own_slots)
-    y       = gathering.scatter_sum(part, tokens, ...)
+    most     = gathering.most_tokens(tokens, capacity, ...)
+    everyone = gathering.gather(tokens, most, ...)
+    gates    = gathering.gather(weights, most, ...)
+    routes   = gathering.gather(gathering.kept_ids(ids, slots), most, ...)
+    own      = torch.ops.moeify.own_routes(routes, first + 1, experts)
+    packed   = torch.ops.moeify.dispatch(everyone, own_order, own_slots)
+    computed = self.experts(packed, own_offsets)
+    part     = torch.ops.moeify.combine(computed, gates, own_order, own_slots)
+    result   = gathering.scatter_sum(part, tokens, ...)
 """
 
 from __future__ import annotations
@@ -71,12 +71,12 @@ def gather_tokens(graph: fx.Graph, group: Group, experts: int, path: str, splits
             node(graph, operator.getitem, (own, i), f"own_{name}")
             for i, name in enumerate(("slots", "order", "offsets"))
         )
-        rows = node(graph, ops.dispatch, (everyone, order, slots), "rows")
+        rows = node(graph, ops.dispatch, (everyone, order, slots), "packed")
         hidden = graph.call_module("experts", (rows, offsets))
-        hidden._rename("hidden")
+        hidden._rename("computed")
         part = node(graph, ops.combine, (hidden, gates, order, slots), "part")
         back = (part, tokens, group.size, group.name, f"{path}: sums from experts")
-        y = node(graph, gathering.scatter_sum, back, "y")
+        y = node(graph, gathering.scatter_sum, back, "result")
     middle.combine.replace_all_uses_with(y)
     for dead in (middle.combine, middle.experts, middle.rows):
         graph.erase_node(dead)

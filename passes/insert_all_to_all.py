@@ -8,19 +8,21 @@ Before::
 
 After::
 
-    wire   = torch.ops.moeify.wire(slots, offsets, capacity, 1)
-    rows   = torch.ops.moeify.dispatch(tokens, wire_order, wire_slots)
-    sent   = exchange.notice(wire_counts[0], wire_capacity, 4)
-    heard  = collectives.wait(collectives.all_to_all(sent, ...))
-    counts = torch.ops.moeify.check_counts(heard, wire_capacity, 'h.1.mlp', ...)
-    splits = exchange.splits(sent, counts, wire_capacity)
-    there  = collectives.wait(collectives.all_to_all(rows, receive, send, ...))
-    landed = torch.ops.moeify.arrivals(counts, there.shape[0], wire_capacity)
-    mine   = torch.ops.moeify.dispatch(there, landed_order, landed_slots)
-    hidden = self.experts(mine, landed_offsets)
-    back   = torch.ops.moeify.combine(hidden, None, landed_order, landed_slots)
-    home   = collectives.wait(collectives.all_to_all(back, send, receive, ...))
-    y      = torch.ops.moeify.combine(home, weights, wire_order, wire_slots)
+    wire     = torch.ops.moeify.wire(slots, offsets, capacity, 1)
+    packed   = torch.ops.moeify.dispatch(tokens, wire_order, wire_slots)
+    notice   = exchange.notice(announced, wire_capacity, 4)
+    heard    = collectives.wait(collectives.all_to_all(notice, ...))
+    counts   = torch.ops.moeify.check_counts(heard, wire_capacity, 'h.1.mlp', ...)
+    splits   = exchange.splits(notice, counts, wire_capacity)
+    leaving  = exchange.cut(packed, send)
+    there    = collectives.wait(collectives.all_to_all(leaving, receive, send, ...))
+    landed   = torch.ops.moeify.arrivals(counts, arrived, wire_capacity)
+    mine     = torch.ops.moeify.dispatch(there, landed_order, landed_slots)
+    computed = self.experts(mine, landed_offsets)
+    done     = torch.ops.moeify.combine(computed, None, landed_order, landed_slots)
+    home     = collectives.wait(collectives.all_to_all(done, send, receive, ...))
+    returned = exchange.padded(home, packed)
+    result   = torch.ops.moeify.combine(returned, weights, wire_order, wire_slots)
 
 While a capacity limits the experts all splits are even and known before the routing is; else they
 are exchanged and checked first, and the host waits for them. Where `all_to_all: allgather` is
@@ -107,11 +109,11 @@ def _exchange(graph: fx.Graph, group: Group, path: str, splits: str) -> None:
             node(graph, operator.getitem, (wire, i), f"wire_{name}")
             for i, name in enumerate(("order", "slots", "counts"))
         )
-        rows = node(graph, ops.dispatch, (tokens, order, slots), "rows")
+        rows = node(graph, ops.dispatch, (tokens, order, slots), "packed")
         announced = node(graph, operator.getitem, (counts, 0), "announced")
         each = node(graph, exchange.wire_capacity, (capacity, 1), "wire_capacity")
         home = round_trip(graph, group, path, rows, announced, each)
-        y = node(graph, ops.combine, (home, weights, order, slots), "y")
+        y = node(graph, ops.combine, (home, weights, order, slots), "result")
     middle.combine.replace_all_uses_with(y)
     for dead in (middle.combine, middle.experts, middle.rows):
         graph.erase_node(dead)

@@ -8,6 +8,7 @@ Every piece holds an equal share of every expert's rows. Before::
 
 After, for two pieces, in this order::
 
+    announce both pieces
     start piece 0
     start piece 1;  wait for piece 0, run its experts, start its way back
                     wait for piece 1, run its experts, start its way back;  wait for piece 0
@@ -73,13 +74,15 @@ def _cut(graph: fx.Graph, wire: fx.Node, pieces: int) -> None:
     waits = [n for n in region if n.target is collectives.wait and n.all_input_nodes[0].args[1:3]]
     payload = [w for w in waits if isinstance(w.all_input_nodes[0].args[1], fx.Node)]
     there, home = payload
-    stages = _stages(region, there, home)
+    first, *stages = _stages(region, there, home)
     with graph.inserting_before(y):
         cut = node(graph, exchange.pieces, (rows, pieces), "pieces")
         copies: list[dict[fx.Node, fx.Node]] = []
         for piece in range(pieces):
             own = node(graph, operator.getitem, (cut, piece), f"piece_{piece}")
             copies.append({rows: own})
+        for piece, known in enumerate(copies):  # small, and a group is a queue: before any rows
+            _copy(graph, first, known, piece * parts, wire)
         for step in range(pieces + len(stages) - 1):
             for depth, stage in enumerate(stages):
                 piece = step - depth
@@ -108,12 +111,12 @@ def _between(graph: fx.Graph, rows: fx.Node, wire: fx.Node, y: fx.Node) -> list[
 
 
 def _stages(region: list[fx.Node], there: fx.Node, home: fx.Node) -> list[list[fx.Node]]:
-    """Cut a region where it waits: sending, computing, coming home."""
+    """Cut a region where it waits: announcing, sending, computing, coming home."""
     depth: dict[fx.Node, int] = {}
     for each in region:
-        own = {there: 1, home: 2}.get(each, 0)
+        own = {there: 2, home: 3}.get(each, int(each.target is exchange.cut))
         depth[each] = max([own, *(depth.get(source, 0) for source in each.all_input_nodes)])
-    return [[n for n in region if depth[n] == stage] for stage in range(3)]
+    return [[n for n in region if depth[n] == stage] for stage in range(4)]
 
 
 def _copy(

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import gate, layer, machine, race
+from benchmarks import exchange_peers, gate, layer, machine, race
 from benchmarks.case import Case, Weights, cold_copies, compare, draw_tokens, truth
 from benchmarks.peers import CONTESTANTS, Refused, _module, einsum_gate
 
@@ -253,3 +253,31 @@ def test_deepspeed_runs_as_its_users_run_it(tmp_path):
     )
     for found in _cases(out).values():
         assert set(map(machine.label, names)) <= set(found["contestants"]), found["skipped"]
+
+
+def test_exchange_measures_layers_over_four_ranks(tmp_path):
+    out = tmp_path / "exchange.json"
+    sizes = "--tokens 24 --width 16 --hidden 24 --experts 8 --budget 0.01".split()
+    command = [sys.executable, "-m", "benchmarks.exchange", *sizes, "--out", str(out)]
+    subprocess.run(command, check=True, timeout=300)
+    cases = _cases(out)
+    assert [found["case"]["top_k"] for found in cases.values()] == [1, 2]
+    for found in cases.values():
+        measured, skipped = found["contestants"], found["skipped"]
+        named = {machine.label(n): c for n, c in exchange_peers.CONTESTANTS.items()}
+        assert set(measured) | set(skipped) == set(named)
+        assert all("deepspeed is not installed" in why for why in skipped.values()), skipped
+        for name, facts in measured.items():
+            assert len(facts["ms"]) == len(facts["over_plain"]) == race.SETS, name
+            assert ("error" in facts) == named[name].is_layer, name
+            assert ("dropped_tokens" in facts) == named[name].drops, name
+        # Of four exchanges of rows a quarter stays where it is.
+        rows = 4 * 24 * found["case"]["top_k"] * 16 * 4 * 3 / 4
+        assert measured["wire"]["sent_mb"] == pytest.approx(rows / 1e6)
+        assert measured["wire"]["collectives"] == {"all_to_all": 4}
+        assert measured["plain"]["collectives"] == {"all_to_all": 5}
+        assert measured["moeify"]["collectives"] == {"all_to_all": 5, "all_reduce": 1}
+        assert measured["moeify_local"]["collectives"] == {"all_reduce": 1}
+        assert "all_to_all" not in measured["moeify_allgather"]["collectives"]
+        assert measured["moeify_hierarchical"]["collectives"]["all_to_all"] > 5
+        assert measured["moeify_overlap"]["collectives"]["all_to_all"] > 5

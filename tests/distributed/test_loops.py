@@ -86,7 +86,7 @@ def _copies(rank: int, made: dict[str, Any], want: dict[str, torch.Tensor]) -> l
     backward(again, again, part)
     wrong += differ(again, want)
     model.load_state_dict(twin.state_dict())
-    for piece in range(2):  # two backward passes before a step, half the loss each
+    for _ in range(2):  # two backward passes before a step, half the loss each
         y = model(part)
         ((mean_square(y) + mf.aux_loss(model)) / 2).backward()
     wrong += differ(model, want)

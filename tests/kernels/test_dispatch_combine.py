@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 from torch.library import opcheck
 
-from moeify.kernels.combine import combine
+from moeify.kernels.combine import combine, combine_backward
 from moeify.kernels.dispatch import dispatch
 from moeify.kernels.route import assign
 
@@ -32,6 +32,34 @@ def test_equals_loops(count, width, dropping):
     for t in range(count):
         parts = [weights[t, j] * hidden[slots[t, j]] for j in range(2) if slots[t, j] >= 0]
         torch.testing.assert_close(y[t], sum(parts, torch.zeros(width)))
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [(5, 0), (0, 8), (5, 3), (5, 16), (0, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_more_or_fewer_rows_than_routes(tokens, rows, dtype):
+    slots = torch.full((tokens, 2), -1, dtype=torch.int32)
+    order = torch.full((rows,), -1, dtype=torch.int32)
+    if tokens and rows:
+        slots[3, 1], order[rows - 1] = rows - 1, 7
+    x = torch.randn(tokens, 4, dtype=dtype)
+    sent = dispatch(x, order, slots)
+    hidden = torch.randn(rows, 4, dtype=dtype)
+    weights = torch.rand(tokens, 2)
+    y = combine(hidden, weights, order, slots)
+    grad_hidden, grad_weights = combine_backward(x, hidden, weights, order, slots)
+    want = [
+        torch.zeros(rows, 4),
+        torch.zeros(tokens, 4),
+        torch.zeros(rows, 4),
+        torch.zeros(tokens, 2),
+    ]
+    if tokens and rows:
+        last, weight = hidden[-1].float(), weights[3, 1]
+        want[0][-1], want[1][3], want[2][-1] = x[3].float(), last * weight, x[3].float() * weight
+        want[3][3, 1] = last @ x[3].float()
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    for got, expected in zip((sent, y, grad_hidden, grad_weights), want, strict=True):
+        torch.testing.assert_close(got.float(), expected, atol=tolerance, rtol=tolerance)
 
 
 def test_opcheck():

@@ -10,6 +10,7 @@ from moeify.kernels.assign import assign_reference
 from moeify.kernels.combine import combine_backward_reference, combine_reference
 from moeify.kernels.dispatch import dispatch_reference
 from moeify.kernels.weigh import COMBINES, weigh_backward_reference, weigh_reference
+from moeify.kernels.wire import wire_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
@@ -120,3 +121,24 @@ def test_what_is_not_served_is_left_to_the_reference():
     assert rows_triton.weigh(scores.double(), slots, "normalized") is NotImplemented
     assert rows_triton.weigh(scores, slots, "sum") is NotImplemented
     assert rows_triton.weigh_backward(scores, scores.double(), slots, "sum") is NotImplemented
+
+
+@pytest.mark.parametrize(("capacity", "parts"), [(2, 1), (9, 1), (40, 2), (-1, 3)])
+def test_rows_laid_out_for_the_wire(capacity, parts):
+    ids = torch.rand(21, 4).topk(2).indices.int()
+    packed, _, ends = assign_reference(ids, None, 4, 21 if capacity < 0 else capacity)
+    order, slots, _ = wire_reference(packed, ends, capacity, parts)
+    order, slots = order.to(DEVICE), slots.to(DEVICE)
+    hidden, weights = rows_of(order, 5, F32), torch.rand(21, 2, device=DEVICE)
+    grad = torch.randn(21, 5, device=DEVICE)
+    got = rows_triton.combine_backward(grad, hidden, weights, order, slots)
+    expected = combine_backward_reference(grad, hidden, weights, order, slots)
+    check(got[0], expected[0], F32)
+    check(got[1], expected[1], F32)
+    check(
+        rows_triton.combine(hidden, weights, order, slots),
+        combine_reference(hidden, weights, order, slots),
+        F32,
+    )
+    x = torch.randn(21, 5, device=DEVICE)
+    assert torch.equal(rows_triton.dispatch(x, order, slots), dispatch_reference(x, order, slots))

@@ -413,7 +413,7 @@ def test_twice_wrapped_or_not_a_module():
 
 def test_parallel_plans_are_refused_and_resolve():
     plan = {**ALL4, "parallel": {"expert": 2}}
-    with pytest.raises(mf.PlanError, match="one process"):
+    with pytest.raises(mf.PlanError, match="torchrun --nproc-per-node 2"):
         mf.moeify(Stack(), plan, example_inputs=torch.ones(2, 8))
     assert len(mf.Plan.of(plan).resolve(Stack(), torch.ones(2, 8))) == 3
 

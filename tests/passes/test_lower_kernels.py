@@ -14,12 +14,12 @@ from torch import Tensor, fx, nn
 import moeify as mf
 from moeify.discovery import discover
 from moeify.passes.base import Fact, PlanContext
+from moeify.passes.blocks import blocks_of
 from moeify.passes.find_mlps import FindMlps
 from moeify.passes.lower_kernels import LowerKernels, workload
 from moeify.passes.manager import PassManager
 from moeify.passes.printer import print_graph
 from moeify.passes.records import record_of
-from moeify.passes.blocks import blocks_of
 from moeify.passes.replace_mlps import ReplaceMlps
 from moeify.passes.testing import assert_idempotent, run_pass
 from moeify.plan import Plan
