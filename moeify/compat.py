@@ -5,6 +5,7 @@ Tested on torch 2.11 and 2.13.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import logging
 import threading
@@ -536,3 +537,21 @@ def leave_out_of_ddp(model: nn.Module, names: list[str]) -> None:
     if names:
         ignore: Any = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
         ignore(model, names)
+
+
+def full_tensor(tensor: Any) -> Tensor:
+    """Return all of a DTensor, sliced halves included (`sharded_halves`).
+
+    Private because torch 2.11 forgets for a gradient what the parameter's spec said of its halves.
+    """
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    spec = tensor._spec
+    name = "use_strided_shard_as_shard_order"
+    if getattr(spec, name, False) and any(isinstance(p, _StridedShard) for p in spec.placements):
+        right = dataclasses.replace(spec, **{name: False})
+        make: Any = DTensor
+        tensor = make(tensor.to_local(), right, requires_grad=False)
+    gathered: Tensor = tensor.full_tensor()
+    return gathered

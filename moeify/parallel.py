@@ -266,8 +266,12 @@ def reduce_gradients(
         group = world.reducing(mesh, "edp") if size > 1 else ""
         names = [f"{blocks[layer.name]}.experts.{n}" for n, _ in named]
         reductions.append(Reduction([p for _, p in named], names, group, size, factor))
-    if which == "all" and layout.dp > 1:
-        rest = [(n, p) for n, p in model.named_parameters() if id(p) not in seen]
+    rest = [
+        (name, parameter)
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in seen and (which == "all" or is_sharded(parameter))
+    ]  # DDP leaves out whatever is sharded, slices of dense layers too
+    if rest and layout.dp > 1:
         group = world.reducing(world.dense, "dp")
         reductions.append(Reduction([p for _, p in rest], [n for n, _ in rest], group, layout.dp))
     return GradientReducer(reductions) if reductions else None

@@ -29,8 +29,7 @@ def local(tensor: Any, sharded: bool) -> Any:
 
 def whole(tensor: Tensor) -> Tensor:
     """Return all of a DTensor, gathered, which every rank of its mesh must ask for; else itself."""
-    gathered: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return gathered
+    return compat.full_tensor(tensor) if is_sharded(tensor) else tensor
 
 
 def is_sharded(tensor: Tensor) -> bool:

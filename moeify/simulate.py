@@ -153,15 +153,13 @@ def simulate(
         PlanError: The plan does not fit the model or the world.
     """
     chosen, even = _with_capacity(Plan.of(plan))
-    given: ExampleInputs
-    sized: ExampleInputs
+    sized: ExampleInputs  # the size decides how rows travel, if the plan leaves that open
     if example_inputs is None:
-        made = example_inputs_for(model)
-        given, sized = made, _resized(made, batch, length)
+        sized = _resized(example_inputs_for(model), batch, length)
     else:
-        given = sized = example_inputs
+        sized = example_inputs
     with fake_world(world, node):
-        sharded = api.moeify(skeleton(model), chosen, example_inputs=given, verify=False)
+        sharded = api.moeify(skeleton(model), chosen, example_inputs=sized, verify=False)
         record = require_conversion(sharded)
         calls, kept = step(sharded, sized, [layer.block for layer in record.layers])
         parameters, sizes = _parameters(sharded, record)

@@ -1,7 +1,7 @@
 """The two facts of DeepSpeed-MoE about hops, counted and drawn.
 
-For each size of a group an exchange is issued under the `fake` process group and its collectives
-are counted: an all-to-all, flat or in two stages, and one coordinated with tensor slicing.
+For each size of a group a block is converted and run under the `fake` process group, and the
+collectives that carry its rows are counted: flat, in two stages, coordinated with tensor slicing.
 
 Source:
     DeepSpeed-MoE (Rajbhandari et al. 2022), section 5.3.
@@ -9,25 +9,25 @@ Source:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
+from torch import nn
 
 from moeify.errors import MoeifyError
-from moeify.simulate_counter import count, fake_world
+from moeify.simulate_counter import Call, count, fake_world
 
 __all__ = ["SIZES", "Point", "draw", "exchange_once", "sweep"]
 
 SIZES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-TENSOR = (1, 2, 4, 8)
+TENSOR = (2, 4, 8)
 
-Exchange = Callable[[str, int, int, int], Any]
+_WIDTH = 64
+
+Exchange = Callable[[str, int, int, int], Sequence[Call]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,41 +51,40 @@ class Point:
     volume: float
 
 
-def exchange_once(kind: str, ranks: int, node: int, tensor: int) -> Tensor:
-    """Issue one exchange of a row per rank, in a world of `ranks`.
+def exchange_once(kind: str, ranks: int, node: int, tensor: int) -> list[Call]:
+    """Count one way of the rows in a block that moeify converts for that many ranks.
+
+    The block is on `meta` and gives every expert rank one expert and one row of each rank.
 
     Args:
-        kind: "flat": one all-to-all. "hierarchical": one within the node, one among equal local
-            ranks. "coordinated": one among equal tensor ranks, then an all-gather among the tensor
-            ranks.
-        ranks: p.
-        node: G.
+        kind: "flat", "hierarchical", or "coordinated" with tensor slicing.
+        ranks: p, the size of the running fake world.
+        node: G, of that world.
         tensor: L.
 
     Returns:
-        What arrived, on `meta`.
+        The collectives that carry rows to their experts; coordinated, the all-gather within the
+        tensor group as well.
     """
-    inner = {"flat": ranks, "hierarchical": min(node, ranks), "coordinated": tensor}[kind]
-    grid = torch.arange(ranks).view(-1, inner)
-    mesh = DeviceMesh("cpu", grid, mesh_dim_names=("outer", "inner"))
-    names = {name: mesh.get_group(name).group_name for name in ("outer", "inner")}
-    rows = torch.empty(ranks, 1, device="meta")
-    if kind == "flat":
-        return _all_to_all(rows, ranks, names["inner"])
-    if kind == "hierarchical":
-        return _all_to_all(_all_to_all(rows, inner, names["inner"]), ranks // inner, names["outer"])
-    part = _all_to_all(rows[: ranks // tensor], ranks // tensor, names["outer"])
-    ops = torch.ops._c10d_functional
-    gathered: Tensor = ops.wait_tensor(
-        ops.all_gather_into_tensor(part.contiguous(), tensor, names["inner"])
-    )
-    return gathered
+    from moeify.api import moeify
 
-
-def _all_to_all(rows: Tensor, ranks: int, group: str) -> Tensor:
-    ops, each = torch.ops._c10d_functional, [rows.shape[0] // ranks] * ranks
-    sent: Tensor = ops.wait_tensor(ops.all_to_all_single(rows.contiguous(), each, each, group))
-    return sent
+    experts = ranks // tensor
+    with torch.device("meta"):
+        mlp = nn.Sequential(nn.Linear(_WIDTH, _WIDTH), nn.ReLU(), nn.Linear(_WIDTH, _WIDTH))
+        tokens = torch.empty(ranks, _WIDTH)
+    way = "hierarchical" if kind == "hierarchical" else "flat"
+    plan = {
+        "layers": [{"select": "all", "experts": experts}],
+        "router": {"capacity_factor": 1.0, "min_capacity": 1},
+        "parallel": {"expert": experts, "tensor": tensor, "all_to_all": way},
+    }
+    model = moeify(nn.Sequential(mlp), plan, example_inputs=tokens, verify=False).train()
+    with torch.no_grad():
+        calls = count(partial(model, tokens))
+    exchanges = [call for call in calls if call.kind == "all_to_all"]
+    third = len(exchanges) // 3  # counts, rows there, rows back
+    gathers = [call for call in calls if call.kind == "all_gather"]
+    return [*exchanges[third : 2 * third], *gathers]
 
 
 def sweep(
@@ -100,7 +99,7 @@ def sweep(
     Args:
         node: G.
         sizes: p.
-        tensors: L; those that divide p.
+        tensors: L; those that divide p and leave several expert ranks.
         exchange: Issues what is counted, given kind, p, G and L, in a fake world of p ranks.
 
     Raises:
@@ -111,11 +110,11 @@ def sweep(
         kinds = [("flat", 1)]
         if node < ranks and ranks % node == 0:
             kinds.append(("hierarchical", 1))
-        kinds += [("coordinated", n) for n in tensors if ranks % n == 0]
+        kinds += [("coordinated", n) for n in tensors if ranks % n == 0 and ranks > n]
         full = 0
         for kind, tensor in kinds:
             with fake_world(ranks, node):
-                calls = count(partial(exchange, kind, ranks, node, tensor))
+                calls = exchange(kind, ranks, node, tensor)
             moved = sum(call.payload for call in calls if call.kind == "all_to_all")
             full = full or moved
             hops = sum(call.hops for call in calls)
@@ -141,8 +140,8 @@ def draw(points: Iterable[Point], path: Path) -> None:
         label = f"{kind}, volume x {max((p.volume for p in found), default=1):g}"
         left.plot([p.ranks for p in found], [p.hops for p in found], marker="o", label=label)
     left.set_title(f"all-to-all, {points[0].node} ranks per node", fontsize=10)
-    for tensor in sorted({p.tensor for p in points if p.kind == "coordinated"}):
-        found = [p for p in points if p.kind == "coordinated" and p.tensor == tensor]
+    for tensor in sorted({p.tensor for p in points if p.kind != "hierarchical"}):
+        found = [p for p in points if p.kind != "hierarchical" and p.tensor == tensor]
         right.plot(
             [p.ranks for p in found], [p.hops for p in found], marker="o", label=f"tensor {tensor}"
         )

@@ -90,7 +90,7 @@ class ParallelSpec(Strict):
         overlap_chunks: In how many pieces rows travel, so that the exchange of one overlaps the
             experts of another.
         gradients: Which gradients are reduced over the ranks in the backward pass: `all`; those of
-            the `experts`, if DDP or another engine does the others; `none`.
+            the `experts` and of slices, if DDP or another engine does the others; `none`.
     """
 
     expert: Count = 1

@@ -14,19 +14,30 @@ import moeify as mf
 from moeify.conversion import routers_of
 from moeify.kernels.route import route
 from moeify.router import Router
+from moeify.sharding import whole
 from tests.distributed.ranks import run_ranks
 
 WIDTH = 16
 
 
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(WIDTH, 24), nn.Linear(WIDTH, 24)
+        self.down = nn.Linear(24, WIDTH, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+
 class Net(nn.Module):
-    """Two residual MLPs; `moe` sites in order."""
+    """Two residual MLPs, the second one gated."""
 
     def __init__(self) -> None:
         super().__init__()
         self.a = nn.Sequential(nn.Linear(WIDTH, 32), nn.GELU(), nn.Linear(32, WIDTH))
         self.norm = nn.LayerNorm(WIDTH)
-        self.b = nn.Sequential(nn.Linear(WIDTH, 24), nn.ReLU(), nn.Linear(24, WIDTH))
+        self.b = Gated()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x + self.a(x)
@@ -57,11 +68,6 @@ def dense() -> Net:
 def batches(counts: tuple[int, ...]) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(7)
     return [torch.randn(count, WIDTH, generator=generator) for count in counts]
-
-
-def whole(parameter: torch.Tensor) -> torch.Tensor:
-    value = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-    return value.detach().clone()
 
 
 def alone(made: dict[str, Any], counts: tuple[int, ...], steps: int) -> list[dict[str, Any]]:
@@ -99,7 +105,7 @@ def alone(made: dict[str, Any], counts: tuple[int, ...], steps: int) -> list[dic
         outputs = [y.detach() for y in outputs]
         history.append({"outputs": outputs, "aux": aux.detach(), "gradients": gradients})
         optimizer.step()
-    history.append({n: whole(p) for n, p in model.named_parameters()})
+    history.append({n: p.detach().clone() for n, p in model.named_parameters()})
     return history
 
 
@@ -138,7 +144,7 @@ def trained(
             check(f"step {number} {name}", whole(parameter.grad), step["gradients"][name])
         optimizer.step()
     for name, parameter in model.named_parameters():
-        check(name, whole(parameter), want[-1][name])
+        check(name, whole(parameter).detach(), want[-1][name])
     return wrong
 
 

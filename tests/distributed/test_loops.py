@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 import moeify as mf
 from moeify.conversion import routers_of
@@ -52,6 +53,21 @@ def test_ddp_around_it(gradients):
     made = plan(expert=2, gradients=gradients)
     want = alone(made, COUNTS, 1)[0]["gradients"]
     assert run_ranks(_ddp, 2, made, want) == [[], []]
+
+
+def _sliced_ddp(rank: int, made: dict[str, Any], want: dict[str, torch.Tensor]) -> list[str]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    model = mf.moeify(dense(), made, example_inputs=torch.ones(4, WIDTH), mesh=mesh).train()
+    wrapped = nn.parallel.DistributedDataParallel(model, process_group=mesh.get_group("dp"))
+    backward(wrapped, model, batches(COUNTS)[rank // 2])
+    return differ(model, want)
+
+
+@pytest.mark.parametrize("gradients", ["all", "experts"])
+def test_ddp_around_slices(gradients):
+    made = plan(expert=1, tensor=2, experts_in_tp="slice", gradients=gradients)
+    want = alone(made, COUNTS, 1)[0]["gradients"]
+    assert run_ranks(_sliced_ddp, 4, made, want) == [[]] * 4
 
 
 def _none(rank: int, made: dict[str, Any]) -> list[bool]:

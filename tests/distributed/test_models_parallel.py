@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import moeify as mf
 from moeify.sharding import whole
@@ -108,3 +110,94 @@ def test_gradients(tmp_path, name, world, parallel):
 )
 def test_compiled_in_one_graph(tmp_path, world, parallel):
     check(tmp_path, "llama", world, compiled=True, **parallel)
+
+
+def _lengths(rank: int, made: dict[str, Any], backend: str) -> tuple[int, list[str]]:
+    model = mf.moeify(dense("llama"), made).train()
+    twin = copy.deepcopy(model)
+    counter = CompileCounterWithBackend(backend)
+    run = torch.compile(model, fullgraph=True, backend=counter)
+    wrong = []
+    for length in (12, 19, 7, 30):
+        part = torch.randint(3, 98, (2, length), generator=torch.Generator().manual_seed(rank))
+        compiled, eager = step(run, part), step(twin, part)
+        if abs(float(compiled) - float(eager)) > 1e-5:
+            wrong.append(f"{length}: {float(compiled)} and not {float(eager)}")
+        compiled.backward(), eager.backward()
+    for (name, parameter), other in zip(model.named_parameters(), twin.parameters(), strict=True):
+        gap = float((whole(parameter.grad) - whole(other.grad)).abs().max())
+        if gap > 1e-5:
+            wrong.append(f"{name}: {gap:.1e}")
+    return counter.frame_count, wrong
+
+
+@pytest.mark.parametrize(
+    ("backend", "router"),
+    [
+        ("aot_eager", {}),
+        ("aot_eager", {"capacity_factor": 1.0}),
+        pytest.param("inductor", {}, marks=pytest.mark.slow),
+    ],
+)
+def test_lengths_do_not_compile_again(backend, router):
+    parallel = {"expert": 2, "all_to_all": "flat"}
+    made = {**BASE, "router": {**BASE["router"], **router}, "parallel": parallel}
+    for frames, wrong in run_ranks(_lengths, 2, made, backend):
+        assert not wrong
+        assert frames <= 2
+
+
+def _again(rank: int, made: dict[str, Any]) -> list[str]:
+    """Compare with itself under activation checkpointing, and autocast loosely."""
+    model = mf.moeify(dense("llama"), made).train()
+    twin = copy.deepcopy(model)
+    twin.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    part = tokens(2).chunk(2)[rank]
+    for each in (model, twin):
+        step(each, part).backward()
+    assert mf.router_stats(twin)["model.layers.0.mlp"]["tokens"] == 2 * part.numel()
+    wrong = []
+    for (name, parameter), other in zip(model.named_parameters(), twin.parameters(), strict=True):
+        if not torch.equal(whole(parameter.grad), whole(other.grad)):
+            wrong.append(name)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = step(twin, part)
+    if abs(float(mixed) - float(step(model, part))) > 2e-2:
+        wrong.append("autocast")
+    mixed.backward()
+    return wrong
+
+
+@pytest.mark.parametrize("way", ["flat", "allgather"])
+def test_checkpointing_and_autocast(way):
+    made = {**BASE, "parallel": {"expert": 2, "all_to_all": way}}
+    made["router"] = {**BASE["router"], "aux_loss": 0.01, "capacity_factor": 1.0}
+    assert run_ranks(_again, 2, made) == [[], []]
+
+
+def _generate(rank: int, made: dict[str, Any]) -> list[int]:
+    model = mf.moeify(dense("llama"), made).eval()
+    prompt = tokens(2).chunk(2)[rank][:, :5]
+    return model.generate(prompt, max_new_tokens=6, do_sample=False).flatten().tolist()
+
+
+@pytest.mark.parametrize("parallel", [{"expert": 2}, {"expert": 1, "tensor": 2}])
+def test_generate(parallel):
+    made = {**BASE, "parallel": parallel}
+    single = mf.moeify(dense("llama"), BASE).eval()
+    prompts = [part[:, :5] for part in tokens(2).chunk(2)]
+    if "tensor" in parallel:
+        assert (
+            run_ranks(_generate_first, 2, made)
+            == [single.generate(prompts[0], max_new_tokens=6, do_sample=False).flatten().tolist()]
+            * 2
+        )
+        return
+    want = [
+        single.generate(p, max_new_tokens=6, do_sample=False).flatten().tolist() for p in prompts
+    ]
+    assert run_ranks(_generate, 2, made) == want
+
+
+def _generate_first(rank: int, made: dict[str, Any]) -> list[int]:
+    return _generate(0, made)

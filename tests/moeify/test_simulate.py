@@ -190,8 +190,8 @@ def test_a_call_alone_sends_nothing():
 
 
 def test_hierarchical_hops_fall_and_volume_doubles():
-    points = {(p.kind, p.ranks): p for p in sweep(8, tensors=())}
-    for ranks in (16, 64, 512, 4096):
+    points = {(p.kind, p.ranks): p for p in sweep(8, sizes=(8, 16, 64, 4096), tensors=())}
+    for ranks in (16, 64, 4096):
         assert points["flat", ranks].hops == ranks - 1
         two = points["hierarchical", ranks]
         assert (two.hops, two.volume) == ((8 - 1) + (ranks // 8 - 1), 2.0)
@@ -199,10 +199,10 @@ def test_hierarchical_hops_fall_and_volume_doubles():
 
 
 def test_coordinated_hops_fall_with_tensor_slicing():
-    points = sweep(8, sizes=(64, 1024))
+    points = sweep(8, sizes=(16, 1024))
     hops = {(p.ranks, p.tensor): p.hops for p in points if p.kind == "coordinated"}
-    for ranks in (64, 1024):
-        for tensor in (1, 2, 4, 8):
+    for ranks in (16, 1024):
+        for tensor in (2, 4, 8):
             assert hops[ranks, tensor] == (ranks // tensor - 1) + (tensor - 1)
 
 
@@ -211,7 +211,7 @@ def test_sweep_counts_what_it_is_given():
 
     def exchange(kind, ranks, node, tensor):
         asked.append((kind, ranks, node, tensor))
-        exchange_once("flat", ranks, node, 1)
+        return exchange_once("flat", ranks, node, 1)
 
     points = sweep(4, sizes=(8,), tensors=(2,), exchange=exchange)
     assert asked == [("flat", 8, 4, 1), ("hierarchical", 8, 4, 1), ("coordinated", 8, 4, 2)]
@@ -221,7 +221,7 @@ def test_sweep_counts_what_it_is_given():
 def test_plot(tmp_path):
     pytest.importorskip("matplotlib")
     path = tmp_path / "hops.svg"
-    draw(sweep(4, sizes=(4, 8, 16), tensors=(2,)), path)
+    draw(sweep(4, sizes=(4, 8), tensors=(2,)), path)
     assert "all-to-all" in path.read_text() or path.stat().st_size > 1_000
     with pytest.raises(MoeifyError, match="nonsense"):
         draw(sweep(4, sizes=(4,)), tmp_path / "hops.nonsense")
