@@ -265,8 +265,9 @@ class Router(nn.Module):
                 uniform = self._agreed(torch.rand(tokens.shape, dtype=dtype, device=device))
                 input_noise = 1 + self.jitter_eps * (2 * uniform - 1)
             if self.noise in ("rsample", "gumbel", "jitter+gumbel"):
-                shape = (tokens.shape[0], self.experts)
-                uniform = self._agreed(torch.rand(shape, dtype=dtype, device=device))
+                count = tokens.shape[0]
+                uniform = torch.rand(count, self.experts, dtype=dtype, device=device)
+                uniform = self._agreed(uniform)
                 exponential = -uniform.clamp_min(torch.finfo(dtype).tiny).log()
                 logit_noise = -exponential.log()
         return input_noise, logit_noise

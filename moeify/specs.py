@@ -81,7 +81,8 @@ class ParallelSpec(Strict):
         tensor: Ranks that share each dense layer.
         experts_in_tp: Experts in a tensor group: `replicate`, `slice`, or `fold` (different ones).
         all_to_all: How rows travel: straight to their ranks (`flat`), over one rank per node
-            (`hierarchical`), or all tokens to all ranks (`allgather`); `auto` by size and topology.
+            (`hierarchical`), or all tokens to all ranks (`allgather`); `auto` by size and topology,
+            for as many tokens as the example inputs have, at least 2,048.
         coordinated: In a tensor group, which holds the same tokens, each rank sends its share of
             them only; `auto` always does.
         splits: `auto` gives every expert its capacity on the wire where there is one, so that

@@ -12,16 +12,20 @@ from moeify.resolve import LayerPlan
 from moeify.specs import ParallelSpec
 from moeify.topology import Choice, choose
 
+TOKENS = 2048
+"""Tokens of a rank that are assumed at least: example inputs are often a sentence."""
+
 
 def chosen_form(
     spec: ParallelSpec, world: World, layer: LayerPlan, gm: fx.GraphModule, path: str
 ) -> Choice:
     """Return how the rows of the block at `path` travel, and why.
 
-    The size of a message is that of the example inputs; only `auto` asks for it.
+    The size of a message is that of the example inputs, or of `TOKENS` where these are fewer; only
+    `auto` asks for it.
     """
     ranks = world.sparse(layer.experts)["ep"].mesh.flatten().tolist()
-    rows = tokens_of(gm, path, layer) * layer.top_k
+    rows = max(tokens_of(gm, path, layer), TOKENS) * layer.top_k
     size = rows * layer.site.d_in * layer.site.itemsize
     found = choose(ranks, world.node, size, top_k=layer.top_k)
     if spec.all_to_all == "auto":

@@ -71,9 +71,7 @@ def _cut(graph: fx.Graph, wire: fx.Node, pieces: int) -> None:
     last = y.args[0]
     assert isinstance(last, fx.Node)
     region = _between(graph, rows, wire, y)
-    waits = [n for n in region if n.target is collectives.wait and n.all_input_nodes[0].args[1:3]]
-    payload = [w for w in waits if isinstance(w.all_input_nodes[0].args[1], fx.Node)]
-    there, home = payload
+    there, home = (n for n in region if n.target is collectives.wait and _has_rows(n))
     first, *stages = _stages(region, there, home)
     with graph.inserting_before(y):
         cut = node(graph, exchange.pieces, (rows, pieces), "pieces")
@@ -93,6 +91,12 @@ def _cut(graph: fx.Graph, wire: fx.Node, pieces: int) -> None:
     y.replace_input_with(last, whole)
     for dead in reversed(region):
         graph.erase_node(dead)
+
+
+def _has_rows(wait: fx.Node) -> bool:
+    """Tell whether rows are waited for, whose splits are nodes, and not the counts before them."""
+    (started,) = wait.all_input_nodes
+    return isinstance(started.args[1], fx.Node)
 
 
 def _between(graph: fx.Graph, rows: fx.Node, wire: fx.Node, y: fx.Node) -> list[fx.Node]:

@@ -74,7 +74,7 @@ class Patches(Fails):
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
         if ctx.rank in self.ranks:
-            ctx.model.b.forward = nn.Sequential.forward.__get__(ctx.model.b)
+            ctx.model.b.forward = type(ctx.model.b).forward.__get__(ctx.model.b)
         return PassResult(gm, False)
 
 
@@ -346,7 +346,7 @@ def test_a_world_of_one_is_no_world(mesh):
     assert torch.equal(found[0], y)
     assert found[1].keys() == gradients.keys()
     for name, gradient in gradients.items():
-        assert torch.equal(found[1][name], gradient), name
+        torch.testing.assert_close(found[1][name], gradient, atol=1e-7, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

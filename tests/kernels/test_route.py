@@ -221,12 +221,13 @@ def test_float32_whatever_the_model_and_autocast():
     exact = x.double() @ w.double().t()
     assert plain.weights.dtype == plain.logits.dtype == torch.float32
     torch.testing.assert_close(plain.logits.double(), exact, atol=1e-5, rtol=1e-5)
-    for a, b in zip(plain, cast, strict=True):
+    for a, b in zip(plain[:-1], cast[:-1], strict=True):
         assert torch.equal(a, b)
 
 
 def test_field_order_is_fixed():
-    names = "ids weights slots order offsets counts aux_loss z_loss entropy dropped logits"
+    names = "ids weights slots order offsets counts aux_loss z_loss entropy dropped logits "
+    names += "capacity"
     assert Routing._fields == tuple(names.split())
     got = route(torch.rand(3, 4), torch.rand(2, 4), top_k=1, capacity=3)
     assert got[2] is got.slots

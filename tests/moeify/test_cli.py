@@ -72,7 +72,7 @@ def test_light_commands_import_nothing_heavy(arguments, plan, repo):
 
 def test_help_names_every_command():
     text = call("--help").output
-    for name in ("inspect", "plan", "convert", "demo", "--debug", "--version"):
+    for name in ("inspect", "plan", "convert", "simulate", "demo", "--debug", "--version"):
         assert name in text
 
 

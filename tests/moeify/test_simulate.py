@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -359,8 +360,10 @@ def test_cli_table(folder):
     assert "an even load is assumed" not in result.stdout
 
 
-def test_cli_plot(folder, tmp_path):
+def test_cli_plot(folder, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
+    few = partial(sweep, sizes=(8, 16), tensors=(2,))
+    monkeypatch.setattr("moeify.cli_simulate.sweep", few)
     arguments = ["--plan", "mixtral", "--world", 8, "--plot", tmp_path / "hops.png", "--json"]
     result = call("simulate", folder, *arguments)
     assert result.exit_code == 0, result.stderr
