@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import fx, nn
@@ -47,6 +47,9 @@ from moeify.passes.replace_mlps import ReplaceMlps
 from moeify.plan import Plan
 from moeify.resolve import LayerPlan, ResolvedPlan, resolve_sites
 from moeify.verification import Snapshot, check, check_untouched, coarsest, compare, snapshot
+
+if TYPE_CHECKING:
+    from moeify.tensor_parallel import PartialSums
 
 log = logging.getLogger("moeify")
 Model = TypeVar("Model", bound=nn.Module)
@@ -252,6 +255,7 @@ def _install_checked(
     installer = Installer(model)
     undo = ExitStack()
     undo.callback(installer.undo)
+    sums: list[PartialSums | None] = []
 
     def install() -> Snapshot | None:
         dense = snapshot(model, example_inputs, untouched) if numeric else None
@@ -266,7 +270,9 @@ def _install_checked(
         if built.slices is not None and world is not None:
             from moeify.tensor_parallel import apply
 
-            undo.callback(apply(model, built.slices, world.dense["tp"]).undo)
+            sliced = apply(model, built.slices, world.dense["tp"])
+            undo.callback(sliced.undo)
+            sums.append(sliced.sums)
         return ledger
 
     def prove() -> None:
@@ -288,7 +294,7 @@ def _install_checked(
             paths = {converted.layer.name: converted.block for converted in layers}
             which = plan.parallel.gradients
             reducer = reduce_gradients(model, world, resolved, paths, which)
-            record.parallel = Parallel(world.layout, world.rank, reducer, built.slices)
+            record.parallel = Parallel(world.layout, world.rank, reducer, built.slices, *sums)
             compat.leave_out_of_ddp(model, sharded_names(model))
     except BaseException:
         undo.close()

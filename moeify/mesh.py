@@ -17,6 +17,7 @@ import torch.distributed as dist
 from moeify import compat
 from moeify.errors import PlanError
 from moeify.layout import Layout
+from moeify.topology import local_ranks
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -134,17 +135,6 @@ def _mesh(device_type: str, ranks: torch.Tensor, names: tuple[str, ...]) -> Devi
     mesh = DeviceMesh(device_type, ranks, mesh_dim_names=names)
     compat.take_timeout_of_world(mesh.get_all_groups())
     return mesh
-
-
-def local_ranks(ranks: list[int], node: int) -> int:
-    """Return how many ranks of a group share each node; 0 if its nodes hold different numbers.
-
-    Ranks of one node must lie side by side in the group.
-    """
-    nodes = [rank // node for rank in ranks]
-    counts = {n: nodes.count(n) for n in nodes}
-    even = len(set(counts.values())) == 1 and nodes == sorted(nodes)
-    return next(iter(counts.values())) if even else 0
 
 
 def _check_mesh(mesh: Any, layout: Layout) -> None:

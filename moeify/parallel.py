@@ -27,6 +27,7 @@ from moeify.sharding import is_sharded
 
 if TYPE_CHECKING:
     from moeify.gradients import GradientReducer
+    from moeify.tensor_parallel import PartialSums
 
 __all__ = ["Parallel", "agree_on_layers", "join", "reduce_gradients", "together"]
 
@@ -42,12 +43,14 @@ class Parallel:
         rank: This rank.
         reducer: Reduces gradients in every backward pass, or None.
         slices: How dense layers are sliced over the tensor ranks (a `SlicePlan`), or None.
+        sums: Sums gradients of whole parameters within slices, or None.
     """
 
     layout: Layout
     rank: int
     reducer: GradientReducer | None = None
     slices: Any = None
+    sums: PartialSums | None = None
 
 
 def join(plan: Plan, mesh: Any, model: nn.Module, *, verify: bool = True) -> World | None:

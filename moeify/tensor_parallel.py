@@ -11,14 +11,16 @@ Source:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from moeify import compat
 from moeify.block import DenseMLP, StoredLinear
 from moeify.conversion import HOOK_TABLES
 from moeify.errors import PlanError
@@ -90,8 +92,14 @@ class SlicePlan:
 
 @dataclass(slots=True)
 class Undo:
-    """Takes slices out of a model again."""
+    """Takes slices out of a model again.
 
+    Attributes:
+        sums: The hooks that sum gradients over the tensor ranks; they go with copies of the model
+            if this is kept where the model is.
+    """
+
+    sums: PartialSums | None = None
     _steps: list[Callable[[], None]] = field(default_factory=list)
 
     def undo(self) -> None:
@@ -109,8 +117,8 @@ def apply(model: nn.Module, plan: SlicePlan, tp_mesh: DeviceMesh) -> Undo:
 
     With dropout between sliced projections each rank drops units of its own slice: in training the
     numbers are then not those of one process, as with any tensor parallelism. The hooks that sum
-    the gradients of `SlicedPair.partial` are on the parameters: what replaces these objects later
-    has to sum them itself.
+    the gradients of `SlicedPair.partial` are on the parameters: copies of the model have their own
+    (`PartialSums`), and what replaces these objects later has to sum them itself.
 
     Args:
         model: The model, with its MoE blocks installed; real or on `meta`.
@@ -141,27 +149,48 @@ def apply(model: nn.Module, plan: SlicePlan, tp_mesh: DeviceMesh) -> Undo:
             for name in branch.up_names:
                 _slice(branch.get_submodule(name), "colwise", tp_mesh, undo._steps)
             _slice(branch.get_submodule(branch.down_name), "rowwise", tp_mesh, undo._steps)
-        for name in dict.fromkeys(name for pair in plan.pairs for name in pair.partial):
-            parameter = model.get_parameter(name)
-            if parameter.requires_grad:
-                handle = parameter.register_hook(_Sum(tp_mesh))  # type: ignore[no-untyped-call]
-                undo._steps.append(handle.remove)
+        names = dict.fromkeys(name for pair in plan.pairs for name in pair.partial)
+        group = tp_mesh.get_group().group_name
+        undo.sums = PartialSums([model.get_parameter(name) for name in names], group)
+        undo._steps.append(undo.sums.remove)
     except BaseException:
         undo.undo()
         raise
     return undo
 
 
-class _Sum:
-    """Sums a gradient over a mesh."""
+class PartialSums:
+    """Sums the gradients of whole parameters that slices use, by hooks on the parameters.
 
-    def __init__(self, mesh: DeviceMesh) -> None:
-        self.mesh = mesh
+    A copy by `copy.deepcopy` or pickle, together with the model, has hooks on the copied ones.
 
-    def __call__(self, grad: Tensor) -> Tensor:
-        total = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=self.mesh.get_group())
-        return total
+    Args:
+        parameters: The parameters; those that do not train are left alone.
+        group: Name of the group of tensor ranks.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], group: str) -> None:
+        self.parameters, self.group = tuple(parameters), group
+        self._handles: list[Any] = [
+            parameter.register_hook(partial(_summed, group))  # type: ignore[no-untyped-call]
+            for parameter in self.parameters
+            if parameter.requires_grad
+        ]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.parameters, self.group)
+
+    def remove(self) -> None:
+        """Take all hooks away."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+def _summed(group: str, grad: Tensor) -> Tensor:
+    total = grad.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=compat.process_group(group))
+    return total
 
 
 def _slice(

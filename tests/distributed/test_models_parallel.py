@@ -212,3 +212,26 @@ def test_generate(parallel):
 
 def _generate_first(rank: int, made: dict[str, Any]) -> list[int]:
     return _generate(0, made)
+
+
+def _copied(rank: int, made: dict[str, Any]) -> list[str]:
+    """Norms within slices have partial gradients, which a copy must sum as well."""
+    model = mf.moeify(dense("qwen3"), made).train()
+    part = tokens(1)
+    twin = copy.deepcopy(model)
+    for each in (model, twin):
+        step(each, part).backward()
+    names = [name for name, _ in model.named_parameters() if "q_norm" in name]
+    assert names
+    return [
+        name
+        for (name, parameter), other in zip(
+            model.named_parameters(), twin.parameters(), strict=True
+        )
+        if not torch.allclose(whole(parameter.grad), whole(other.grad), atol=1e-7)
+    ]
+
+
+def test_copies_of_slices_sum_their_norms():
+    made = {**BASE, "parallel": {"expert": 1, "tensor": 2}}
+    assert run_ranks(_copied, 2, made) == [[], []]
