@@ -36,7 +36,7 @@ from moeify.parallel import (
     together,
 )
 from moeify.passes.base import Fact, Pass, PlanContext
-from moeify.passes.blocks import MOE_ROLE, SLICES, block_path, find_site
+from moeify.passes.blocks import MOE_ROLE, SLICES, ZERO, block_path, find_site
 from moeify.passes.dataflow import weight_of
 from moeify.passes.find_mlps import FindMlps
 from moeify.passes.lower_kernels import LowerKernels
@@ -47,6 +47,7 @@ from moeify.passes.replace_mlps import ReplaceMlps
 from moeify.plan import Plan
 from moeify.resolve import LayerPlan, ResolvedPlan, resolve_sites
 from moeify.verification import Snapshot, check, check_untouched, coarsest, compare, snapshot
+from moeify.zero import Partitioned, partition
 
 if TYPE_CHECKING:
     from moeify.tensor_parallel import PartialSums
@@ -129,9 +130,7 @@ def moeify(
 def _checked(model: nn.Module, plan: Plan | Mapping[str, Any] | str | os.PathLike[str]) -> Plan:
     """Read the plan, and refuse what no plan can do."""
     refuse_wrapped(model)
-    chosen = Plan.of(plan)
-    _refuse_zero(chosen)
-    return chosen
+    return Plan.of(plan)
 
 
 def _prepare(
@@ -205,7 +204,7 @@ def run_pipeline(
             f"a pass changed the graph outside the MoE blocks ({names}): only blocks are installed "
             "in the model; run such a pass on moeify.export(model, example_inputs)"
         )
-    return Built(blocks, gm.meta.get(SLICES))
+    return Built(blocks, gm.meta.get(SLICES), gm.meta.get(ZERO))
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,10 +214,12 @@ class Built:
     Attributes:
         blocks: The finished blocks by layer name.
         slices: How dense layers are sliced over the tensor ranks (a `SlicePlan`), or None.
+        zero: What is partitioned (a `ZeroPlan`), or None.
     """
 
     blocks: dict[str, fx.GraphModule]
     slices: Any = None
+    zero: Any = None
 
 
 def _outside(
@@ -275,6 +276,15 @@ def _install_checked(
             sums.append(sliced.sums)
         return ledger
 
+    def partition_state() -> Partitioned:
+        if world is None or not plan.zero.is_active:
+            return Partitioned()
+        if built.zero is None:
+            log.warning("partition-zero is disabled: nothing is partitioned")
+            return Partitioned()
+        paths = {converted.layer.name: converted.block for converted in layers}
+        return partition(model, built.zero, world, resolved, paths, built.slices, undo)
+
     def prove() -> None:
         if dense is not None:
             difference = compare(dense, snapshot(model, example_inputs, untouched), resolved.layers)
@@ -289,12 +299,24 @@ def _install_checked(
         dense = together("install its blocks", install)
         ledger = together("slice its dense layers", slice_dense)
         together("prove its blocks", prove)
+        partitioned = together("partition its state", partition_state)
         record = Conversion(plan, layers, ledger, installer.fused, describe_inputs(example_inputs))
         if world is not None:
             paths = {converted.layer.name: converted.block for converted in layers}
-            which = plan.parallel.gradients
+            zero = built.zero
+            pieces = zero is not None and zero.stage >= 2  # whose engine reduces gradients
+            which = "none" if pieces else plan.parallel.gradients
             reducer = reduce_gradients(model, world, resolved, paths, which)
-            record.parallel = Parallel(world.layout, world.rank, reducer, built.slices, *sums)
+            record.parallel = Parallel(
+                world.layout,
+                world.rank,
+                reducer,
+                built.slices,
+                None if pieces or not sums else sums[0],
+                zero,
+                partitioned.cuts,
+                partitioned.masters,
+            )
             compat.leave_out_of_ddp(model, sharded_names(model))
     except BaseException:
         undo.close()
@@ -365,16 +387,6 @@ def _refuse_quantised(model: nn.Module, discovery: Discovery) -> None:
             raise UnsupportedModuleError(
                 path, "its weights are quantised: convert the float model, then quantise"
             )
-
-
-def _refuse_zero(plan: Plan) -> None:
-    zero = plan.zero
-    if zero.stage > 0 or zero.offload != "none":
-        raise plan.fault(
-            ("zero",),
-            f"stage {zero.stage}, offload {zero.offload}: this version does not partition state; "
-            "set zero to its defaults (plan.resolve and `moeify plan show` accept it)",
-        )
 
 
 __all__ = ["moeify", "refuse_wrapped", "run_pipeline"]

@@ -555,3 +555,47 @@ def full_tensor(tensor: Any) -> Tensor:
         tensor = make(tensor.to_local(), right, requires_grad=False)
     gathered: Tensor = tensor.full_tensor()
     return gathered
+
+
+def foreach_norm(tensors: list[Tensor], order: float, dtype: torch.dtype) -> list[Tensor]:
+    """Return the norm of each tensor (of one device and dtype), with few kernels.
+
+    Private by its name only; torch's own `clip_grad_norm_` uses it and always sums in the dtype
+    of the gradients.
+    """
+    return list(torch._foreach_norm(tensors, order, dtype=dtype))
+
+
+def foreach_mul_(tensors: list[Tensor], factor: Tensor) -> None:
+    """Multiply tensors (of one device and dtype) in place by a 0-dim tensor; see `foreach_norm`."""
+    torch._foreach_mul_(tensors, factor)
+
+
+def version(tensor: Tensor) -> int:
+    """Return how often the memory behind a tensor was written to in place, `.data` apart.
+
+    Private because torch keeps the counter for its checks of saved tensors.
+    """
+    return int(tensor._version)
+
+
+def is_halves(placement: Any) -> bool:
+    """Tell whether a placement is that of `sharded_halves`, a private class."""
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    return isinstance(placement, _StridedShard)
+
+
+def span_fsdp(inner: Any, around: Any) -> None:
+    """Let the parameters of an FSDP2 module be gathered for the whole run of a module around it.
+
+    Private because FSDP2 ties a group to the module it was made for. The hooks of a module inside
+    another break the graph of the outer one; on the outer one itself they run before its graph.
+    """
+    state = inner._get_fsdp_state()
+    state._pre_forward_hook_handle.remove()
+    state._post_forward_hook_handle.remove()
+    state._pre_forward_hook_handle = around.register_forward_pre_hook(
+        state._pre_forward, prepend=True, with_kwargs=True
+    )
+    state._post_forward_hook_handle = around.register_forward_hook(state._post_forward)

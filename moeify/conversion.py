@@ -126,12 +126,16 @@ def require_one_process(model: nn.Module, what: str) -> None:
         MoeifyError: Experts or dense layers lie on several ranks.
     """
     record = conversion_of(model)
-    layout = None if record is None or record.parallel is None else record.parallel.layout
-    if layout is not None and layout.expert * layout.tensor > 1:
+    if record is None or record.parallel is None:
+        return
+    layout, zero = record.parallel.layout, record.parallel.zero
+    stage = 0 if zero is None else zero.stage
+    if layout.expert * layout.tensor > 1 or stage >= 2:
+        lies = f"expert {layout.expert}, tensor {layout.tensor}"
+        lies += f", ZeRO stage {stage}" if stage >= 2 else ""
         raise MoeifyError(
-            f"{what} needs the whole model, and its layers lie on {layout.world} ranks (expert "
-            f"{layout.expert}, tensor {layout.tensor}): do it in one process; state_dict() holds "
-            "DTensors, which torch.distributed.checkpoint saves from all ranks"
+            f"{what} needs the whole model, and its layers lie on {layout.world} ranks ({lies}): "
+            "do it in one process; moeify.save_sharded saves from all ranks"
         )
 
 

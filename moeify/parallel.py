@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from moeify import collectives
 from moeify.errors import DispatchError, MoeifyError, PlanError
@@ -24,10 +24,13 @@ from moeify.mesh import World, world_size
 from moeify.plan import Plan
 from moeify.resolve import ResolvedPlan
 from moeify.sharding import is_sharded
+from moeify.zero_plan import check_process
 
 if TYPE_CHECKING:
     from moeify.gradients import GradientReducer
+    from moeify.sharded_optimizer import Cut
     from moeify.tensor_parallel import PartialSums
+    from moeify.zero_plan import ZeroPlan
 
 __all__ = ["Parallel", "agree_on_layers", "join", "reduce_gradients", "together"]
 
@@ -44,6 +47,9 @@ class Parallel:
         reducer: Reduces gradients in every backward pass, or None.
         slices: How dense layers are sliced over the tensor ranks (a `SlicePlan`), or None.
         sums: Sums gradients of whole parameters within slices, or None.
+        zero: What ZeRO partitions, or None.
+        cuts: How optimizer states are cut, by parameter name, at stages 0 and 1.
+        masters: Pieces of the weights in float32, until an optimizer takes them.
     """
 
     layout: Layout
@@ -51,6 +57,9 @@ class Parallel:
     reducer: GradientReducer | None = None
     slices: Any = None
     sums: PartialSums | None = None
+    zero: ZeroPlan | None = None
+    cuts: dict[str, Cut] = field(default_factory=dict)
+    masters: dict[str, Tensor] = field(default_factory=dict)
 
 
 def join(plan: Plan, mesh: Any, model: nn.Module, *, verify: bool = True) -> World | None:
@@ -66,10 +75,12 @@ def join(plan: Plan, mesh: Any, model: nn.Module, *, verify: bool = True) -> Wor
         PlanError: The plan does not fit the world, or the ranks have different plans or meshes.
     """
     world = world_size()
-    if world == 1 and mesh is None:
+    running = dist.is_available() and dist.is_initialized()
+    check_process(plan, distributed=running)
+    if world == 1 and mesh is None and not (running and plan.zero.is_active):
         _fit(plan, world)
         return None
-    if not dist.is_initialized():
+    if not running:
         raise PlanError("mesh: torch.distributed does not run: call init_process_group first")
     device = next((p.device.type for p in model.parameters()), "cpu")
     agree(

@@ -8,6 +8,7 @@ from moeify.passes.hierarchical_all_to_all import HierarchicalAllToAll
 from moeify.passes.insert_all_to_all import InsertAllToAll
 from moeify.passes.join_routers import JoinRouters
 from moeify.passes.overlap_chunks import OverlapChunks
+from moeify.passes.partition_zero import PartitionZero
 from moeify.passes.shard_experts import ShardExperts, share_of
 from moeify.passes.slice_experts import SliceExperts
 
@@ -24,4 +25,5 @@ def parallel_passes() -> list[Pass]:
         OverlapChunks(),
         HierarchicalAllToAll(),
         JoinRouters(),
+        PartitionZero(),
     ]

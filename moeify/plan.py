@@ -25,6 +25,7 @@ from moeify.presets import PRESETS, preset_data
 from moeify.selection import LISTED, Count, Schedule, Select, Strict
 from moeify.specs import InitSpec, ParallelSpec, RouterSpec, ZeroSpec
 from moeify.strict_yaml import Lines, Where
+from moeify.zero_plan import check_spec
 
 if TYPE_CHECKING:
     from torch import nn
@@ -131,6 +132,7 @@ class Plan(Strict):
         self._file, self._lines = file, lines
         for position, rule in enumerate(self.layers):
             self._check_rule(position, rule)
+        check_spec(self)
         return self
 
     def _check_rule(self, position: int, rule: LayerRule) -> None:

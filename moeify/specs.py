@@ -108,12 +108,30 @@ class ParallelSpec(Strict):
 
 
 class ZeroSpec(Strict):
-    """What is partitioned over the data-parallel ranks.
+    """What is partitioned over the data-parallel ranks, experts over the ranks that repeat them.
 
     Attributes:
         stage: 1: optimizer states; 2: and gradients; 3: and parameters.
-        offload: What lives in CPU memory.
+        engine: `fsdp2`, torch's own; or `graph`: gathers are nodes of the blocks' graphs, so that a
+            whole model compiles in one piece (stages 2 and 3).
+        offload: What lives in CPU memory: the `optimizer` (master weights and states), the
+            `parameters` (with them, at stage 3), or `all`.
+        precision: What parameters are gathered and computed in; `model` keeps their dtype.
+        master: What the optimizer updates, with another precision: `float32`, or the `same` as it
+            computes in (DeepSpeed's `fp16_master_weights_and_grads`).
+        reduce: What gradients are reduced in, with another precision.
+        prefetch: How many units ahead parameters are gathered.
     """
 
     stage: Annotated[int, Field(ge=0, le=3)] = 0
+    engine: Literal["fsdp2", "graph"] = "fsdp2"
     offload: Literal["none", "optimizer", "parameters", "all"] = "none"
+    precision: Literal["model", "bf16", "fp16"] = "model"
+    master: Literal["float32", "same"] = "float32"
+    reduce: Literal["float32", "same"] = "float32"
+    prefetch: Natural = 1
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it asks for anything."""
+        return self.stage > 0 or self.offload != "none" or self.precision != "model"

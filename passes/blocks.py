@@ -17,6 +17,9 @@ MOE_ROLE = "moe"
 SLICES = "moeify_slices"
 """Where in a graph's `meta` slice-dense keeps its decision."""
 
+ZERO = "moeify_zero"
+"""Where in a graph's `meta` partition-zero keeps its decision."""
+
 
 def find_site(discovery: Discovery, layer: LayerPlan) -> FoundSite | None:
     """Return the site that a layer plan is for, or None for `expert: linear`."""

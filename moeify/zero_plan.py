@@ -1,0 +1,311 @@
+"""What ZeRO partitions, as data: over which ranks, along which dimension, in which unit.
+
+Arithmetic only, without torch, so that a decision can be printed, tested and simulated anywhere.
+`passes/partition_zero.py` makes it from a graph; `zero_fsdp.py`, `zero_graph.py` and
+`sharded_optimizer.py` carry it out.
+
+Source:
+    ZeRO: Rajbhandari et al. 2020, section 5. Units and prefetching: PyTorch FSDP2.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import prod
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from moeify.plan import Plan
+
+log = logging.getLogger("moeify")
+
+Kind = Literal["dense", "expert"]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One parameter of this rank and how it is partitioned.
+
+    Attributes:
+        name: Its name in the converted model.
+        kind: "expert" for the experts of a MoE layer that are spread over ranks, else "dense".
+        over: Mesh dimension over which it is partitioned: "dp" or "edp".
+        ranks: Size of that dimension.
+        dim: Dimension that is cut (unevenly if it must be: dimension 0 only); None if it stays
+            whole, because `ranks` is 1 or because it has no dimension to cut.
+        shape: Shape on this rank before ZeRO cuts it, its share of experts and slices.
+        itemsize: Bytes per element as the model holds it.
+        trains: Whether it has a gradient and optimizer state.
+    """
+
+    name: str
+    kind: Kind
+    over: str
+    ranks: int
+    dim: int | None
+    shape: tuple[int, ...]
+    itemsize: int
+    trains: bool = True
+
+    @property
+    def numel(self) -> int:
+        """Elements on this rank before ZeRO cuts it."""
+        return prod(self.shape)
+
+    def cut(self, rank: int = 0) -> int:
+        """Return the elements of the rank's piece; the first rank's is the largest."""
+        if self.dim is None:
+            return self.numel
+        size = self.shape[self.dim]
+        each = -(-size // self.ranks)
+        mine = max(0, min(size, (rank + 1) * each) - rank * each)
+        return self.numel // size * mine if size else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Parameters that are gathered together, around one module.
+
+    Attributes:
+        name: Path of that module; "" is the model.
+        kind: What its parameters are; a unit is of one mesh.
+        parts: Its parameters.
+        around: Path of the module for whose run they are gathered: itself, or a layer around it.
+        after: Units whose gather starts while this one computes forward.
+        before: The same in the backward pass.
+    """
+
+    name: str
+    kind: Kind
+    parts: tuple[Part, ...]
+    around: str = ""
+    after: tuple[str, ...] = ()
+    before: tuple[str, ...] = ()
+
+    @property
+    def elements(self) -> int:
+        """Elements of its parameters on this rank before ZeRO cuts them."""
+        return sum(part.numel for part in self.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes on the rank that holds most of them.
+
+    Attributes:
+        parameters: What stays between steps: whole parameters, or this rank's pieces.
+        gradients: What a backward pass leaves.
+        optimizer: States and master weights.
+        gathered: What a step adds for a while: whole parameters that are gathered at once.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    gathered: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it, at its peak."""
+        return self.parameters + self.gradients + self.optimizer + self.gathered
+
+
+_SIZES = {"bf16": 2, "fp16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class ZeroPlan:
+    """The decision for one model on one layout.
+
+    Attributes:
+        stage: 0 to 3, see `ZeroSpec`.
+        units: In the order in which the graph runs them; the model's own ("") comes first.
+        engine: "fsdp2" or "graph".
+        offload: As in `ZeroSpec`.
+        precision: As in `ZeroSpec`.
+        master: As in `ZeroSpec`.
+        reduce: As in `ZeroSpec`.
+        merged: (path, reason) of modules that would be units of their own and are not.
+    """
+
+    stage: int
+    units: tuple[Unit, ...]
+    engine: str = "fsdp2"
+    offload: str = "none"
+    precision: str = "model"
+    master: str = "float32"
+    reduce: str = "float32"
+    merged: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """All parameters by name, in the order of their units."""
+        return {part.name: part for unit in self.units for part in unit.parts}
+
+    @property
+    def has_masters(self) -> bool:
+        """Whether the optimizer updates float32 copies of what the model computes with."""
+        return self.precision != "model" and self.master == "float32"
+
+    def at(self, stage: int) -> ZeroPlan:
+        """Return the same at another stage."""
+        return replace(self, stage=stage)
+
+    def computed(self, part: Part) -> int:
+        """Return the bytes of an element where the model computes with it."""
+        return _SIZES.get(self.precision, part.itemsize)
+
+    def kept(self, part: Part) -> int:
+        """Return the bytes of an element where the optimizer updates it."""
+        if self.precision == "model":
+            return part.itemsize
+        return 4 if self.master == "float32" else _SIZES[self.precision]
+
+    def memory(self, *, states: int = 2, rank: int = 0) -> dict[Kind, Memory]:
+        """Return what a rank holds, of dense parameters and of experts.
+
+        Args:
+            states: Tensors like the parameter that the optimizer keeps: 2 for Adam, 1 for momentum.
+            rank: Place in the group over which parameters are cut; the first holds most.
+        """
+        return {kind: self._memory(kind, states, rank) for kind in _KINDS}
+
+    def _memory(self, kind: Kind, states: int, rank: int) -> Memory:
+        parts = [part for part in self.parts.values() if part.kind == kind]
+        if self.stage >= 2:
+            pieces = sum(part.cut(rank) * self.kept(part) for part in parts)
+            trained = sum(part.cut(rank) * self.kept(part) for part in parts if part.trains)
+            return Memory(pieces, trained, states * trained, self._gathered(kind))
+        whole = sum(part.numel * self.computed(part) for part in parts)
+        gradients = sum(part.numel * self.computed(part) for part in parts if part.trains)
+        copies = self.has_masters or self.offload != "none"
+        tensors = states + int(copies)
+        cut = rank if self.stage == 1 else None
+        held = sum(
+            (part.numel if cut is None else part.cut(cut)) * self.kept(part) * tensors
+            for part in parts
+            if part.trains
+        )
+        return Memory(whole, gradients, held)
+
+    def _gathered(self, kind: Kind) -> int:
+        """Return the bytes that gathers add: all of them, or what is alive at once at stage 3."""
+        sizes = [
+            sum(p.numel * self.computed(p) for p in unit.parts) if unit.kind == kind else 0
+            for unit in self.units
+        ]
+        if self.stage == 2 or not sizes:
+            return sum(sizes)
+        root = sum(size for unit, size in zip(self.units, sizes, strict=True) if not unit.around)
+        spans: dict[str, int] = {}
+        for unit, size in zip(self.units, sizes, strict=True):
+            if unit.around:
+                spans[unit.around] = spans.get(unit.around, 0) + size
+        own = list(spans.values())
+        window = 1 + max(
+            (len({self._around(n) for n in u.after}) for u in self.units if u.around), default=0
+        )
+        return root + max((sum(own[i : i + window]) for i in range(len(own))), default=0)
+
+    def _around(self, name: str) -> str:
+        return next(unit.around for unit in self.units if unit.name == name)
+
+    def traffic(self) -> dict[Kind, dict[str, int]]:
+        """Return the bytes of whole parameters that one training step gathers and reduces.
+
+        Of the whole tensors, as payload: a ring sends `(n - 1) / n` of it from each of `n` ranks.
+        Stage 3 gathers twice, for the forward and the backward pass (the model's own unit once);
+        stage 2 once; stage 1 gathers what the optimizer has updated; stages 0 and 1 all-reduce.
+
+        Returns:
+            Per kind: "gather", "reduce_scatter", "all_reduce".
+        """
+        total: dict[Kind, dict[str, int]] = {}
+        for kind in _KINDS:
+            row = {"gather": 0, "reduce_scatter": 0, "all_reduce": 0}
+            for unit in self.units:
+                if unit.kind != kind:
+                    continue
+                for part in unit.parts:
+                    self._count(row, unit, part)
+            total[kind] = row
+        return total
+
+    def _count(self, row: dict[str, int], unit: Unit, part: Part) -> None:
+        if part.ranks == 1:
+            return
+        size = part.numel * self.computed(part)
+        wide = self.precision != "model" and self.reduce == "float32"
+        reduced = part.numel * (4 if wide and self.stage >= 2 else self.computed(part))
+        if self.stage < 2:
+            row["all_reduce"] += reduced if part.trains else 0
+            row["gather"] += size if self.stage == 1 and part.trains and part.dim is not None else 0
+        else:
+            twice = self.stage == 3 and unit.around != ""
+            row["gather"] += size * (2 if twice else 1) if part.dim is not None else 0
+            kind = "all_reduce" if part.dim is None else "reduce_scatter"
+            row[kind] += reduced if part.trains else 0
+
+    def lines(self) -> Iterator[str]:
+        """Yield the decision, a line for each unit, for logs and tables."""
+        yield f"ZeRO stage {self.stage} ({self.engine}), offload {self.offload}"
+        for unit in self.units:
+            ranks = max((part.ranks for part in unit.parts), default=1)
+            over = f"{unit.parts[0].over} of {ranks}" if unit.parts else "nothing"
+            text = f"{unit.name or 'the model'}: {unit.elements:,} {unit.kind} over {over}"
+            if unit.after:
+                text += f", then {', '.join(unit.after)}"
+            yield text
+        for path, reason in self.merged:
+            yield f"{path}: no unit of its own: {reason}"
+
+
+_KINDS: tuple[Kind, ...] = ("dense", "expert")
+
+
+def check_spec(plan: Plan) -> None:
+    """Check a plan's `zero:` against the rest of the plan.
+
+    Raises:
+        PlanError: They cannot go together.
+    """
+    zero, gradients = plan.zero, plan.parallel.gradients
+    if zero.engine == "graph" and zero.stage < 2:
+        raise plan.fault(("zero", "engine"), "`graph` partitions parameters: use stage 2 or 3")
+    if zero.engine == "graph" and zero.offload != "none":
+        raise plan.fault(("zero", "offload"), "goes with `engine: fsdp2`")
+    if zero.offload in ("parameters", "all") and zero.stage < 3:
+        raise plan.fault(
+            ("zero", "offload"),
+            f"`{zero.offload}` needs stage 3: whole parameters stay on the device; use `optimizer`",
+        )
+    if zero.stage >= 2 and gradients != "all":
+        raise plan.fault(
+            ("parallel", "gradients"), f"stage {zero.stage} reduces all gradients itself; use `all`"
+        )
+
+
+def check_process(plan: Plan, *, distributed: bool) -> None:
+    """Check a plan's `zero:` against the process it runs in.
+
+    Args:
+        plan: The plan.
+        distributed: Whether `torch.distributed` runs.
+
+    Raises:
+        PlanError: It cannot be carried out.
+    """
+    zero = plan.zero
+    if distributed:
+        return
+    if zero.offload != "none" or zero.precision != "model":
+        key = "offload" if zero.offload != "none" else "precision"
+        raise plan.fault(
+            ("zero", key),
+            "needs torch.distributed: start the process by torchrun --nproc-per-node 1, and call "
+            "init_process_group first",
+        )
+    if zero.stage:
+        log.info("one process: zero.stage %d has nothing to partition", zero.stage)
