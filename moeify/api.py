@@ -316,6 +316,7 @@ def _install_checked(
                 zero,
                 partitioned.cuts,
                 partitioned.masters,
+                partitioned.guard,
             )
             compat.leave_out_of_ddp(model, sharded_names(model))
     except BaseException:

@@ -32,6 +32,14 @@ _COLLECTIVES = {
     "in the node": "right",
     "to other nodes": "right",
 }
+_MEMORY = {
+    "stage": "right",
+    "of": "left",
+    "parameters": "right",
+    "gradients": "right",
+    "optimizer": "right",
+    "gathered at once": "right",
+}
 _HOPS = {"ranks": "right", "flat": "right", "hierarchical": "right"}
 
 
@@ -119,6 +127,12 @@ def _print(found: Simulation, console: Console) -> None:
     )
     say(console, f"parameters on a rank: {', '.join(shares)}")
     say(console, f"kept for the backward pass: {size(found.activation_bytes)}")
+    if found.memory:
+        say(
+            console,
+            f"kept on a rank by ZeRO stage, with Adam; the plan's is {found.zero['stage']}:",
+        )
+        console.print(make_table(_MEMORY, _memory(found)))
     if found.even_load:
         say(console, "the plan drops nothing; an even load is assumed for sizes (capacity 1.0)")
     if found.imbalance:
@@ -149,6 +163,12 @@ def _rows(collectives: Iterable[Collectives]) -> Iterable[Sequence[object]]:
             size(row.node_bytes),
             size(row.network_bytes),
         )
+
+
+def _memory(found: Simulation) -> Iterable[Sequence[object]]:
+    for stage, kinds in found.memory.items():
+        for kind, sizes in kinds.items():
+            yield stage, kind, *(size(number) for number in sizes.values())
 
 
 def _print_hops(points: Sequence[Point], console: Console) -> None:

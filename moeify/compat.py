@@ -425,8 +425,19 @@ def next_node_number() -> int:
     return int(torch._C._autograd._get_sequence_nr())
 
 
-def sharded_halves(local: Tensor, mesh: Any, placements: Any, shape: torch.Size, dim: int) -> Any:
+def sharded_halves(
+    local: Tensor,
+    mesh: Any,
+    placements: Any,
+    shape: torch.Size,
+    dim: int,
+    *,
+    as_order: bool = False,
+) -> Any:
     """Return a DTensor whose dimension `dim` is two halves, each sliced over the last mesh axis.
+
+    With `as_order` it says of itself what FSDP2's do, which `full_tensor` sets right: torch plans
+    minutes for each operation over three mesh axes else.
 
     A rank's slice of a fused gate and up projection is a piece of each half. Private because torch
     has that placement (`_StridedShard`) for its own FSDP over tensor parallelism only; torch 2.11
@@ -441,7 +452,7 @@ def sharded_halves(local: Tensor, mesh: Any, placements: Any, shape: torch.Size,
     meta = TensorMeta(shape, stride, local.dtype)
     known = inspect.signature(DTensorSpec).parameters
     name = "use_strided_shard_as_shard_order"
-    options: dict[str, Any] = {name: False} if name in known else {}
+    options: dict[str, Any] = {name: as_order} if name in known else {}
     spec = DTensorSpec(mesh, placements, tensor_meta=meta, **options)
     make: Any = DTensor  # its constructor is untyped
     return make(local, spec, requires_grad=False)

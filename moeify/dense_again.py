@@ -97,6 +97,8 @@ def _forget(model: nn.Module, conversion: Conversion) -> None:
         compat.restore_fused_encoder(model.get_submodule(path), value)
     if conversion.parallel is not None and conversion.parallel.reducer is not None:
         conversion.parallel.reducer.remove()
+    if conversion.parallel is not None and conversion.parallel.guard is not None:
+        conversion.parallel.guard.remove()
     del model.__dict__[ATTRIBUTE]
     losses.detach(model)
     hf.unguard(model)

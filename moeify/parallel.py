@@ -28,7 +28,7 @@ from moeify.zero_plan import check_process
 
 if TYPE_CHECKING:
     from moeify.gradients import GradientReducer
-    from moeify.sharded_optimizer import Cut
+    from moeify.sharded_optimizer import Cut, Guard
     from moeify.tensor_parallel import PartialSums
     from moeify.zero_plan import ZeroPlan
 
@@ -50,6 +50,7 @@ class Parallel:
         zero: What ZeRO partitions, or None.
         cuts: How optimizer states are cut, by parameter name, at stages 0 and 1.
         masters: Pieces of the weights in float32, until an optimizer takes them.
+        guard: Makes optimizers that know nothing of `zero` refuse the parameters, or None.
     """
 
     layout: Layout
@@ -60,6 +61,7 @@ class Parallel:
     zero: ZeroPlan | None = None
     cuts: dict[str, Cut] = field(default_factory=dict)
     masters: dict[str, Tensor] = field(default_factory=dict)
+    guard: Guard | None = None
 
 
 def join(plan: Plan, mesh: Any, model: nn.Module, *, verify: bool = True) -> World | None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 from collections import Counter as Tally
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from moeify.layout import Layout
 from moeify.plan import Plan
 from moeify.resolve import LayerPlan
 from moeify.simulate_counter import Call, Counter, fake_world
+from moeify.simulate_zero import memory_by_stage, with_pieces
 from moeify.torch_calls import tensors_in
 
 __all__ = ["Simulation", "simulate", "step"]
@@ -103,6 +104,9 @@ class Simulation:
         parameter_bytes: The same in bytes.
         activation_bytes: What autograd keeps for the backward pass, parameters left out.
         imbalance: By layer.
+        zero: The plan's stage and engine.
+        memory: Bytes that this rank keeps at each ZeRO stage with an optimizer of two states, by
+            stage, "dense" or "expert", and kind of memory (see `zero_plan.Memory`).
     """
 
     model: str
@@ -116,6 +120,8 @@ class Simulation:
     parameter_bytes: Mapping[str, int]
     activation_bytes: int
     imbalance: tuple[Imbalance, ...]
+    zero: Mapping[str, int | str]
+    memory: Mapping[int, Mapping[str, Mapping[str, int]]]
 
     def totals(self) -> dict[str, int]:
         """Return the sums over all collectives of a step."""
@@ -158,12 +164,19 @@ def simulate(
         sized = _resized(example_inputs_for(model), batch, length)
     else:
         sized = example_inputs
+    # Pieces change no shape that a step computes with: they are added to what a whole step does.
+    whole = Plan.of(chosen.data() | {"zero": {"prefetch": chosen.zero.prefetch}})
     with fake_world(world, node):
-        sharded = api.moeify(skeleton(model), chosen, example_inputs=sized, verify=False)
+        sharded = api.moeify(skeleton(model), whole, example_inputs=sized, verify=False)
         record = require_conversion(sharded)
         calls, kept = step(sharded, sized, [layer.block for layer in record.layers])
         parameters, sizes = _parameters(sharded, record)
     layout = Layout.of(chosen.parallel, world)
+    zero = None if record.parallel is None else record.parallel.zero
+    if zero is not None:
+        zero = replace(zero.under(chosen.zero), device="cuda")
+        counts = {f"{la.block}.experts": la.layer.experts for la in record.layers}
+        calls = with_pieces(calls, zero, layout, counts)
     return Simulation(
         model=type(model).__name__,
         world=world,
@@ -181,6 +194,8 @@ def simulate(
         parameter_bytes=sizes,
         activation_bytes=kept,
         imbalance=tuple(_imbalance(converted.layer, layout) for converted in record.layers),
+        zero={"stage": chosen.zero.stage, "engine": chosen.zero.engine},
+        memory={} if zero is None else memory_by_stage(zero),
     )
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from moeify.mesh import World
     from moeify.resolve import ResolvedPlan
-    from moeify.sharded_optimizer import Cut
+    from moeify.sharded_optimizer import Cut, Guard
     from moeify.tensor_parallel import SlicePlan
 
 __all__ = ["Partitioned", "partition"]
@@ -36,10 +36,12 @@ class Partitioned:
         cuts: How optimizer states are cut, by parameter name, where parameters are whole.
         masters: This rank's pieces of the weights in float32, where the model holds less; taken
             by the optimizer.
+        guard: Makes other optimizers than `mf.optimizer`'s refuse these parameters, or None.
     """
 
     cuts: dict[str, Cut] = field(default_factory=dict)
     masters: dict[str, Tensor] = field(default_factory=dict)
+    guard: Guard | None = None
 
 
 def partition(
@@ -92,6 +94,11 @@ def partition(
         if zero.has_masters:
             made.masters = _masters(model, zero, made.cuts, dtype)
         zero_fsdp.cast(model, dtype, undo)
+    if zero.stage or zero.offload != "none" or zero.has_masters:
+        from moeify.sharded_optimizer import guard
+
+        made.guard = guard(p for p in model.parameters() if p.requires_grad)
+        undo.callback(made.guard.remove)
     return made
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from moeify.plan import Plan
+    from moeify.specs import ZeroSpec
 
 log = logging.getLogger("moeify")
 
@@ -128,6 +129,7 @@ class ZeroPlan:
         master: As in `ZeroSpec`.
         reduce: As in `ZeroSpec`.
         merged: (path, reason) of modules that would be units of their own and are not.
+        device: Where the model computes; on "cpu" an offload has nothing to copy.
     """
 
     stage: int
@@ -138,6 +140,7 @@ class ZeroPlan:
     master: str = "float32"
     reduce: str = "float32"
     merged: tuple[tuple[str, str], ...] = ()
+    device: str = "cuda"
 
     @property
     def parts(self) -> dict[str, Part]:
@@ -152,6 +155,18 @@ class ZeroPlan:
     def at(self, stage: int) -> ZeroPlan:
         """Return the same at another stage."""
         return replace(self, stage=stage)
+
+    def under(self, spec: ZeroSpec) -> ZeroPlan:
+        """Return the same as another `zero:` wants it; units and their order stay."""
+        return replace(
+            self,
+            stage=spec.stage,
+            engine=spec.engine,
+            offload=spec.offload,
+            precision=spec.precision,
+            master=spec.master,
+            reduce=spec.reduce,
+        )
 
     def computed(self, part: Part) -> int:
         """Return the bytes of an element where the model computes with it."""
@@ -180,7 +195,7 @@ class ZeroPlan:
             return Memory(pieces, trained, states * trained, self._gathered(kind))
         whole = sum(part.numel * self.computed(part) for part in parts)
         gradients = sum(part.numel * self.computed(part) for part in parts if part.trains)
-        copies = self.has_masters or self.offload != "none"
+        copies = self.has_masters or (self.offload != "none" and self.device != "cpu")
         tensors = states + int(copies)
         cut = rank if self.stage == 1 else None
         held = sum(

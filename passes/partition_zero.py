@@ -63,6 +63,7 @@ class PartitionZero:
             spec.master,
             spec.reduce,
             merged,
+            world.device_type,
         )
         if spec.stage:
             for line in gm.meta[ZERO].lines():

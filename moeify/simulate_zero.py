@@ -1,0 +1,98 @@
+"""What ZeRO adds to a simulated step: gathers, reduce-scatters, and memory by stage.
+
+From the decision alone (`ZeroPlan`), so that it takes no time on any number of ranks; tests compare
+it with what FSDP2 issues and holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+
+from moeify.layout import Layout
+from moeify.simulate_counter import Call
+from moeify.zero_plan import Part, Unit, ZeroPlan
+
+__all__ = ["memory_by_stage", "with_pieces"]
+
+_BUCKET = 25 << 20
+"""Bytes that the optimizer of stage 1 gathers at once (`moeify.sharded_optimizer`)."""
+
+
+def memory_by_stage(zero: ZeroPlan) -> dict[int, dict[str, dict[str, int]]]:
+    """Return what a rank holds at each stage, as the plan's other settings want it."""
+    return {
+        stage: {kind: asdict(held) for kind, held in zero.at(stage).memory().items()}
+        for stage in range(4)
+    }
+
+
+def with_pieces(
+    calls: Sequence[Call], zero: ZeroPlan, layout: Layout, experts: Mapping[str, int]
+) -> list[Call]:
+    """Return the collectives of a step whose parameters or states are partitioned.
+
+    Args:
+        calls: Those of the step with whole parameters.
+        zero: The decision.
+        layout: The world.
+        experts: Number of experts of each unit of experts, by its name.
+    """
+    if zero.stage == 0:
+        return list(calls)
+    if zero.stage == 1:
+        return [*calls, *_published(zero, layout, experts)]
+    kept = [call for call in calls if call.phase != "gradients"]
+    forward: list[Call] = []
+    backward: list[Call] = []
+    gradients: list[Call] = []
+    for unit in zero.units:
+        ranks = _ranks(unit, layout, experts)
+        for parts in [unit.parts] if zero.engine == "fsdp2" else [(part,) for part in unit.parts]:
+            pieces = [part for part in parts if part.dim is not None]
+            if size := sum(part.cut() * zero.computed(part) for part in pieces):
+                forward.append(_gather(ranks, size, "forward", unit.name))
+                if zero.stage == 3 and unit.around:
+                    backward.append(_gather(ranks, size, "backward", unit.name))
+            gradients += _reduced(zero, parts, ranks, unit.name)
+    return [*forward, *kept, *backward, *gradients]
+
+
+def _reduced(
+    zero: ZeroPlan, parts: Sequence[Part], ranks: tuple[int, ...], unit: str
+) -> Iterable[Call]:
+    """Yield how the gradients of some parameters come together."""
+    wide = zero.precision != "model" and zero.reduce == "float32"
+    for whole in (False, True):
+        trained = [p for p in parts if p.trains and (p.dim is None) == whole and p.ranks > 1]
+        size = sum(p.numel * (4 if wide else zero.computed(p)) for p in trained)
+        if not size:
+            continue
+        kind = "all_reduce" if whole else "reduce_scatter"
+        each = size * (2 if whole else 1) / len(ranks)
+        yield Call(kind, ranks, size, each, "gradients", unit)
+
+
+def _published(zero: ZeroPlan, layout: Layout, experts: Mapping[str, int]) -> Iterable[Call]:
+    """Yield the gathers of what the optimizer has updated, in buckets."""
+    groups: dict[tuple[int, ...], int] = {}
+    for unit in zero.units:
+        ranks = _ranks(unit, layout, experts)
+        cut = [part for part in unit.parts if part.dim is not None and part.trains]
+        size = sum(part.cut() * zero.computed(part) for part in cut)
+        groups[ranks] = groups.get(ranks, 0) + size
+    for ranks, size in groups.items():
+        while size > 0:
+            yield _gather(ranks, min(size, _BUCKET), "optimizer", "")
+            size -= _BUCKET
+
+
+def _gather(ranks: tuple[int, ...], piece: int, phase: str, unit: str) -> Call:
+    return Call("all_gather", ranks, piece, float(piece), phase, unit)
+
+
+def _ranks(unit: Unit, layout: Layout, experts: Mapping[str, int]) -> tuple[int, ...]:
+    """Return the ranks over which rank 0 shares a unit."""
+    if unit.parts and unit.parts[0].over == "edp":
+        return tuple(block[0][0] for block in layout.sparse_grid(experts[unit.name]))
+    return tuple(row[0] for row in layout.dense_grid())

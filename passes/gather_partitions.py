@@ -1,0 +1,101 @@
+"""gather-partitions: gathers of ZeRO's pieces become nodes of a block, ahead of what reads them.
+
+Before::
+
+    routing  = self.router(tokens)
+    computed = self.experts(mine, landed_offsets)
+
+After::
+
+    router_weight        = zero_graph.gather(self.router, 'weight')
+    experts_up_proj, ... = zero_graph.gather(self.experts, 'up_proj'), ...
+    routing  = zero_graph.run(self.router, ('weight',), (router_weight,), tokens)
+    computed = zero_graph.run(self.experts, ('up_proj', ...), (experts_up_proj, ...), mine, ...)
+
+A gather returns the parameter itself until it has been partitioned, so that a conversion is proven
+on whole parameters. With `prefetch` they all stand in front of the block, experts' last; without,
+each right before its module. One node for each parameter: bucketing them is the compiler's job.
+What other blocks and the layers between them gather is none of this graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from moeify import zero_graph
+from moeify.passes.base import Fact, PassResult, PlanContext
+from moeify.passes.blocks import blocks_of
+from moeify.passes.exchange_nodes import node
+
+
+@dataclass(frozen=True, slots=True)
+class GatherPartitions:
+    """Gather the parameters of every block by nodes, for `zero: {engine: graph}`.
+
+    Declare it after the passes that look for calls of experts: it turns them into functions.
+    """
+
+    name: ClassVar[str] = "gather-partitions"
+    requires: ClassVar[frozenset[str]] = frozenset({Fact.MOE_BLOCKS, Fact.PARTITIONED})
+    provides: ClassVar[frozenset[str]] = frozenset()
+    invalidates: ClassVar[frozenset[str]] = frozenset()
+
+    def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
+        """Add the gathers; stages below 2 and other engines leave the graph as it is."""
+        if ctx.plan is None or ctx.mesh is None:
+            return PassResult(gm, False)
+        zero = ctx.plan.zero
+        if zero.engine != "graph" or zero.stage < 2:
+            return PassResult(gm, False)
+        changed = False
+        for _, block in blocks_of(gm):
+            if _rewrite(block, ahead=zero.prefetch > 0):
+                block.graph.lint()
+                block.recompile()
+                changed = True
+        return PassResult(gm, changed)
+
+
+def _rewrite(block: fx.GraphModule, *, ahead: bool) -> bool:
+    """Gather the parameters of each module that the block calls; tell whether there were any."""
+    calls: dict[str, list[fx.Node]] = {}
+    for call in block.graph.find_nodes(op="call_module"):
+        calls.setdefault(str(call.target), []).append(call)
+    front = next(n for n in block.graph.nodes if n.op != "placeholder")
+    changed = False
+    for target in sorted(calls, key=lambda name: name == "experts"):  # else in their order
+        names = tuple(name for name, _ in block.get_submodule(target).named_parameters())
+        if not names:
+            continue
+        graph = block.graph
+        with graph.inserting_before(front if ahead else calls[target][0]):
+            module = graph.get_attr(target)
+            module._rename(_flat(f"{target}_module"))
+            values = tuple(
+                node(graph, zero_graph.gather, (module, name), _flat(f"{target}_{name}"))
+                for name in names
+            )
+        for call in calls[target]:
+            _replace(graph, call, (module, names, values))
+        changed = True
+    return changed
+
+
+def _flat(name: str) -> str:
+    return name.replace(".", "_")
+
+
+def _replace(graph: fx.Graph, call: fx.Node, gathered: tuple[fx.node.Argument, ...]) -> None:
+    name = call.name
+    with graph.inserting_before(call):
+        made = graph.call_function(zero_graph.run, (*gathered, *call.args), call.kwargs)
+    made.meta = {**call.meta, "is_wrapped": True}  # as `exchange_nodes.node` says
+    call.replace_all_uses_with(made)
+    graph.erase_node(call)
+    made._rename(name)
+
+
+__all__ = ["GatherPartitions"]
