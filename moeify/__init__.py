@@ -20,6 +20,14 @@ _HOMES = {
     "demoeify": "moeify.dense_again",
     "export": "moeify.exporting",
     "find_mlps": "moeify.discovery",
+    "optimizer": "moeify.optimizing",
+    "param_groups": "moeify.optimizing",
+    "clip_grad_norm_": "moeify.clipping",
+    "save_sharded": "moeify.sharded_checkpoint",
+    "load_sharded": "moeify.sharded_checkpoint",
+    "latest": "moeify.sharded_checkpoint",
+    "to_single": "moeify.sharded_convert",
+    "to_sharded": "moeify.sharded_convert",
     "aux_loss": "moeify.losses",
     "router_stats": "moeify.losses",
     "save": "moeify.checkpoint",
@@ -46,6 +54,7 @@ if TYPE_CHECKING:
     from moeify.api import moeify as moeify
     from moeify.checkpoint import load as load
     from moeify.checkpoint import save as save
+    from moeify.clipping import clip_grad_norm_ as clip_grad_norm_
     from moeify.dense_again import demoeify as demoeify
     from moeify.discovery import find_mlps as find_mlps
     from moeify.errors import CaptureError as CaptureError
@@ -61,9 +70,16 @@ if TYPE_CHECKING:
     from moeify.layer import MoE as MoE
     from moeify.losses import aux_loss as aux_loss
     from moeify.losses import router_stats as router_stats
+    from moeify.optimizing import optimizer as optimizer
+    from moeify.optimizing import param_groups as param_groups
     from moeify.plan import Plan as Plan
     from moeify.resolve import LayerPlan as LayerPlan
     from moeify.resolve import ResolvedPlan as ResolvedPlan
+    from moeify.sharded_checkpoint import latest as latest
+    from moeify.sharded_checkpoint import load_sharded as load_sharded
+    from moeify.sharded_checkpoint import save_sharded as save_sharded
+    from moeify.sharded_convert import to_sharded as to_sharded
+    from moeify.sharded_convert import to_single as to_single
     from moeify.sites import Site as Site
 
 

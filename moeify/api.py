@@ -39,6 +39,7 @@ from moeify.passes.base import Fact, Pass, PlanContext
 from moeify.passes.blocks import MOE_ROLE, SLICES, ZERO, block_path, find_site
 from moeify.passes.dataflow import weight_of
 from moeify.passes.find_mlps import FindMlps
+from moeify.passes.gather_partitions import GatherPartitions
 from moeify.passes.lower_kernels import LowerKernels
 from moeify.passes.manager import PassManager
 from moeify.passes.observers import observers_from_env
@@ -181,7 +182,9 @@ def run_pipeline(
 
         shares = {layer.name: share_of(world, layer.experts) for layer in resolved}
         ours = [*ours[:-1], ReplaceMlps(discovery, shares), *parallel_passes()]
-    manager = PassManager([*ours, *passes, LowerKernels()], observers=observers_from_env())
+    # Gathers hide calls of experts, which lower-kernels looks for.
+    last: list[Pass] = [LowerKernels(), *([] if world is None else [GatherPartitions()])]
+    manager = PassManager([*ours, *passes, *last], observers=observers_from_env())
     gm = manager.run(gm, ctx).graph_module
     for report in manager.reports:
         log.debug("%s", report)

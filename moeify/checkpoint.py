@@ -185,6 +185,7 @@ def load(
     place = torch.device(device)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype: {dtype!r} is no floating-point dtype such as torch.bfloat16")
+    _refuse_sharded(directory)
     with Folder(directory) as folder, default_device_cpu():
         manifest = read_manifest(folder)
         texts = _read_texts(folder, manifest)
@@ -212,6 +213,14 @@ def load(
     if dtype is not None and is_hf(target):
         target.config.dtype = dtype
     return target
+
+
+def _refuse_sharded(directory: str | os.PathLike[str]) -> None:
+    if Path(directory, "moeify-sharded.json").is_file() or any(Path(directory).glob("step-*")):
+        raise CheckpointError(
+            f"{os.fspath(directory)}: holds sharded checkpoints: moeify.load_sharded(model, ...) "
+            "reads them into a converted model, moeify.to_single(..., folder) makes what load takes"
+        )
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

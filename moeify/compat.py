@@ -425,23 +425,13 @@ def next_node_number() -> int:
     return int(torch._C._autograd._get_sequence_nr())
 
 
-def sharded_halves(
-    local: Tensor,
-    mesh: Any,
-    placements: Any,
-    shape: torch.Size,
-    dim: int,
-    *,
-    as_order: bool = False,
-) -> Any:
+def sharded_halves(local: Tensor, mesh: Any, placements: Any, shape: torch.Size, dim: int) -> Any:
     """Return a DTensor whose dimension `dim` is two halves, each sliced over the last mesh axis.
 
-    With `as_order` it says of itself what FSDP2's do, which `full_tensor` sets right: torch plans
-    minutes for each operation over three mesh axes else.
-
     A rank's slice of a fused gate and up projection is a piece of each half. Private because torch
-    has that placement (`_StridedShard`) for its own FSDP over tensor parallelism only; torch 2.11
-    reads it as an order of shards unless the spec says otherwise.
+    has that placement (`_StridedShard`) for its own FSDP over tensor parallelism only. Like FSDP2's
+    it calls itself an order of shards, which `full_tensor` sets right: torch plans an operation
+    over three mesh axes for minutes otherwise, and a compiler forgets that it says otherwise.
     """
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
@@ -449,11 +439,7 @@ def sharded_halves(
 
     stride = torch.empty(shape, device="meta").stride()
     placements = (*placements[:-1], _StridedShard(dim, split_factor=2))
-    meta = TensorMeta(shape, stride, local.dtype)
-    known = inspect.signature(DTensorSpec).parameters
-    name = "use_strided_shard_as_shard_order"
-    options: dict[str, Any] = {name: as_order} if name in known else {}
-    spec = DTensorSpec(mesh, placements, tensor_meta=meta, **options)
+    spec = DTensorSpec(mesh, placements, tensor_meta=TensorMeta(shape, stride, local.dtype))
     make: Any = DTensor  # its constructor is untyped
     return make(local, spec, requires_grad=False)
 
@@ -563,7 +549,7 @@ def full_tensor(tensor: Any) -> Tensor:
     if getattr(spec, name, False) and any(isinstance(p, _StridedShard) for p in spec.placements):
         right = dataclasses.replace(spec, **{name: False})
         make: Any = DTensor
-        tensor = make(tensor.to_local(), right, requires_grad=False)
+        tensor = make(tensor.to_local().detach(), right, requires_grad=False)
     gathered: Tensor = tensor.full_tensor()
     return gathered
 
@@ -610,3 +596,13 @@ def span_fsdp(inner: Any, around: Any) -> None:
         state._pre_forward, prepend=True, with_kwargs=True
     )
     state._post_forward_hook_handle = around.register_forward_hook(state._post_forward)
+
+
+def forget_fsdp(module: nn.Module) -> None:
+    """Let FSDP2 take a module anew whose attributes are those of before.
+
+    Private because torch keeps a table of all modules that it has ever taken, and no way out.
+    """
+    from torch.distributed import _composable_state
+
+    _composable_state._module_state_mapping.pop(module, None)

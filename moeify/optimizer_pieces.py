@@ -212,7 +212,7 @@ def _laid_out(value: Tensor, parameter: Tensor, cut: Cut | None) -> Tensor:
     empty = torch.empty(value.shape, dtype=value.dtype, device="meta")
     if own and compat.is_halves(own[-1]):
         dim = getattr(own[-1], "dim", 0)
-        like = compat.sharded_halves(empty, mesh, placements, parameter.shape, dim, as_order=True)
+        like = compat.sharded_halves(empty, mesh, placements, parameter.shape, dim)
     else:
         stride = torch.empty(parameter.shape, device="meta").stride()
         like = DTensor.from_local(

@@ -141,7 +141,8 @@ def optimizer(
         cls: Any optimizer of torch's interface.
         groups: Parameters or groups of them; `param_groups(model)` if None, with the given weight
             decay or the default one of `cls`.
-        options: What `cls` takes; `foreach` is on where parameters are pieces, unless you say.
+        options: What `cls` takes; `foreach` is on where parameters are pieces,
+            in groups of our own, unless you say.
 
     Raises:
         MoeifyError: The plan partitions parameters that are not in the model any more.
@@ -153,10 +154,9 @@ def optimizer(
     """
     if groups is None:
         groups = param_groups(model, weight_decay=_weight_decay(cls, options))
-    known = inspect.signature(cls).parameters
-    if "foreach" in known and not options.keys() & {"foreach", "fused"} and _has_pieces(model):
-        # One dispatch for many pieces; and torch takes a minute to plan a single step over halves.
-        options["foreach"] = True
+        known = inspect.signature(cls).parameters
+        if "foreach" in known and not options.keys() & {"foreach", "fused"} and _has_pieces(model):
+            options["foreach"] = True  # one dispatch for many pieces, which are alike in our groups
     holder = next((m for m in model.modules() if isinstance(_record(m), Conversion)), None)
     parallel: Any = None if holder is None else _record(holder).parallel
     if holder is None or parallel is None or parallel.zero is None or parallel.zero.stage > 1:

@@ -12,7 +12,7 @@ import difflib
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, PrivateAttr, Tag, ValidationError
@@ -120,6 +120,7 @@ class Plan(Strict):
 
     _file: str | None = PrivateAttr(default=None)
     _lines: Lines = PrivateAttr(default_factory=dict)
+    _notes: tuple[str, ...] = PrivateAttr(default=())
 
     def __init__(self, /, **data: Any) -> None:
         self._fill(data, {}, None)
@@ -198,6 +199,41 @@ class Plan(Strict):
             PlanError: If the name, an option or its value does not fit.
         """
         return cls(**preset_data(name, options))
+
+    @classmethod
+    def from_deepspeed(
+        cls,
+        config: Mapping[str, Any] | str | os.PathLike[str],
+        *,
+        moe: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+        layers: Any = None,
+    ) -> Plan:
+        """Reads what DeepSpeed is told, with DeepSpeed's meanings.
+
+        Args:
+            config: A ds_config: a dict, a path, JSON text, or that in URL-safe base64.
+            moe: Arguments of `deepspeed.moe.layer.MoE`, or of a Megatron-DeepSpeed launch script;
+                a list of them, one for each MoE layer, if layers differ.
+            layers: Where they stand: "all", a `Select` or its data, or a list of rules, which take
+                from `moe` what they do not state; every second layer if None.
+
+        Returns:
+            The plan; `notes` says what of the config is not in it.
+
+        Raises:
+            PlanError: If the config cannot be read or contradicts itself.
+        """
+        from moeify.from_deepspeed import plan_data
+
+        data, notes = plan_data(config, moe, layers)
+        plan = cls.of(data)
+        plan._notes = notes
+        return plan
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a config that this plan was read from says beyond it; no part of the plan."""
+        return self._notes
 
     @classmethod
     def of(cls, value: Plan | Mapping[str, Any] | str | os.PathLike[str]) -> Plan:

@@ -16,7 +16,7 @@ from moeify.zero_plan import Part, Unit, ZeroPlan
 __all__ = ["memory_by_stage", "with_pieces"]
 
 _BUCKET = 25 << 20
-"""Bytes that the optimizer of stage 1 gathers at once (`moeify.sharded_optimizer`)."""
+"""Bytes of whole parameters that stage 1 gathers at once (`moeify.optimizer_pieces`)."""
 
 
 def memory_by_stage(zero: ZeroPlan) -> dict[int, dict[str, dict[str, int]]]:
@@ -42,17 +42,19 @@ def with_pieces(
         return list(calls)
     if zero.stage == 1:
         return [*calls, *_published(zero, layout, experts)]
-    kept = [call for call in calls if call.phase != "gradients"]
+    reduced = {_ranks(unit, layout, experts) for unit in zero.units}
+    kept = [c for c in calls if c.phase != "gradients" or c.ranks not in reduced]
     forward: list[Call] = []
     backward: list[Call] = []
     gradients: list[Call] = []
     for unit in zero.units:
         ranks = _ranks(unit, layout, experts)
-        for parts in [unit.parts] if zero.engine == "fsdp2" else [(part,) for part in unit.parts]:
+        laid = zero.laid(unit)
+        for parts in [laid] if zero.engine == "fsdp2" else [(part,) for part in laid]:
             pieces = [part for part in parts if part.dim is not None]
             if size := sum(part.cut() * zero.computed(part) for part in pieces):
                 forward.append(_gather(ranks, size, "forward", unit.name))
-                if zero.stage == 3 and unit.around:
+                if zero.is_gathered_again(unit):
                     backward.append(_gather(ranks, size, "backward", unit.name))
             gradients += _reduced(zero, parts, ranks, unit.name)
     return [*forward, *kept, *backward, *gradients]
@@ -65,7 +67,7 @@ def _reduced(
     wide = zero.precision != "model" and zero.reduce == "float32"
     for whole in (False, True):
         trained = [p for p in parts if p.trains and (p.dim is None) == whole and p.ranks > 1]
-        size = sum(p.numel * (4 if wide else zero.computed(p)) for p in trained)
+        size = sum(p.padded * (4 if wide else zero.computed(p)) for p in trained)
         if not size:
             continue
         kind = "all_reduce" if whole else "reduce_scatter"
@@ -75,16 +77,18 @@ def _reduced(
 
 def _published(zero: ZeroPlan, layout: Layout, experts: Mapping[str, int]) -> Iterable[Call]:
     """Yield the gathers of what the optimizer has updated, in buckets."""
-    groups: dict[tuple[int, ...], int] = {}
+    filling: dict[tuple[str, tuple[int, ...], int], int] = {}
     for unit in zero.units:
         ranks = _ranks(unit, layout, experts)
-        cut = [part for part in unit.parts if part.dim is not None and part.trains]
-        size = sum(part.cut() * zero.computed(part) for part in cut)
-        groups[ranks] = groups.get(ranks, 0) + size
-    for ranks, size in groups.items():
-        while size > 0:
-            yield _gather(ranks, min(size, _BUCKET), "optimizer", "")
-            size -= _BUCKET
+        for part in unit.parts:
+            if part.dim is None or not part.trains:
+                continue
+            key = part.over, ranks, zero.computed(part)
+            filling[key] = filling.get(key, 0) + part.cut() * zero.computed(part)
+            if filling[key] * len(ranks) >= _BUCKET:
+                yield _gather(ranks, filling.pop(key), "optimizer", "")
+    for (_, ranks, _), size in filling.items():
+        yield _gather(ranks, size, "optimizer", "")
 
 
 def _gather(ranks: tuple[int, ...], piece: int, phase: str, unit: str) -> Call:

@@ -88,8 +88,9 @@ def shard(
             compat.span_fsdp(sharded, model.get_submodule(unit.around))
         if unit.after:
             sharded.set_modules_to_forward_prefetch([model.get_submodule(n) for n in unit.after])
-        if unit.before:
-            sharded.set_modules_to_backward_prefetch([model.get_submodule(n) for n in unit.before])
+        # Itself, which is there: with an empty list FSDP2 would choose one.
+        before = [model.get_submodule(n) for n in unit.before or (unit.name,)]
+        sharded.set_modules_to_backward_prefetch(before)
     kept = [model.get_submodule(u.name) for u in units if zero.stage == 2 or u.around == ""]
     model.register_forward_pre_hook(partial(_fresh, kept), prepend=True)
     model.register_forward_hook(partial(_released, kept))
@@ -258,6 +259,12 @@ def _refuse_mixed(model: nn.Module, unit: Unit) -> None:
         parameter = model.get_parameter(part.name)
         if parameter.requires_grad:
             dtypes.setdefault(parameter.dtype, part.name)
+        if parameter.dim() == 0:
+            raise UnsupportedModuleError(
+                part.name,
+                "FSDP2 does not take parameters without dimensions: make it a tensor of one "
+                "element, or set zero.engine: graph",
+            )
         if not _local(parameter).is_contiguous():
             raise UnsupportedModuleError(part.name, "FSDP2 does not take non-contiguous parameters")
     if len(dtypes) > 1:
@@ -275,6 +282,7 @@ def _remember(module: nn.Module, undo: ExitStack) -> None:
     tables = [(value, value.copy()) for value in state.values() if isinstance(value, dict)]
 
     def restore() -> None:
+        compat.forget_fsdp(module)
         module.__class__ = former
         module.__dict__.clear()
         module.__dict__.update(state)

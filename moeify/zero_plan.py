@@ -64,6 +64,11 @@ class Part:
         mine = max(0, min(size, (rank + 1) * each) - rank * each)
         return self.numel // size * mine if size else 0
 
+    @property
+    def padded(self) -> int:
+        """Elements of all pieces together, as they travel: each as large as the first rank's."""
+        return self.numel if self.dim is None else self.cut() * self.ranks
+
 
 @dataclass(frozen=True, slots=True)
 class Unit:
@@ -147,6 +152,18 @@ class ZeroPlan:
         """All parameters by name, in the order of their units."""
         return {part.name: part for unit in self.units for part in unit.parts}
 
+    def laid(self, unit: Unit) -> tuple[Part, ...]:
+        """Return a unit's parameters as they are cut at this stage.
+
+        FSDP2 leaves nothing whole: where no dimension is free, it cuts the share along dimension 0.
+        """
+        if self.engine != "fsdp2" or self.stage < 2:
+            return unit.parts
+        return tuple(
+            replace(part, dim=0) if part.dim is None and part.ranks > 1 and part.shape else part
+            for part in unit.parts
+        )
+
     @property
     def has_masters(self) -> bool:
         """Whether the optimizer updates float32 copies of what the model computes with."""
@@ -188,7 +205,7 @@ class ZeroPlan:
         return {kind: self._memory(kind, states, rank) for kind in _KINDS}
 
     def _memory(self, kind: Kind, states: int, rank: int) -> Memory:
-        parts = [part for part in self.parts.values() if part.kind == kind]
+        parts = [part for unit in self.units if unit.kind == kind for part in self.laid(unit)]
         if self.stage >= 2:
             pieces = sum(part.cut(rank) * self.kept(part) for part in parts)
             trained = sum(part.cut(rank) * self.kept(part) for part in parts if part.trains)
@@ -208,21 +225,30 @@ class ZeroPlan:
     def _gathered(self, kind: Kind) -> int:
         """Return the bytes that gathers add: all of them, or what is alive at once at stage 3."""
         sizes = [
-            sum(p.numel * self.computed(p) for p in unit.parts) if unit.kind == kind else 0
+            sum(p.padded * self.computed(p) for p in self.laid(unit)) if unit.kind == kind else 0
             for unit in self.units
         ]
         if self.stage == 2 or not sizes:
             return sum(sizes)
         root = sum(size for unit, size in zip(self.units, sizes, strict=True) if not unit.around)
         spans: dict[str, int] = {}
+        ahead: dict[str, int] = {}
         for unit, size in zip(self.units, sizes, strict=True):
             if unit.around:
                 spans[unit.around] = spans.get(unit.around, 0) + size
-        own = list(spans.values())
+                # What no other rank holds is copied when it is used, not before.
+                early = size if any(part.ranks > 1 for part in unit.parts) else 0
+                ahead[unit.around] = ahead.get(unit.around, 0) + early
+        own, next_ones = list(spans.values()), list(ahead.values())
         window = 1 + max(
             (len({self._around(n) for n in u.after}) for u in self.units if u.around), default=0
         )
-        return root + max((sum(own[i : i + window]) for i in range(len(own))), default=0)
+        most = (size + sum(next_ones[i + 1 : i + window]) for i, size in enumerate(own))
+        return root + max(most, default=0)
+
+    def is_gathered_again(self, unit: Unit) -> bool:
+        """Tell whether the backward pass gathers a unit again."""
+        return self.stage == 3 and (unit.around != "" or self.engine == "graph")
 
     def _around(self, name: str) -> str:
         return next(unit.around for unit in self.units if unit.name == name)
@@ -231,8 +257,10 @@ class ZeroPlan:
         """Return the bytes of whole parameters that one training step gathers and reduces.
 
         Of the whole tensors, as payload: a ring sends `(n - 1) / n` of it from each of `n` ranks.
-        Stage 3 gathers twice, for the forward and the backward pass (the model's own unit once);
+        Stage 3 gathers twice, for the forward and the backward pass (by FSDP2, the model's own unit
+        once; by gathers in the graph, biases that no gradient reads once, but counted twice);
         stage 2 once; stage 1 gathers what the optimizer has updated; stages 0 and 1 all-reduce.
+        Uneven pieces count as large as the first one.
 
         Returns:
             Per kind: "gather", "reduce_scatter", "all_reduce".
@@ -243,7 +271,7 @@ class ZeroPlan:
             for unit in self.units:
                 if unit.kind != kind:
                     continue
-                for part in unit.parts:
+                for part in self.laid(unit):
                     self._count(row, unit, part)
             total[kind] = row
         return total
@@ -251,15 +279,17 @@ class ZeroPlan:
     def _count(self, row: dict[str, int], unit: Unit, part: Part) -> None:
         if part.ranks == 1:
             return
-        size = part.numel * self.computed(part)
-        wide = self.precision != "model" and self.reduce == "float32"
-        reduced = part.numel * (4 if wide and self.stage >= 2 else self.computed(part))
+        size = part.padded * self.computed(part)
+        wide = self.precision != "model" and self.reduce == "float32" and self.stage >= 2
+        elements = part.padded if self.stage >= 2 else part.numel
+        reduced = elements * (4 if wide else self.computed(part))
         if self.stage < 2:
             row["all_reduce"] += reduced if part.trains else 0
             row["gather"] += size if self.stage == 1 and part.trains and part.dim is not None else 0
         else:
-            twice = self.stage == 3 and unit.around != ""
-            row["gather"] += size * (2 if twice else 1) if part.dim is not None else 0
+            row["gather"] += (
+                size * (2 if self.is_gathered_again(unit) else 1) if part.dim is not None else 0
+            )
             kind = "all_reduce" if part.dim is None else "reduce_scatter"
             row[kind] += reduced if part.trains else 0
 

@@ -274,28 +274,29 @@ def _inside(path: str, others: list[str]) -> bool:
     return any(path.startswith(f"{other}.") for other in others)
 
 
-def _tied(model: nn.Module) -> dict[str, str]:
-    """Return for each name of a parameter with several names another one of them."""
+def _tied(model: nn.Module) -> dict[str, list[str]]:
+    """Return for each name of a parameter with several names the others."""
     places: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         places.setdefault(id(parameter), []).append(name)
     return {
-        name: next(n for n in names if n != name)
+        name: [n for n in names if n != name]
         for names in places.values()
         if len(names) > 1
         for name in names
     }
 
 
-def _shared(path: str, run: _Run, tied: dict[str, str]) -> str:
+def _shared(path: str, run: _Run, tied: dict[str, list[str]]) -> str:
     """Say why a module cannot be gathered on its own, or ""."""
     prefix = f"{path}."
     for name, readers in run.readers.items():
         if name.startswith(prefix) and any(path not in reader for reader in readers):
             return f"{name} is read outside of it"
-    for name, other in tied.items():
-        if name.startswith(prefix) and not other.startswith(prefix):
-            return f"{name} is tied to {other}"
+    for name, others in tied.items():
+        outside = [other for other in others if not other.startswith(prefix)]
+        if name.startswith(prefix) and outside:
+            return f"{name} is tied to {outside[0]}"
     return ""
 
 
@@ -309,7 +310,9 @@ def _with_prefetch(units: list[Unit], prefetch: int) -> tuple[Unit, ...]:
     for unit in units:
         place = order.index(unit.around)
         ahead = order[place + 1 : place + 1 + prefetch]
-        behind = order[max(0, place - prefetch) : place][::-1]
+        # The model's own is the first in the backward pass, too.
+        end = place if unit.around else len(order)
+        behind = order[max(0, end - prefetch) : end][::-1]
         first = spans[unit.around][0] == unit.name  # once for all that span a module
         after = tuple(name for span in ahead for name in spans[span]) if first else ()
         before = tuple(n for span in behind if span for n in spans[span]) if first else ()

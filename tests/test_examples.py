@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -14,14 +15,15 @@ EXPECTED = {
     "export_graph": ["moeify.experts.default", "equal after pickling: True", "own router"],
     "gpt2_pr_moe": ["whole model", "largest difference", "kernel = 'cpu'"],
     "plan_from_yaml": ["layers.5", "largest difference", "did you mean `residual`?"],
+    "train_elastic": ["go on from"],
     "train_expert_parallel": ["% of the routes to each expert"],
     "train_loop": ["MoE, 100 steps more", "% of the tokens to its experts"],
 }
 
 
-def run(name, repo, launcher=()):
+def run(name, repo, launcher=(), arguments=()):
     env = {**os.environ, "PYTHONPATH": str(repo), "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, *launcher, str(repo / "examples" / f"{name}.py")]
+    command = [sys.executable, *launcher, str(repo / "examples" / f"{name}.py"), *arguments]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -68,3 +70,22 @@ def test_train_expert_parallel(repo):
     ranks = re.findall(r"rank (\d): (\d) of 4 experts per layer, ([\d,]+) weights", over_ranks)
     assert [(rank, experts) for rank, experts, _ in ranks] == [(str(i), "2") for i in range(4)]
     assert {weights for *_, weights in ranks} == {"287,232"}
+
+
+@pytest.mark.slow
+def test_train_elastic(repo, tmp_path):
+    """A rank is killed; the ranks go on by themselves, and one alone from the same checkpoint."""
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node {} --max-restarts 1"
+    folder = ["--folder", str(tmp_path), "--steps", "9", "--every", "3"]
+    killed = run("train_elastic", repo, torchrun.format(2).split(), [*folder, "--die", "5"])
+    losses = [float(loss) for loss in re.findall(r"loss (\S+)", killed)]
+    assert "2 ranks go on from" in killed
+    assert len(losses) == 5 + 6
+    assert losses[5:7] == pytest.approx(losses[3:5], rel=1e-5)  # steps 3 and 4, again
+    for later in ("step-00000006", "step-00000009"):
+        shutil.rmtree(tmp_path / later)
+    alone = run("train_elastic", repo, torchrun.format(1).split(), [*folder, "--stage", "0"])
+    assert "1 ranks go on from" in alone
+    assert "step-00000003" in alone
+    got = [float(loss) for loss in re.findall(r"loss (\S+)", alone)]
+    assert got == pytest.approx(losses[5:], rel=1e-5)

@@ -1,8 +1,7 @@
-"""ZeRO: five AdamW steps equal one process, and each rank holds the bytes that the plan predicts."""
+"""ZeRO: five AdamW steps equal one process, and every rank holds the bytes that the plan says."""
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -11,7 +10,6 @@ from torch import nn
 
 import moeify as mf
 from moeify.conversion import conversion_of, routers_of
-from moeify.errors import PassError
 from moeify.kernels.route import route
 from moeify.sharding import whole
 from moeify.zero_plan import ZeroPlan

@@ -1,0 +1,107 @@
+"""Gathers as nodes: golden graph, where they stand, and what they do to whole parameters."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import fx, nn
+
+from moeify import zero_graph
+from moeify.errors import PassOrderError, UnsupportedModuleError
+from moeify.passes.base import Fact
+from moeify.passes.gather_partitions import GatherPartitions
+from moeify.passes.insert_all_to_all import InsertAllToAll
+from moeify.passes.lower_kernels import LowerKernels
+from moeify.passes.manager import PassManager
+from moeify.passes.printer import print_graph
+from moeify.plan import Plan
+from moeify.simulate_counter import fake_world
+from tests.passes.test_parallel_passes import block_after, text_of
+
+GRAPH = {"engine": "graph", "stage": 3}
+
+
+def gathering(zero: dict[str, Any]) -> tuple[Any, fx.GraphModule, fx.GraphModule, bool]:
+    """Run the pass on a lowered block of four ranks; return (context, graph, block, modified)."""
+    passes = [InsertAllToAll(), LowerKernels(kernel="cpu")]
+    ctx, _, gm, block = block_after(passes, expert=2)
+    ctx = replace(ctx, plan=Plan.of({"layers": [{"select": "all", "experts": 8}], "zero": zero}))
+    return ctx, gm, block, GatherPartitions().run(gm, ctx).modified
+
+
+def test_golden(golden):
+    with fake_world(4, 2):
+        *_, block, modified = gathering(GRAPH)
+        assert modified
+        golden(text_of(block), "gather_partitions.txt")
+
+
+def test_a_second_run_changes_nothing():
+    with fake_world(4, 2):
+        ctx, gm, block, _ = gathering(GRAPH)
+        before = print_graph(block)
+        assert not GatherPartitions().run(gm, ctx).modified
+        assert print_graph(block) == before
+
+
+@pytest.mark.parametrize("zero", [{}, {"stage": 3}, {"stage": 2, "engine": "fsdp2"}, {"stage": 1}])
+def test_other_engines_and_stages(zero):
+    with fake_world(4, 2):
+        *_, block, modified = gathering(zero)
+        assert not modified
+        assert not block.graph.find_nodes(op="call_function", target=zero_graph.gather)
+
+
+def test_where_gathers_stand():
+    """Ahead of the block, experts' last; without prefetching right before their module."""
+    with fake_world(4, 2):
+        for prefetch, ahead in ((1, True), (0, False)):
+            *_, block, _ = gathering({**GRAPH, "prefetch": prefetch})
+            order = [n.target for n in block.graph.nodes]
+            gathers = [i for i, target in enumerate(order) if target is zero_graph.gather]
+            runs = [i for i, target in enumerate(order) if target is zero_graph.run]
+            assert len(gathers) == 5
+            assert len(runs) == 2
+            assert (max(gathers) < min(runs)) == ahead
+            names = [n.args[1] for n in block.graph.nodes if n.target is zero_graph.gather]
+            assert names == ["weight", "up_proj", "up_bias", "down_proj", "down_bias"]
+            if not ahead:
+                assert gathers[-1] == runs[1] - 1
+
+
+def test_facts():
+    with pytest.raises(PassOrderError, match="partitioned"):
+        PassManager([GatherPartitions()]).run(fx.symbolic_trace(nn.Identity()), _no_context())
+
+
+def _no_context() -> Any:
+    from moeify.passes.base import PlanContext
+
+    return PlanContext(facts=frozenset({Fact.MOE_BLOCKS}))
+
+
+def test_whole_parameters():
+    module = nn.Sequential(nn.Linear(3, 2))
+    assert zero_graph.gather(module, "0.weight") is module[0].weight
+    x = torch.randn(4, 3)
+    ones, zeros = torch.ones(2, 3), torch.zeros(2)
+    made = zero_graph.run(module, ("0.weight", "0.bias"), (ones, zeros), x)
+    assert torch.equal(made, x @ ones.t())
+    assert made.requires_grad is False
+    assert module[0].weight.requires_grad
+
+
+def test_modules_that_read_past_their_names():
+    graph, root = fx.Graph(), nn.Module()
+    root.w = nn.Parameter(torch.ones(2))
+    graph.output(graph.get_attr("w"))
+    for module, reason in (
+        (nn.GRU(2, 2), "as recurrent layers do"),
+        (torch.jit.script(nn.Linear(2, 2)), "scripted"),
+        (fx.GraphModule(root, graph), "makes its class anew"),
+    ):
+        with pytest.raises(UnsupportedModuleError, match=f"inner.*{reason}"):
+            zero_graph._check(nn.ModuleDict({"inner": module}))
