@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import exchange_peers, gate, layer, machine, race
+from benchmarks import exchange_peers, gate, layer, machine, race, zero, zero_peers
 from benchmarks.case import Case, Weights, cold_copies, compare, draw_tokens, truth
 from benchmarks.peers import CONTESTANTS, Refused, _module, einsum_gate
 
@@ -284,3 +284,40 @@ def test_exchange_measures_layers_over_four_ranks(tmp_path):
         assert "all_to_all" not in measured["moeify_allgather"]["collectives"]
         assert measured["moeify_hierarchical"]["collectives"]["all_to_all"] > 5
         assert measured["moeify_overlap"]["collectives"]["all_to_all"] > 5
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+def test_zero_measures_training_steps_over_four_ranks(tmp_path):
+    out = tmp_path / "zero.json"
+    sizes = "--layers 2 --width 16 --hidden 24 --vocabulary 32 --length 8 --sequences 2".split()
+    names = ["moeify_1", "moeify_3", "deepspeed_1"]
+    command = [*sizes, "--budget", "0.01", "--contestants", *names, "--out", str(out)]
+    subprocess.run([sys.executable, "-m", "benchmarks.zero", *command], check=True, timeout=300)
+    ((key, found),) = _cases(out).items()
+    assert key.startswith("layers=2 width=16 hidden=24")
+    everybody = {machine.label(name) for name in (*names, *zero.BASELINES.values())}
+    measured, memory = found["contestants"], found["memory"]
+    assert set(measured) | set(found["skipped"]) == everybody
+    assert set(memory) == {machine.label(name) for name in names}
+    assert all("deepspeed is not installed" in why for why in found["skipped"].values())
+    for name, facts in measured.items():
+        assert [len(facts[key]) for key in ("ms", *zero.BASELINES)] == [race.SETS] * 3, name
+        assert facts["losses"][2] < facts["losses"][0], name
+    one, three = memory["moeify_1"], memory["moeify_3"]
+    for held in (one, three):
+        for name, planned in held["planned"].items():
+            # Beside the plan: steps of the optimizer, one float for each parameter.
+            assert held[name] == pytest.approx(planned, rel=0.05), name
+    assert three["parameters"] < 0.7 * one["parameters"]
+    assert three["gradients"] < 0.7 * one["gradients"]
+
+
+def test_zero_tells_other_losses_and_counts_a_storage_once():
+    known = {"moeify_0": {"losses": [2.0, 1.0, 0.5]}}
+    contestant = zero_peers.CONTESTANTS["moeify_3"]
+    zero.check(contestant, [2.0, 1.0, 0.50001], known)
+    with pytest.raises(AssertionError, match="loss 2 is"):
+        zero.check(contestant, [2.0, 1.0, 0.6], known)
+    zero.check(zero_peers.CONTESTANTS["deepspeed_1"], [2.0, 9.0, 9.0], known)
+    tensor = torch.zeros(6)
+    assert zero.size_of([tensor, tensor[2:], torch.zeros(2)]) == 4 * (6 + 2)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
-from functools import partial
+from dataclasses import replace
+from functools import cache, partial
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from rich.console import Console
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
@@ -18,10 +22,14 @@ from typer.testing import CliRunner, Result
 
 from moeify import compat
 from moeify.cli import app
+from moeify.cli_simulate import _print
 from moeify.errors import MoeifyError
-from moeify.simulate import simulate, step
+from moeify.layout import Layout
+from moeify.simulate import Collectives, Simulation, simulate, step
 from moeify.simulate_counter import Call, count, fake_world
 from moeify.simulate_plot import draw, exchange_once, sweep
+from moeify.simulate_zero import with_pieces
+from moeify.zero_plan import Part, Unit, ZeroPlan
 
 ops = torch.ops._c10d_functional
 
@@ -291,6 +299,7 @@ def test_cli_json(folder):
     assert set(data) == {
         *("model", "class", "world", "node", "layout", "inputs", "even_load", "collectives"),
         *("parameters", "parameter_bytes", "activation_bytes", "imbalance", "totals"),
+        *("zero", "memory"),
     }
     assert (data["model"], data["class"]) == (str(folder), "GPT2LMHeadModel")
     assert (data["world"], data["node"]) == (16, 8)
@@ -392,3 +401,132 @@ def test_inputs_without_tokens_have_no_length():
         simulate(Picture(), "mixtral", world=4, node=4, length=64)
     found = simulate(Picture(), "mixtral", world=4, node=4, batch=5)
     assert next(iter(found.inputs.values()))[0] == 5
+
+
+# ZeRO.
+
+DENSE = 2 * 2 * 32 + (32 * 96 + 96) + (32 * 32 + 32) + 4 * 32
+"""Elements of a layer by hand: two norms, attention, the router of 4 experts."""
+EXPERT = 2 * 32 * 128 + 128 + 32
+ROOT = 99 * 32 + 32 * 32 + 2 * 32
+LAYERS = ("transformer.h.0", "transformer.h.1")
+
+
+@cache
+def zeroed(parallel: int = 2, **zero: Any) -> Simulation:
+    """Simulate two layers of GPT-2 on 8 ranks of two nodes."""
+    import transformers
+
+    config = transformers.GPT2Config(
+        n_layer=2, n_embd=32, n_head=4, vocab_size=99, n_positions=32, bos_token_id=1
+    )
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    plan = {
+        "layers": [{"select": "all", "experts": 4}],
+        "parallel": {"all_to_all": "flat", "expert": parallel},
+        "zero": zero,
+    }
+    return simulate(model, plan, world=8, node=4, length=8)
+
+
+def rows(found: Simulation, *kinds: str) -> list[Collectives]:
+    return [row for row in found.collectives if row.kind in kinds]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_gathers_and_scatters_units(stage):
+    """Dense units over 8 ranks, experts over the 4 that repeat them; no gradient is reduced."""
+    simulation = zeroed(stage=stage)
+    found = rows(simulation, "all_gather", "reduce_scatter")
+    want = {("", 8, 4 * ROOT)}
+    want |= {(layer, 8, 4 * DENSE) for layer in LAYERS}
+    want |= {(f"{layer}.mlp.experts", 4, 4 * 2 * EXPERT) for layer in LAYERS}
+    phases = ("forward", "backward") if stage == 3 else ("forward",)
+    for phase in phases:
+        gathers = {
+            (row.layer, row.ranks, row.ranks * row.payload_bytes)
+            for row in found
+            if (row.kind, row.phase) == ("all_gather", phase)
+        }
+        assert gathers == (want if phase == "forward" else want - {("", 8, 4 * ROOT)})
+    assert {row.phase for row in found if row.kind == "all_gather"} == set(phases)
+    scattered = [row for row in found if row.kind == "reduce_scatter"]
+    assert {(row.layer, row.ranks, row.payload_bytes) for row in scattered} == want
+    assert {row.phase for row in scattered} == {"gradients"}
+    assert not [row for row in rows(simulation, "all_reduce") if row.phase == "gradients"]
+    assert simulation.zero == {"stage": stage, "engine": "fsdp2"}
+    for row in found:  # (n - 1) / n of the whole; ranks 0, 2, 4, 6 are on both nodes, too
+        size = row.payload_bytes * (row.ranks if row.kind == "all_gather" else 1)
+        each = (row.node_bytes + row.network_bytes) / (row.ranks - 1)
+        assert each == pytest.approx(size / row.ranks, abs=1)
+        assert row.nodes == 2
+
+
+def test_zero_alone_in_a_group_sends_nothing():
+    found = rows(zeroed(8, stage=3), "all_gather", "reduce_scatter")
+    assert {row.layer for row in found} >= {"", *LAYERS}  # 4 experts over 4 ranks, twice
+    assert {row.ranks for row in found if row.layer.endswith("experts")} == {2}
+    alone = Part("l.experts.up", "expert", "edp", 1, None, (4, 8), 4)
+    zero = ZeroPlan(3, (Unit("l.experts", "expert", (alone,), "l"),))
+    for stage in range(4):
+        assert with_pieces([], zero.at(stage), Layout(4, expert=4), {"l.experts": 4}) == []
+
+
+def test_zero_publishes_what_the_optimizer_has_updated():
+    base, found = zeroed(stage=0), zeroed(stage=1)
+    assert not rows(base, "all_gather")
+    assert rows(base, "all_reduce") == rows(found, "all_reduce")
+    sent = {(row.phase, row.ranks): row.payload_bytes for row in rows(found, "all_gather")}
+    assert sent == {
+        ("optimizer", 8): 4 * (ROOT + 2 * DENSE) // 8,
+        ("optimizer", 4): 4 * 2 * 2 * EXPERT // 4,
+    }
+
+
+def test_zero_publishes_in_buckets():
+    parts = [Part(f"p{i}", "dense", "dp", 4, 0, (1 << 20,), 4) for i in range(10)]
+    zero = ZeroPlan(1, (Unit("", "dense", tuple(parts)),))
+    sent = [call.payload * 4 for call in with_pieces([], zero, Layout(4), {})]
+    assert sent == [28 << 20, 12 << 20]  # one is full when it has passed 25 MiB
+    assert with_pieces([], zero.at(0), Layout(4), {}) == []
+
+
+def test_zero_keeps_sums_within_slices():
+    """What tensor ranks sum is not what pieces reduce."""
+    zero = ZeroPlan(2, (Unit("", "dense", (Part("w", "dense", "dp", 2, 0, (4,), 4),)),))
+    within = Call("all_reduce", (0, 1), 8, 8.0, "gradients")
+    across = Call("all_reduce", (0, 2), 16, 16.0, "gradients")
+    calls = with_pieces([within, across], zero, Layout(4, tensor=2), {})
+    assert [call.kind for call in calls] == ["all_gather", "all_reduce", "reduce_scatter"]
+    assert calls[1] == within
+
+
+def test_zero_memory_by_stage():
+    memory = zeroed(stage=2, precision="bf16").memory
+    experts = 2 * 2 * EXPERT  # two layers of two experts on this rank
+    assert {stage: tuple(kinds["expert"].values()) for stage, kinds in memory.items()} == {
+        0: (2 * experts, 2 * experts, 12 * experts, 0),
+        1: (2 * experts, 2 * experts, 12 * experts // 4, 0),
+        2: (experts, experts, 2 * experts, 2 * experts),
+        3: (experts, experts, 2 * experts, 2 * experts),  # of two layers, both at once
+    }
+    dense = ROOT + 2 * DENSE
+    assert memory[3]["dense"]["parameters"] == 4 * dense // 8
+    ahead, not_ahead = (zeroed(stage=3, prefetch=n).memory[3]["expert"] for n in (1, 0))
+    assert (ahead["gathered"], not_ahead["gathered"]) == (4 * experts, 2 * experts)
+
+
+def test_zero_memory_table():
+    console = Console(width=120, record=True, file=io.StringIO())
+    _print(zeroed(stage=3), console)
+    text = console.export_text()
+    assert "kept on a rank by ZeRO stage, with Adam; the plan's is 3" in text
+    assert "gathered at once" in text
+    lines = [line.replace("|", " ").split() for line in text.splitlines()]
+    kinds = ("dense", "expert")
+    stages = [(a, b) for a, b, *_ in (line for line in lines if len(line) > 5) if b in kinds]
+    assert stages == [(str(stage), kind) for stage in range(4) for kind in kinds]
+    console = Console(width=120, record=True, file=io.StringIO())
+    _print(replace(zeroed(stage=3), memory={}), console)
+    assert "by ZeRO stage" not in console.export_text()
