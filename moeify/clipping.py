@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from moeify import compat
+from moeify.zero_fsdp import settle
 
 __all__ = ["clip_grad_norm_"]
 
@@ -84,6 +85,7 @@ def clip_grad_norm_(
 def _parameters(given: nn.Module | Tensor | Iterable[Tensor]) -> list[Tensor]:
     """Return each parameter once, in an order that is the same on all ranks."""
     if isinstance(given, nn.Module):
+        settle(given)
         return list(given.parameters())
     if isinstance(given, Tensor):
         return [given]

@@ -15,6 +15,7 @@ from moeify.conversion import ATTRIBUTE, Conversion
 from moeify.errors import MoeifyError
 from moeify.experts import Experts, ModuleExperts
 from moeify.sharded_optimizer import ShardedOptimizer
+from moeify.zero_fsdp import settle
 
 __all__ = ["optimizer", "param_groups"]
 
@@ -55,6 +56,7 @@ def param_groups(
         >>> [(g["name"], g["param_names"], g["weight_decay"]) for g in groups]
         [('dense, decay', ['weight'], 0.01), ('dense, no decay', ['bias'], 0.0)]
     """
+    settle(model)
     ranks = _expert_ranks(model)
     stacked = _stacked(model)
     norms = {
@@ -152,6 +154,7 @@ def optimizer(
         >>> type(made).__name__, len(made.param_groups)
         ('SGD', 2)
     """
+    settle(model)
     if groups is None:
         groups = param_groups(model, weight_decay=_weight_decay(cls, options))
         known = inspect.signature(cls).parameters

@@ -36,6 +36,7 @@ from moeify.sharded_ranks import Ranks
 from moeify.sharded_rng import Generators
 from moeify.sharded_state import ModelState, Optimized, json_data
 from moeify.sharded_storage import Finish, PiecesToSave, PieceWriter
+from moeify.zero_fsdp import settle
 
 __all__ = ["Loaded", "Saving", "latest", "load_sharded", "save_sharded"]
 
@@ -143,6 +144,7 @@ def save_sharded(
     """
     inner = _unwrapped(model)
     require_conversion(inner)
+    settle(inner)
     ranks = _ranks()
     tensors, finish, path = _collected(inner, directory, optimizer, step, extra, ranks)
     if not asynchronous:
@@ -197,6 +199,7 @@ def load_sharded(
     """
     inner = _unwrapped(model)
     require_conversion(inner)
+    settle(inner)
     ranks = _ranks()
     path = ranks.from_first("find the checkpoint", lambda: _found(directory, step))
     return load(inner, path, optimizer, ranks, trust=trust, strict=strict)

@@ -13,6 +13,7 @@ Source:
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -28,7 +29,7 @@ from moeify.zero_plan import Unit, ZeroPlan
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["DTYPES", "cast", "shard"]
+__all__ = ["DTYPES", "cast", "settle", "shard"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -94,6 +95,20 @@ def shard(
     kept = [model.get_submodule(u.name) for u in units if zero.stage == 2 or u.around == ""]
     model.register_forward_pre_hook(partial(_fresh, kept), prepend=True)
     model.register_forward_hook(partial(_released, kept))
+
+
+def settle(model: nn.Module) -> None:
+    """Let units that FSDP2 keeps whole for a backward pass go back to their pieces.
+
+    `model.parameters()` are whole copies as long as there was a forward pass, with gradients, and
+    no backward pass; an optimizer or a checkpoint must not hold these.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return
+    for module in model.modules():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
 
 
 def check(model: nn.Module, zero: ZeroPlan) -> None:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from moeify.errors import PassError, UnsupportedModuleError
+from moeify.zero_fsdp import DTYPES
 from moeify.zero_gather import Gathering, gathered, regathering
 from moeify.zero_plan import Part, Unit, ZeroPlan
 
@@ -37,7 +38,6 @@ _TABLE = "_moeify_gathers"
 """Where a module keeps how its own parameters are gathered, by name."""
 _RUNNING = "_moeify_regathering"
 """Where a model keeps the contexts of the forward passes that run."""
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def gather(module: nn.Module, name: str) -> Tensor:
@@ -197,7 +197,7 @@ def _gathering(
     if hasattr(parameter, "to_local") and part.kind == "dense":
         rest = parameter.device_mesh, tuple(parameter.placements), parameter.shape
     floating = parameter.is_floating_point()
-    dtype = _DTYPES.get(zero.precision) if floating else None
+    dtype = DTYPES.get(zero.precision) if floating else None
     return Gathering(
         part.name,
         part.ranks,
@@ -221,7 +221,7 @@ def _kept(parameter: Tensor, zero: ZeroPlan) -> torch.dtype:
     """Return the dtype that the optimizer updates."""
     if zero.precision == "model" or not parameter.is_floating_point():
         return parameter.dtype
-    return torch.float32 if zero.has_masters else _DTYPES[zero.precision]
+    return torch.float32 if zero.has_masters else DTYPES[zero.precision]
 
 
 def _piece(parameter: Any, part: Part, mesh: DeviceMesh, dtype: torch.dtype) -> nn.Parameter:
@@ -246,7 +246,6 @@ def _piece(parameter: Any, part: Part, mesh: DeviceMesh, dtype: torch.dtype) -> 
     names = (part.over, *(parameter.device_mesh.mesh_dim_names if sharded else ()))
     over = mesh[names]
     placements = [own, *(parameter.placements if sharded else ())]
-    # Not `compat.sharded_halves`, whose spec a compiler of torch 2.13 cannot take apart.
     made = DTensor.from_local(
         local,
         over,
@@ -307,7 +306,7 @@ def _rebuilt(base: type[nn.Module], leaves: tuple[str, ...]) -> nn.Module:
 
 def _cast_inputs(model: nn.Module, zero: ZeroPlan, undo: ExitStack) -> None:
     """Cast floating inputs of layers as FSDP2 does; what a block reads its layer has cast."""
-    cast = partial(_cast, _DTYPES[zero.precision])
+    cast = partial(_cast, DTYPES[zero.precision])
     for name in dict.fromkeys(("", *(u.name for u in zero.units if u.kind == "dense"))):
         handle = model.get_submodule(name).register_forward_pre_hook(cast, with_kwargs=True)
         undo.callback(handle.remove)

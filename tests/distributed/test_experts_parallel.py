@@ -219,10 +219,16 @@ def test_eight_ranks():
     check_equal(8, (4, 0, 3, 5, 4, 4, 1, 2), expert=4, more=PYRAMID, top_k=1, steps=2)
 
 
-@pytest.mark.parametrize("coordinated", [True, False])
 @pytest.mark.parametrize("experts_in_tp", ["replicate", "fold", "slice"])
 @pytest.mark.parametrize(
-    "changes", [{}, {"router": CAPACITY, "top_k": 1}, {"more": PYRAMID, "top_k": 1}]
+    ("changes", "coordinated"),
+    [
+        ({}, True),
+        ({}, False),
+        ({"router": CAPACITY, "top_k": 1}, True),
+        ({"more": PYRAMID, "top_k": 1}, True),
+        ({"more": PYRAMID, "top_k": 1}, False),
+    ],
 )
 def test_tensor_groups(changes, experts_in_tp, coordinated):
     tensor = {"tensor": 2, "experts_in_tp": experts_in_tp, "coordinated": coordinated}

@@ -333,6 +333,10 @@ def changed(model: Any, x: torch.Tensor) -> list[str]:
             parameter.copy_(value)
     if gap(model(x), before) > 1e-6:
         wrong.append("the values put back are not seen")
+    model(x)  # keeps whole weights for a backward pass
+    groups = mf.optimizer(model, torch.optim.SGD, lr=0.1).param_groups
+    if not all(is_sharded(p) for group in groups for p in group["params"]):
+        wrong.append("the optimizer holds whole weights")
     return wrong
 
 

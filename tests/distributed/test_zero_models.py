@@ -64,7 +64,6 @@ def test_layers_in_pieces(tmp_path):
     cases: list[Case] = [
         ("gpt2", {"expert": 2}, {"stage": 3}, "generate"),  # ties its embeddings
         ("llama", {"expert": 2}, {"stage": 3, "prefetch": 0}, "checkpoint"),
-        ("llama", {"expert": 4}, {"stage": 2}, "compile"),
         ("llama", {"expert": 2}, {"stage": 3}, "compile"),
     ]
     check(tmp_path, 4, cases)
