@@ -3,7 +3,7 @@
     python -m benchmarks --out FOLDER
 
 `python -m benchmarks.layer`, `benchmarks.gate` and `benchmarks.exchange` have the full tables, in
-pieces.
+pieces; `python -m benchmarks.zero` is apart, as it starts itself twice.
 """
 
 from __future__ import annotations

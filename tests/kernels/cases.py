@@ -149,7 +149,8 @@ def check(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float)
     for name, value in expected.items():
         assert got[name].shape == value.shape, name
         scale = float(value.abs().max()) if value.numel() else 0.0
-        scale = max(scale, 1.0) if name == "weights" else scale
+        # What is left of larger values that cancel may be next to nothing.
+        scale = max(scale, 1.0 if name == "weights" else 0.05)
         torch.testing.assert_close(
             got[name].double(),
             value.double(),

@@ -116,7 +116,9 @@ def test_a_process_that_fails_is_told(tmp_path):
     importlib.util.find_spec(demo_data.PACKAGE) is None, reason="the demo extra is not installed"
 )
 def test_the_whole_demo(tmp_path):
-    result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "out"), "--json"])
+    # With aot_eager: what Inductor makes of it is in test_training.py.
+    options = ["--out", str(tmp_path / "out"), "--json", "--no-compile"]
+    result = CliRunner().invoke(app, ["demo", *options])
     assert result.exit_code == 0, result.stderr
     numbers = json.loads(result.stdout)
     before, after = numbers["train"]["before"], numbers["train"]["after"]
