@@ -34,8 +34,9 @@ MANIFEST: Final = "moeify.json"
 CHUNK: Final = 1 << 24
 
 _OURS = re.compile(
-    r"moeify\.json|plan\.yaml|source_config\.json|generation_config\.json"
-    r"|moeify-[0-9]{5}-of-[0-9]{5}\.safetensors"
+    r"moeify\.json|plan\.yaml|source_config\.json|generation_config\.json|config\.json"
+    r"|(?:configuration|modeling)_moeify\.py|model\.safetensors(?:\.index\.json)?"
+    r"|(?:moeify|model)-[0-9]{5}-of-[0-9]{5}\.safetensors"
 )
 _STAGED = re.compile(r"(?:staging|replaced)-([0-9]+)-([0-9a-f]+)")
 _AT_FDCWD: Final = -100

@@ -44,7 +44,7 @@ _CODES: Final = {
     "C64": "complex64",
 }
 DTYPES: Final[dict[str, torch.dtype]] = {name: getattr(torch, name) for name in _CODES.values()}
-_CODE_OF: Final = {name: code for code, name in _CODES.items()}
+CODE_OF: Final = {name: code for code, name in _CODES.items()}
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:([KMGT])(I?)B|B)?\s*", re.IGNORECASE)
 
 
@@ -108,7 +108,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
         tensor = tensors[name]
         start, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {
-            "dtype": _CODE_OF[dtype_name(tensor.dtype)],
+            "dtype": CODE_OF[dtype_name(tensor.dtype)],
             "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }
@@ -118,11 +118,12 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for name in names:
-            file.write(_bytes_of(tensors[name]))
+            file.write(bytes_of(tensors[name]))
         return FileRecord(file=path.name, sha256=file.close(), bytes=file.size)
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Return a tensor's data as a file holds it."""
     plain = tensor.detach().resolve_conj().resolve_neg().to("cpu").contiguous()
     return plain.reshape(-1).view(torch.uint8).numpy().data
 
@@ -192,7 +193,7 @@ def _span(where: str, entry: object, expected: TensorRecord) -> tuple[int, int]:
     """
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{where}: its entry in the header is damaged")
-    if entry["dtype"] != _CODE_OF[expected.dtype]:
+    if entry["dtype"] != CODE_OF[expected.dtype]:
         raise CheckpointError(f"{where}: dtype {entry['dtype']!r:.40} instead of {expected.dtype}")
     if not _numbers(entry["shape"]) or entry["shape"] != expected.shape:
         raise CheckpointError(f"{where}: shape {entry['shape']!r:.80}, not {expected.shape}")
@@ -280,5 +281,5 @@ def storable(names: Sequence[str], tensor: Tensor) -> None:
         raise CheckpointError(f"{name}: is on meta and has no values to save")
     if tensor.layout != torch.strided or tensor.is_quantized:
         raise CheckpointError(f"{name}: is sparse or quantised, which cannot be saved")
-    if dtype_name(tensor.dtype) not in _CODE_OF:
+    if dtype_name(tensor.dtype) not in CODE_OF:
         raise CheckpointError(f"{name}: safetensors has no dtype for {dtype_name(tensor.dtype)}")

@@ -299,7 +299,7 @@ def _write(folder: Path, single: Manifest, manifest: ShardedManifest, reader: Pi
 
 def _write_shard(path: Path, records: dict[str, TensorRecord], reader: PieceReader) -> FileRecord:
     """Write one safetensors file, a tensor at a time."""
-    from moeify.checkpoint_shards import _CODE_OF, _bytes_of, nbytes
+    from moeify.checkpoint_shards import CODE_OF, bytes_of, nbytes
 
     names = sorted(records, key=lambda n: (-DTYPES[records[n].dtype].itemsize, n))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -307,7 +307,7 @@ def _write_shard(path: Path, records: dict[str, TensorRecord], reader: PieceRead
     for name in names:
         start, end = end, end + nbytes(records[name])
         header[name] = {
-            "dtype": _CODE_OF[records[name].dtype],
+            "dtype": CODE_OF[records[name].dtype],
             "shape": records[name].shape,
             "data_offsets": [start, end],
         }
@@ -317,5 +317,5 @@ def _write_shard(path: Path, records: dict[str, TensorRecord], reader: PieceRead
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             values: torch.Tensor = reader.values(f"model.{name}")
-            file.write(_bytes_of(values))
+            file.write(bytes_of(values))
         return FileRecord(file=path.name, sha256=file.close(), bytes=file.size)

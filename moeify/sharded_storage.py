@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from moeify.checkpoint_files import CHUNK, _put, _sync
-from moeify.checkpoint_shards import _CODE_OF, dtype_name
+from moeify.checkpoint_shards import CODE_OF, dtype_name
 from moeify.sharded_manifest import (
     NAME,
     DataFile,
@@ -63,7 +63,7 @@ class PieceFile:
         for name, dtype, size in entries:
             start, end = end, end + math.prod(size) * dtype.itemsize
             header[name] = {
-                "dtype": _CODE_OF[dtype_name(dtype)],
+                "dtype": CODE_OF[dtype_name(dtype)],
                 "shape": list(size),
                 "data_offsets": [start, end],
             }

@@ -1,0 +1,200 @@
+"""What a model's folder is made of: tensors that are read while they are written, and small files.
+
+Where tensors come from (`Stored`: a model in memory, a folder) and what they are written as
+(`Content`: moeify's own format, a Hugging Face folder) know nothing of each other, so that every
+way in works with every way out, a few rows at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from moeify.checkpoint_manifest import FileRecord
+from moeify.checkpoint_shards import dtype_name
+from moeify.checkpoint_state import collect
+from moeify.errors import CheckpointError
+
+Kind = Literal["moeify", "custom", "native", "dense"]
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """Shape and dtype of a tensor.
+
+    Attributes:
+        shape: Sizes.
+        dtype: Torch dtype.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Stored(Protocol):
+    """The tensors of a model by the names of its state dict, wherever they are.
+
+    Each tensor stands there once; the further names of tied ones are aliases. Reading is cheap to
+    repeat and leaves nothing behind.
+    """
+
+    @property
+    def specs(self) -> Mapping[str, Spec]:
+        """Every tensor of the state dict, in its order, without aliases."""
+        ...
+
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        """Further names of tied tensors, to the name in `specs`."""
+        ...
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Return rows `[start, stop)` along the first dimension, on the CPU; not to be changed.
+
+        A tensor without dimensions is returned whole.
+        """
+        ...
+
+
+class LiveTensors:
+    """The tensors of a model in memory.
+
+    Args:
+        model: Its parameters and buffers lie whole in this process.
+        state_dict: Read these instead, by the same names (a trainer's gathered state).
+
+    Raises:
+        CheckpointError: The state holds what no safetensors file can, or the names differ.
+    """
+
+    def __init__(self, model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> None:
+        state = collect(model)
+        names = [name for name, role in state.roles.items() if role != "scratch"]
+        self._tensors = {name: state.tensors[name] for name in names}
+        self.aliases: Mapping[str, str] = {
+            alias: name for alias, name in state.aliases.items() if name in self._tensors
+        }
+        if state_dict is not None:
+            self._replace(state_dict)
+        self.specs: Mapping[str, Spec] = {
+            name: Spec(tuple(tensor.shape), tensor.dtype) for name, tensor in self._tensors.items()
+        }
+
+    def _replace(self, state_dict: Mapping[str, Tensor]) -> None:
+        known = self._tensors.keys() | self.aliases.keys()
+        unknown = sorted(state_dict.keys() - known)
+        missing = [name for name in self._tensors if name not in state_dict]
+        if unknown or missing:
+            what = f"has {unknown[0]}, which is not in" if unknown else f"lacks {missing[0]} of"
+            raise CheckpointError(f"state_dict: {what} the model")
+        for name, tensor in self._tensors.items():
+            if state_dict[name].shape != tensor.shape:
+                raise CheckpointError(
+                    f"state_dict: {name} has the shape {tuple(state_dict[name].shape)}, and "
+                    f"{tuple(tensor.shape)} in the model"
+                )
+            self._tensors[name] = state_dict[name]
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """See `Stored.read`."""
+        tensor = self._tensors[name].detach()
+        rows = tensor if tensor.dim() == 0 else tensor[start:stop]
+        return rows.to("cpu").contiguous()
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One tensor to write.
+
+    Attributes:
+        name: Its name in the file.
+        spec: Its shape and dtype.
+        pieces: Yields it in parts along the first dimension, in order, on the CPU, in `spec.dtype`;
+            called once, when its turn has come, and again only if the writing starts anew.
+    """
+
+    name: str
+    spec: Spec
+    pieces: Callable[[], Iterator[Tensor]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its data."""
+        return torch.Size(self.spec.shape).numel() * self.spec.dtype.itemsize
+
+
+def copied(stored: Stored, name: str, as_name: str | None = None) -> Output:
+    """Return an output that is a stored tensor as it is, read row by row where it has three axes.
+
+    Args:
+        stored: Where it is.
+        name: Its name there.
+        as_name: Its name in the file; the same if None.
+    """
+    spec = stored.specs[name]
+
+    def pieces() -> Iterator[Tensor]:
+        if len(spec.shape) < 3:
+            yield stored.read(name)
+            return
+        for row in range(spec.shape[0]):  # one expert after the other
+            yield stored.read(name, row, row + 1)
+
+    return Output(as_name or name, spec, pieces)
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What has been written.
+
+    Attributes:
+        shards: The files with tensors, in order.
+        files: The small files.
+        place: File of each tensor.
+    """
+
+    shards: list[FileRecord]
+    files: list[FileRecord]
+    place: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What is to be in a folder.
+
+    Attributes:
+        kind: What reads it: `moeify.load` ("moeify"), transformers with code that needs moeify
+            ("custom"), transformers alone ("native"), or it is a dense model ("dense").
+        tensors: In the order in which they are written.
+        texts: Small files by name.
+        manifest: Makes `moeify.json` when all else is written.
+        notes: What a person should be told about it, such as how much is padding.
+    """
+
+    kind: Kind
+    tensors: tuple[Output, ...]
+    texts: Mapping[str, bytes]
+    manifest: Callable[[Written], bytes]
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(output.nbytes for output in self.tensors)
+
+    def shard_names(self, count: int) -> list[str]:
+        """Return the names of that many files with tensors."""
+        if self.kind == "moeify":
+            return [f"moeify-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+        if count == 1:
+            return ["model.safetensors"]
+        return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+
+
+def describe(spec: Spec) -> str:
+    """Write a shape and dtype for messages: `float32[4, 8]`."""
+    return f"{dtype_name(spec.dtype)}{list(spec.shape)}"

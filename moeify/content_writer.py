@@ -1,0 +1,136 @@
+"""Writes a `Content`: shards while their tensors are read, small files, an index, the manifest."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moeify.checkpoint_files import MANIFEST, new_file, replace_folder
+from moeify.checkpoint_manifest import FileRecord
+from moeify.checkpoint_shards import CODE_OF, bytes_of, dtype_name, parse_size
+from moeify.content import Content, Output, Written, describe
+from moeify.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+
+
+def write_content(
+    content: Content, directory: str | os.PathLike[str], *, max_shard_size: int | str = "5GB"
+) -> Written:
+    """Write a folder, all or nothing.
+
+    Args:
+        content: What is to be in it.
+        directory: A folder that does not exist, is empty, or holds an older one of moeify's.
+        max_shard_size: Bytes per file, or such as "5GB"; a larger tensor gets a file of its own.
+
+    Raises:
+        CheckpointError: It cannot be written; what was there is as it was.
+        ValueError: `max_shard_size` is no size.
+    """
+    groups = split(content.tensors, parse_size(max_shard_size))
+    done: list[Written] = []
+
+    def write(folder: Path) -> None:
+        names = content.shard_names(len(groups))
+        shards = [write_shard(folder / n, group) for n, group in zip(names, groups, strict=True)]
+        done.append(finish(content, folder, groups, shards))
+
+    replace_folder(directory, write)
+    return done[0]
+
+
+def finish(
+    content: Content, folder: Path, groups: Sequence[Sequence[Output]], shards: list[FileRecord]
+) -> Written:
+    """Write all but the shards."""
+    names = [record.file for record in shards]
+    place = {o.name: n for n, group in zip(names, groups, strict=True) for o in group}
+    texts = dict(content.texts)
+    if content.kind != "moeify" and len(groups) > 1:
+        texts[INDEX] = index_text(content, place)
+    files = [_write_text(folder / name, text) for name, text in texts.items()]
+    written = Written(shards, files, place)
+    _write_text(folder / MANIFEST, content.manifest(written))
+    return written
+
+
+def split(outputs: Sequence[Output], limit: int) -> list[list[Output]]:
+    """Spread tensors over files of at most `limit` bytes, in their order."""
+    groups: list[list[Output]] = [[]]
+    room = limit
+    for output in outputs:
+        if groups[-1] and output.nbytes > room:
+            groups.append([])
+            room = limit
+        groups[-1].append(output)
+        room -= output.nbytes
+    return groups
+
+
+def write_shard(path: Path, outputs: Sequence[Output]) -> FileRecord:
+    """Write a safetensors file, one piece after the other; wide elements first, as is customary.
+
+    Raises:
+        CheckpointError: A tensor gives other data than it said.
+    """
+    ordered = sorted(outputs, key=lambda o: -o.spec.dtype.itemsize)  # stable: aligned for all
+    with new_file(path) as file:
+        file.write(header(ordered))
+        for output in ordered:
+            for piece in _checked(output):
+                file.write(bytes_of(piece))
+        return FileRecord(file=path.name, sha256=file.close(), bytes=file.size)
+
+
+def header(ordered: Sequence[Output]) -> bytes:
+    """Return the head of a safetensors file with these tensors."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for output in ordered:
+        start, end = end, end + output.nbytes
+        entries[output.name] = {
+            "dtype": CODE_OF[dtype_name(output.spec.dtype)],
+            "shape": list(output.spec.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def index_text(content: Content, place: dict[str, str]) -> bytes:
+    """Return the index that transformers reads where there are several files."""
+    index = {
+        "metadata": {"total_size": content.nbytes},
+        "weight_map": dict(sorted(place.items())),
+    }
+    return json.dumps(index, indent=2).encode() + b"\n"
+
+
+def _checked(output: Output) -> Iterator[Tensor]:
+    count = 0
+    for piece in output.pieces():
+        if piece.dtype != output.spec.dtype:
+            raise CheckpointError(
+                f"{output.name}: got {dtype_name(piece.dtype)} for {describe(output.spec)}"
+            )
+        count += piece.numel()
+        yield piece
+    if count != torch.Size(output.spec.shape).numel():
+        raise CheckpointError(f"{output.name}: got {count} elements for {describe(output.spec)}")
+
+
+def _write_text(path: Path, data: bytes) -> FileRecord:
+    path.unlink(missing_ok=True)  # carried over from an older folder
+    with new_file(path) as file:
+        file.write(data)
+        return FileRecord(file=path.name, sha256=file.close(), bytes=file.size)
+
+
+__all__ = ["finish", "split", "write_content", "write_shard"]

@@ -1,0 +1,114 @@
+"""`moeify.json` in folders that others read: plan, source, and the digest of every file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from moeify.checkpoint_files import MANIFEST, Folder
+from moeify.checkpoint_json import canonical_digest, parse_json
+from moeify.checkpoint_manifest import MAX_BYTES, FileRecord
+from moeify.checkpoint_replay import versions
+from moeify.content import Kind, Written
+from moeify.errors import CheckpointError
+from moeify.plan import Plan
+from moeify.selection import Strict
+from moeify.strict_yaml import path_text
+
+
+class ExportManifest(Strict):
+    """The content of `moeify.json`, without its own digest.
+
+    Attributes:
+        format: Always "moeify-export".
+        version: Version of the format.
+        kind: Who reads the folder: "custom", "native" or "dense".
+        versions: Of the packages that wrote it.
+        architecture: Class that reads it, such as "MixtralForCausalLM".
+        plan: The plan's data.
+        plan_sha256: Its digest.
+        layers: `LayerPlan.to_dict()` of every converted layer.
+        source: Where the weights came from: folder name, files with sizes and digests; may be
+            empty for a model in memory.
+        details: What else the reader of this kind needs.
+        shards: The files with tensors.
+        files: The other files.
+    """
+
+    format: Literal["moeify-export"]
+    version: Literal[1]
+    kind: Literal["custom", "native", "dense"]
+    versions: dict[str, str]
+    architecture: str
+    plan: dict[str, Any]
+    plan_sha256: str
+    layers: list[dict[str, Any]]
+    source: dict[str, Any]
+    details: dict[str, Any]
+    shards: list[FileRecord]
+    files: list[FileRecord]
+
+
+def manifest_of(
+    kind: Kind,
+    *,
+    architecture: str,
+    plan: Plan,
+    layers: list[dict[str, Any]],
+    source: dict[str, Any],
+    details: dict[str, Any] | None = None,
+) -> Callable[[Written], bytes]:
+    """Return what makes the manifest once the other files are written; see `ExportManifest`."""
+
+    def make(written: Written) -> bytes:
+        manifest = ExportManifest.model_validate(
+            {
+                "format": "moeify-export",
+                "version": 1,
+                "kind": kind,
+                "versions": versions(),
+                "architecture": architecture,
+                "plan": plan.data(),
+                "plan_sha256": plan.digest(),
+                "layers": layers,
+                "source": source,
+                "details": details or {},
+                "shards": written.shards,
+                "files": written.files,
+            }
+        )
+        data = manifest.model_dump(mode="json")
+        data["sha256"] = canonical_digest(data)
+        return json.dumps(data, indent=1, allow_nan=False).encode() + b"\n"
+
+    return make
+
+
+def read_export_manifest(folder: Folder) -> ExportManifest | None:
+    """Read `moeify.json` of an exported folder; None if it is of another format, or not there.
+
+    Raises:
+        CheckpointError: It is damaged; the message names the file and the key.
+    """
+    where = folder.where(MANIFEST)
+    try:
+        text = folder.read(MANIFEST, limit=MAX_BYTES)
+    except CheckpointError as error:
+        if str(error).endswith("is missing"):
+            return None
+        raise
+    data = parse_json(text, where)
+    if not isinstance(data, dict) or data.get("format") != "moeify-export":
+        return None
+    digest = data.pop("sha256", None)
+    try:
+        manifest = ExportManifest.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise CheckpointError(f"{where}: {path_text(first['loc'])}: {first['msg']}") from None
+    if digest != canonical_digest(data):
+        raise CheckpointError(f"{where}: sha256: is not the digest of the rest: it was changed")
+    return manifest
