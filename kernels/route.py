@@ -108,7 +108,7 @@ def route(
         logit_noise: [T, E], added to the logits for the choice only.
         random_priority: [T], uniform priorities of the tokens; needed by `drop="random"`.
         score: "softmax" or "sigmoid".
-        combine: "probability", "normalized" or "straight_through"; see `weigh`.
+        combine: "probability", "normalized", "straight_through" or "sum"; see `weigh`.
         noise: What `logit_noise` moves: "rsample" every choice, "gumbel" all but the first.
         drop: Who stays over capacity: "random", "position" (all first choices before any second)
             or "score".
@@ -146,7 +146,7 @@ def route(
         score,
         noise,
         balance,
-        combine == "straight_through",
+        combine in ("straight_through", "sum"),
     )
     priority: Tensor | None = None
     if drop == "score":

@@ -76,7 +76,7 @@ EXPORT void assign(const int32_t* ids, const float* priority, i64 token_stride, 
 
 // ---- weigh ------------------------------------------------------------------------------------
 
-enum { PROBABILITY, NORMALIZED, STRAIGHT_THROUGH };
+enum { PROBABILITY, NORMALIZED, STRAIGHT_THROUGH, SUM };
 
 // What the scores of the kept routes add up to.
 static inline float kept_sum(const float* scores, const int32_t* slots, i64 K) {
@@ -88,8 +88,9 @@ static inline float kept_sum(const float* scores, const int32_t* slots, i64 K) {
 EXPORT void weigh(const float* scores, const int32_t* slots, i64 T, i64 K, i64 combine,
                   float* weights) {
   for (i64 t = 0; t < T; t++, scores += K, slots += K, weights += K) {
-    if (combine == STRAIGHT_THROUGH && K == 1) {  // a score that underflowed still weighs 1
-      weights[0] = slots[0] < 0 ? 0 : 1 + (scores[0] - scores[0]);
+    if (combine == SUM || (combine == STRAIGHT_THROUGH && K == 1)) {
+      for (i64 j = 0; j < K; j++)  // a score that underflowed still weighs 1
+        weights[j] = slots[j] < 0 ? 0 : 1 + (scores[j] - scores[j]);
       continue;
     }
     const float total = combine == PROBABILITY ? 1 : kept_sum(scores, slots, K);

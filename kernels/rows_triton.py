@@ -152,7 +152,7 @@ def weigh_kernel(
     score, kept, place, inside = _kept_scores(scores, slots, rows, TOP_K, BLOCK_T, BLOCK_K)
     if COMBINE == "probability":
         weight = score
-    elif COMBINE == "straight_through" and TOP_K == 1:
+    elif COMBINE == "sum" or (COMBINE == "straight_through" and TOP_K == 1):
         weight = tl.where(kept, 1 + (score - score), 0.0)  # NaN stays NaN
     else:
         weight = score / (tl.sum(score, axis=1) + _EPSILON)[:, None]
@@ -345,12 +345,12 @@ def aot_cases() -> list[AotCase]:
                 constants["WIDTH"] = width
             note = f"D={width} {kind}"
             cases.append(AotCase(kernel=kernel, types=types, constants=constants, note=note))
-    for top_k in (1, 8, 512):
+    for top_k, mode in ((1, "straight_through"), (8, "sum"), (512, "straight_through")):
         types = dict.fromkeys(("out", "grad"), "*fp32") | narrow | index | sizes
         rows, columns = _choices(top_k)
         blocks = {"TOP_K": top_k, "BLOCK_T": rows, "BLOCK_K": columns}
         note = f"K={top_k}"
-        weighing = blocks | {"COMBINE": "straight_through"}
+        weighing = blocks | {"COMBINE": mode}
         cases += [
             AotCase(kernel=weigh_kernel, types=types, constants=weighing, note=note),
             AotCase(

@@ -13,7 +13,7 @@ from torch import Tensor
 from moeify.kernels.gate import EPSILON
 from moeify.kernels.implementations import define, fake
 
-COMBINES = ("probability", "normalized", "straight_through")
+COMBINES = ("probability", "normalized", "straight_through", "sum")
 
 
 def weigh_reference(scores: Tensor, slots: Tensor, combine: str) -> Tensor:
@@ -23,8 +23,9 @@ def weigh_reference(scores: Tensor, slots: Tensor, combine: str) -> Tensor:
         scores: [T, K] float32 or float64, the scores of the chosen experts.
         slots: [T, K] int32, negative where the route was dropped.
         combine: "probability" is the score itself; "normalized" divides by the sum over the kept
-            routes; "straight_through" has the value of "normalized" (exactly 1 for K = 1) and the
-            gradient of "probability", which `gate` passes on to the router alone.
+            routes; "straight_through" has the value of "normalized" (exactly 1 for K = 1), "sum"
+            that of exactly 1 for every kept route, and both the gradient of "probability", which
+            `gate` passes on to the router alone.
 
     Returns:
         [T, K] weights in the dtype of `scores`.
@@ -33,16 +34,16 @@ def weigh_reference(scores: Tensor, slots: Tensor, combine: str) -> Tensor:
         "probability": Switch Transformers (Fedus et al. 2021) eq. 2. "normalized": GShard
         (Lepikhin et al. 2020) algorithm 1, after dropping as in DeepSpeed. "straight_through": the
         estimator of Bengio et al. 2013, so that upcycling with K = 1 keeps the dense output while
-        the router trains.
+        the router trains. "sum": experts that are slices of one MLP (MoEfication, Zhang et al.
+        2022) add up to it.
     """
     kept = scores.masked_fill(slots < 0, 0)
     if combine == "probability":
         return kept.clone()
-    if combine == "normalized":
-        return kept / (kept.sum(1, keepdim=True) + EPSILON)
-    if combine == "straight_through":
-        if scores.shape[1] == 1:  # a score that underflowed to 0 still weighs 1; NaN stays NaN
-            return torch.where(slots < 0, 0, 1 + (kept - kept))
+    if combine == "sum" or (combine == "straight_through" and scores.shape[1] == 1):
+        # A score that underflowed to 0 still weighs 1; NaN stays NaN.
+        return torch.where(slots < 0, 0, 1 + (kept - kept))
+    if combine in ("normalized", "straight_through"):
         return kept / (kept.sum(1, keepdim=True) + EPSILON)
     raise ValueError(f"combine: {combine!r} is unknown; use one of {', '.join(COMBINES)}")
 

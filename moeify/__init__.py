@@ -30,6 +30,7 @@ _HOMES = {
     "to_sharded": "moeify.sharded_convert",
     "aux_loss": "moeify.losses",
     "router_stats": "moeify.losses",
+    "RouterCallback": "moeify.callbacks",
     "save": "moeify.checkpoint",
     "load": "moeify.checkpoint",
     "MoE": "moeify.layer",
@@ -52,6 +53,7 @@ __all__ = sorted(_HOMES)
 
 if TYPE_CHECKING:
     from moeify.api import moeify as moeify
+    from moeify.callbacks import RouterCallback as RouterCallback
     from moeify.checkpoint import load as load
     from moeify.checkpoint import save as save
     from moeify.clipping import clip_grad_norm_ as clip_grad_norm_

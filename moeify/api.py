@@ -6,13 +6,13 @@ import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 from torch import fx, nn
 
 from moeify import compat, losses
+from moeify.calibration import Calibration, mlp_inputs
 from moeify.capture import ExampleInputs
 from moeify.conversion import (
     ATTRIBUTE,
@@ -23,8 +23,9 @@ from moeify.conversion import (
     make_ledger,
     skeleton,
 )
-from moeify.discovery import Discovery, FoundSite, discover
+from moeify.discovery import Discovery, FoundSite
 from moeify.errors import PassError, UnsupportedModuleError
+from moeify.expert_models import averaging
 from moeify.input_spec import describe_inputs
 from moeify.mesh import World
 from moeify.parallel import (
@@ -46,7 +47,9 @@ from moeify.passes.observers import observers_from_env
 from moeify.passes.records import record_of
 from moeify.passes.replace_mlps import ReplaceMlps
 from moeify.plan import Plan
+from moeify.refusing import discover_float, refuse_adapters, refuse_quantised
 from moeify.resolve import LayerPlan, ResolvedPlan, resolve_sites
+from moeify.site_weights import agree_on_starts
 from moeify.verification import Snapshot, check, check_untouched, coarsest, compare, snapshot
 from moeify.zero import Partitioned, partition
 
@@ -112,19 +115,26 @@ def moeify(
     inputs, discovery, resolved = together(
         "apply the plan", lambda: _prepare(model, chosen, example_inputs)
     )
-    if world is not None:
-        agree_on_layers(resolved, model, inputs)
-        world.prepare(layer.experts for layer in resolved)
-    slices: list[Pass] = []
-    if world is not None and world.layout.tensor > 1:
-        from moeify.passes.slice_dense import SliceDense
+    with ExitStack() as undo:  # an error puts back what the average of checkpoints replaced
+        together("average its checkpoints", lambda: undo.enter_context(averaging(model, resolved)))
+        if world is not None:
+            agree_on_layers(resolved, model, inputs)
+            world.prepare(layer.experts for layer in resolved)
+        slices: list[Pass] = []
+        if world is not None and world.layout.tensor > 1:
+            from moeify.passes.slice_dense import SliceDense
 
-        slices = [SliceDense(discovery, inputs)]
-    built = together(
-        "build its blocks",
-        lambda: run_pipeline(model, chosen, resolved, discovery, passes, world, slices),
-    )
-    _install_checked(model, chosen, resolved, discovery, built, inputs, verify, world)
+            slices = [SliceDense(discovery, inputs)]
+        rows = together(
+            "look at its MLPs' inputs", lambda: mlp_inputs(model, discovery, resolved, inputs)
+        )
+        built = together(
+            "build its blocks",
+            lambda: run_pipeline(model, chosen, resolved, discovery, passes, world, slices, rows),
+        )
+        if world is not None:
+            agree_on_starts(model, resolved, discovery, rows)
+        _install_checked(model, chosen, resolved, discovery, built, inputs, verify, world)
     return model
 
 
@@ -142,8 +152,7 @@ def _prepare(
         from moeify.hf import example_inputs_for
 
         example_inputs = example_inputs_for(model)
-    discovery = discover(model, example_inputs)
-    _refuse_quantised(model, discovery)
+    discovery = discover_float(model, example_inputs)
     resolved = resolve_sites(
         plan,
         discovery.sites,
@@ -152,6 +161,8 @@ def _prepare(
         linears=discovery.linears,
         near_misses=[str(miss) for miss in discovery.near_misses],
     )
+    for layer in resolved:
+        refuse_quantised(model, [p.weight for p in (*layer.site.up, layer.site.down)])
     return example_inputs, discovery, resolved
 
 
@@ -163,8 +174,10 @@ def run_pipeline(
     passes: Sequence[Pass] = (),
     world: World | None = None,
     before: Sequence[Pass] = (),
+    inputs: Mapping[str, Calibration] | None = None,
 ) -> Built:
     """Run the graph passes, some before the MLPs are replaced; the model is only read."""
+    inputs = inputs or {}
     gm = discovery.capture.graph_module
     ctx = PlanContext(
         plan=plan,
@@ -176,12 +189,13 @@ def run_pipeline(
         model=model,
     )
     outside = _outside(gm, discovery, resolved)
-    ours: list[Pass] = [FindMlps(discovery.regions), *before, ReplaceMlps(discovery)]
+    replaced = ReplaceMlps(discovery, inputs=inputs)
+    ours: list[Pass] = [FindMlps(discovery.regions), *before, replaced]
     if world is not None:
         from moeify.parallel_passes import parallel_passes, share_of
 
         shares = {layer.name: share_of(world, layer.experts) for layer in resolved}
-        ours = [*ours[:-1], ReplaceMlps(discovery, shares), *parallel_passes()]
+        ours = [*ours[:-1], replace(replaced, shares=shares), *parallel_passes()]
     # Gathers hide calls of experts, which lower-kernels looks for.
     last: list[Pass] = [LowerKernels(), *([] if world is None else [GatherPartitions()])]
     manager = PassManager([*ours, *passes, *last], observers=observers_from_env())
@@ -370,27 +384,10 @@ def refuse_wrapped(model: nn.Module) -> None:
         raise UnsupportedModuleError(
             type(model).__name__, "convert the model inside first, then wrap it"
         )
+    refuse_adapters(model)
     for name, parameter in model.named_parameters():
         if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
             raise UnsupportedModuleError(name, "it is sharded already: convert first, then shard")
-
-
-def _refuse_quantised(model: nn.Module, discovery: Discovery) -> None:
-    """Say so where a model has no MLP because its weights are quantised."""
-    if discovery.sites:
-        return
-    for path, module in model.named_modules():
-        for name, value in (*module._parameters.items(), *module._buffers.items()):
-            if value is not None and value.dim() >= 2 and value.dtype in (torch.int8, torch.uint8):
-                dtype = str(value.dtype).removeprefix("torch.")
-                raise UnsupportedModuleError(
-                    path or type(module).__name__,
-                    f"its {name} is quantised ({dtype}): convert the float model, then quantise",
-                )
-        if isinstance(getattr(module, "_packed_params", None), nn.Module):
-            raise UnsupportedModuleError(
-                path, "its weights are quantised: convert the float model, then quantise"
-            )
 
 
 __all__ = ["moeify", "refuse_wrapped", "run_pipeline"]

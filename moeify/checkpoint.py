@@ -26,11 +26,10 @@ from moeify.checkpoint_build import (
     describable,
     describe_model,
 )
-from moeify.checkpoint_files import Folder, new_file, replace_folder
+from moeify.checkpoint_files import Folder
 from moeify.checkpoint_json import parse_json
 from moeify.checkpoint_manifest import (
     MAX_BYTES,
-    FileRecord,
     Manifest,
     TensorRecord,
     encode,
@@ -44,8 +43,6 @@ from moeify.checkpoint_shards import (
     dtype_name,
     parse_size,
     read_shard,
-    split_shards,
-    write_shard,
 )
 from moeify.checkpoint_state import (
     Rollback,
@@ -56,10 +53,14 @@ from moeify.checkpoint_state import (
     restore_modes,
     tensors_of,
 )
+from moeify.content import Content, LiveTensors, Output, Spec, Stored, Written, copied
+from moeify.content_writer import write_content
 from moeify.conversion import Conversion, require_conversion, require_one_process
 from moeify.errors import CheckpointError, MoeifyError
 from moeify.hf import is_hf
 from moeify.passes.base import Pass
+
+_READ = ("plan.yaml", "source_config.json", "generation_config.json")
 
 
 def save(
@@ -98,58 +99,81 @@ def save(
         >>> torch.equal(load(folder, model=again)(x), model(x))
         True
     """
-    limit = parse_size(max_shard_size)
+    parse_size(max_shard_size)
     inner = _unwrapped(model)
-    conversion = require_conversion(inner)
-    require_one_process(inner, "save")
-    for path, module in inner.named_modules():
+    write_content(moeify_content(inner), directory, max_shard_size=max_shard_size)
+
+
+def moeify_content(
+    model: nn.Module, stored: Stored | None = None, *, source: Mapping[str, Any] | None = None
+) -> Content:
+    """Return what `save` writes.
+
+    Args:
+        model: A converted model; where `stored` has its tensors, they may be on meta.
+        stored: The tensors of its state dict; those of the model if None.
+        source: Where the weights came from, for the manifest.
+
+    Raises:
+        CheckpointError: The model has state that no safetensors file can hold.
+        MoeifyError: It has not been converted, or lies on several ranks.
+    """
+    conversion = require_conversion(model)
+    require_one_process(model, "save")
+    for path, module in model.named_modules():
         if compat.is_compiled_module(module):
             raise CheckpointError(
                 f"{path}: is wrapped by torch.compile; save before, or use {path}.compile()"
             )
-    state = collect(inner)
-    shards = split_shards(state.tensors, limit)
-    records = {
-        name: TensorRecord(
-            shard=file,
-            dtype=dtype_name(state.tensors[name].dtype),  # type: ignore[arg-type]
-            shape=list(state.tensors[name].shape),
-            role=state.roles[name],
-            requires_grad=state.tensors[name].requires_grad,
-        )
-        for file, names in shards.items()
-        for name in names
-    }
+    state = collect(model, values=stored is None)
+    tensors = stored if stored is not None else LiveTensors(model)
+    outputs = []
+    for name in sorted(state.tensors):
+        scratch = state.roles[name] == "scratch"
+        outputs.append(_scratch(name, state.tensors[name]) if scratch else copied(tensors, name))
     texts = {
         "plan.yaml": strict_yaml.dump(conversion.plan.data(), "plan.yaml"),
-        **config_texts(inner),
+        **config_texts(model),
     }
     common = {
         "format": "moeify",
         "version": 1,
         "versions": versions(),
-        "model": describe_model(inner, describe_modes(inner)),
+        "model": describe_model(model, describe_modes(model)),
         "plan": conversion.plan.data(),
         "plan_sha256": conversion.plan.digest(),
-        "layers": layer_records(inner, conversion),
-        "inputs": _inputs(inner, conversion),
+        "layers": layer_records(model, conversion),
+        "inputs": _inputs(model, conversion),
         "ledger": {name: list(fate) for name, fate in conversion.ledger.items()},
         "dtype": state.main_dtype(),
         "parameters": state.parameters,
-        "tensors": records,
         "aliases": state.aliases,
+        "source": dict(source or {}),
     }
+    trains = {name: tensor.requires_grad for name, tensor in state.tensors.items()}
 
-    def write(folder: Path) -> None:
-        written = [
-            write_shard(folder / file, {name: state.tensors[name] for name in names})
-            for file, names in shards.items()
-        ]
-        files = [_write(folder / name, text.encode()) for name, text in texts.items()]
-        manifest = Manifest.model_validate(common | {"shards": written, "files": files})
-        _write(folder / "moeify.json", encode(manifest))
+    def manifest(written: Written) -> bytes:
+        records = {
+            output.name: TensorRecord(
+                shard=written.place[output.name],
+                dtype=dtype_name(output.spec.dtype),  # type: ignore[arg-type]
+                shape=list(output.spec.shape),
+                role=state.roles[output.name],
+                requires_grad=trains[output.name],
+            )
+            for output in outputs
+        }
+        more = {"tensors": records, "shards": written.shards, "files": written.files}
+        return encode(Manifest.model_validate(common | more))
 
-    replace_folder(directory, write)
+    encoded = {name: text.encode() for name, text in texts.items()}
+    return Content("moeify", tuple(outputs), encoded, manifest)
+
+
+def _scratch(name: str, tensor: Tensor) -> Output:
+    """Return a buffer that is in no state dict, as it is now."""
+    spec = Spec(tuple(tensor.shape), tensor.dtype)
+    return Output(name, spec, lambda: iter([tensor.detach().to("cpu")]))
 
 
 def load(
@@ -246,16 +270,15 @@ def _inputs(model: nn.Module, conversion: Conversion) -> Any:
     )
 
 
-def _write(path: Path, data: bytes) -> FileRecord:
-    with new_file(path) as file:
-        file.write(data)
-        return FileRecord(file=path.name, sha256=file.close(), bytes=file.size)
-
-
 def _read_texts(folder: Folder, manifest: Manifest) -> dict[str, bytes]:
-    """Read the small files and hold them against their digests."""
+    """Read the small files that matter and hold them against their digests.
+
+    Others, such as a tokenizer's, are the user's to change.
+    """
     texts = {}
     for record in manifest.files:
+        if record.file not in _READ and "/" not in record.file:
+            continue
         texts[record.file] = folder.read(record.file, limit=MAX_BYTES, size=record.bytes)
         if hashlib.sha256(texts[record.file]).hexdigest() != record.sha256:
             raise CheckpointError(
@@ -269,7 +292,7 @@ def _build(folder: Folder, manifest: Manifest, texts: Mapping[str, bytes]) -> nn
     parsed = {
         name: parse_json(data, folder.where(name))
         for name, data in texts.items()
-        if name in ("source_config.json", "generation_config.json")
+        if name.endswith(".json")
     }
     for name, data in parsed.items():
         if not isinstance(data, dict):

@@ -25,6 +25,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from moeify.checkpoint_manifest import Manifest, ModelRecord
 from moeify.errors import CheckpointError
 from moeify.hf import is_hf
+from moeify.hf_dense import config_json, dense_class
 from moeify.input_spec import make_inputs
 
 _OWN: Final = re.compile(r"transformers\.models\.[A-Za-z0-9_.]+\.[A-Za-z0-9_]+")
@@ -35,7 +36,7 @@ MAX_ELEMENTS: Final = 1 << 28
 
 def describe_model(model: nn.Module, modes: tuple[bool, list[str]]) -> ModelRecord:
     """Return what is kept of a model beside its tensors and its config."""
-    cls = type(model)
+    cls = dense_class(model)
     found: dict[str, dict[str, str | None]] = {kind: {} for kind in _KINDS}
     if is_hf(model):
         config: Any = model.config
@@ -63,7 +64,7 @@ def config_texts(model: nn.Module) -> dict[str, str]:
     ):
         config: Any = getattr(model, attribute, None)
         if is_hf(model) and hasattr(config, "to_json_string"):
-            texts[file] = str(config.to_json_string(use_diff=False))
+            texts[file] = config_json(config)
     return texts
 
 
@@ -120,7 +121,7 @@ def inputs_of(manifest: Manifest, where: str) -> Any:
     try:
         _check_inputs(manifest.inputs)
         return make_inputs(manifest.inputs)
-    except (ValueError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:
         raise CheckpointError(f"{where}: inputs: {error}") from error
 
 
@@ -129,7 +130,7 @@ def describable(description: Any) -> bool:
     try:
         _check_inputs(description)
         json.dumps(description, allow_nan=False)
-    except (ValueError, TypeError, RecursionError):
+    except (ValueError, TypeError, LookupError, RecursionError):
         return False
     return True
 

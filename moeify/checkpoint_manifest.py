@@ -133,6 +133,8 @@ class Manifest(Strict):
         aliases: Further names of stored tensors, to the name they are stored under.
         shards: The files with the tensors.
         files: The other files.
+        source: Where the weights came from: folder name, files with sizes and digests; empty for a
+            model in memory.
     """
 
     format: Literal["moeify"]
@@ -150,6 +152,7 @@ class Manifest(Strict):
     aliases: dict[str, str]
     shards: list[FileRecord]
     files: list[FileRecord]
+    source: dict[str, Any] = Field(default_factory=dict)
 
     def of_shard(self, file: str) -> dict[str, TensorRecord]:
         """Return the tensors of one shard by name."""

@@ -25,6 +25,9 @@ from moeify.errors import CheckpointError
 MAX_HEADER: Final = 100_000_000
 """Longest header in bytes; the limit of the safetensors library."""
 
+MAX_DIMENSIONS: Final = 64
+"""Most dimensions of a tensor, as in numpy."""
+
 _CODES: Final = {
     "F64": "float64",
     "F32": "float32",
@@ -151,61 +154,136 @@ def check_shard(folder: Folder, record: FileRecord, expected: Mapping[str, Tenso
     """
     where = folder.where(record.file)
     with folder.open(record.file, size=record.bytes) as stream:
+        text = header_text(stream, record.bytes, where)
+    header = header_data(text, where)
+    header.pop("__metadata__", None)
+    for name in sorted(expected.keys() ^ header.keys()):
+        what = "is missing" if name in expected else "should not be there"
+        raise CheckpointError(f"{where}: {name}: {what}")
+    for name, entry in header.items():
+        _same(f"{where}: {name}", entry, expected[name])
+    spans = spans_of(header, record.bytes - 8 - len(text), where)
+    return Shard(record, 8 + len(text), tuple(spans))
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A tensor as a checked header describes it.
+
+    Attributes:
+        dtype: Torch dtype.
+        shape: Sizes.
+        start: Where its data begins, counted from the end of the header.
+        stop: Where it ends.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def header_text(stream: BinaryIO, size: int, where: str) -> bytes:
+    """Return the header of a file of `size` bytes, whose first byte comes next in the stream.
+
+    Raises:
+        CheckpointError: It claims more than the file holds, or cannot be read.
+    """
+    try:
         head = stream.read(8)
         length = int.from_bytes(head, "little")
-        if len(head) < 8 or length > min(MAX_HEADER, record.bytes - 8):
-            raise CheckpointError(f"{where}: its header claims {length} bytes of {record.bytes}")
+        if len(head) < 8 or length > min(MAX_HEADER, size - 8):
+            raise CheckpointError(f"{where}: its header claims {length} bytes of {size}")
         text = stream.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{where}: cannot be read: {error}") from error
+    if len(text) != length:
+        raise CheckpointError(f"{where}: ends too early: it is being changed")
+    return text
+
+
+def header_data(text: bytes, where: str) -> dict[str, Any]:
+    """Return a header as data; only its metadata has been checked.
+
+    Raises:
+        CheckpointError: It is no mapping, or its metadata is none of texts.
+    """
     header = parse_json(text, where)
     if not isinstance(header, dict):
         raise CheckpointError(f"{where}: its header is no mapping")
-    metadata = header.pop("__metadata__", {})
+    if text[:1] != b"{":
+        raise CheckpointError(f"{where}: its header begins with {text[:1]!r}, not with a brace")
+    metadata = header.get("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError(f"{where}: __metadata__: is no mapping of texts")
-    _same_names(where, header, expected)
-    spans = sorted(
-        (*_span(f"{where}: {name}", header[name], expected[name]), name) for name in header
-    )
-    end = 0
-    for start, stop, name in spans:
-        if start != end:
-            what = "overlaps the data before it" if start < end else "leaves a gap before it"
-            raise CheckpointError(f"{where}: {name}: data_offsets {[start, stop]}: {what}")
-        end = stop
-    if 8 + length + end != record.bytes:
-        raise CheckpointError(
-            f"{where}: its tensors end at byte {8 + length + end} of {record.bytes}"
-        )
-    return Shard(record, 8 + length, tuple(name for _, _, name in spans))
+    return header
 
 
-def _same_names(where: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    for name in sorted(expected.keys() ^ found.keys()):
-        what = "is missing" if name in expected else "should not be there"
-        raise CheckpointError(f"{where}: {name}: {what}")
+def spans_of(header: Mapping[str, Any], room: int, where: str) -> dict[str, Span]:
+    """Check that the tensors of a header fill a file's data, without overlaps and gaps.
 
+    Args:
+        header: Entries by the tensor's name, without metadata.
+        room: Bytes behind the header.
+        where: The file, for messages.
 
-def _span(where: str, entry: object, expected: TensorRecord) -> tuple[int, int]:
-    """Return where a tensor's data begins and ends.
+    Returns:
+        Names in the order of their data.
 
     Raises:
-        CheckpointError: The entry is damaged, or not the tensor that was saved.
+        CheckpointError: They do not, or an entry is damaged.
     """
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+    found = {name: _span(name, entry, where) for name, entry in header.items()}
+    ordered = sorted(found, key=lambda name: (found[name].start, found[name].stop, name))
+    end = 0
+    for name in ordered:
+        span = found[name]
+        if span.start != end:
+            what = "overlaps the data before it" if span.start < end else "leaves a gap before it"
+            offsets = [span.start, span.stop]
+            raise CheckpointError(f"{where}: {name:.200}: data_offsets {offsets!r:.80}: {what}")
+        end = span.stop
+    if end != room:
+        raise CheckpointError(f"{where}: its tensors end at byte {end} of {room}")
+    return {name: found[name] for name in ordered}
+
+
+def _same(where: str, entry: object, expected: TensorRecord) -> None:
+    """Hold an entry against the tensor that was saved."""
+    if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape"}:
         raise CheckpointError(f"{where}: its entry in the header is damaged")
     if entry["dtype"] != CODE_OF[expected.dtype]:
         raise CheckpointError(f"{where}: dtype {entry['dtype']!r:.40} instead of {expected.dtype}")
     if not _numbers(entry["shape"]) or entry["shape"] != expected.shape:
         raise CheckpointError(f"{where}: shape {entry['shape']!r:.80}, not {expected.shape}")
-    offsets = entry["data_offsets"]
+
+
+def _span(name: str, entry: object, where: str) -> Span:
+    if not name.isprintable():  # nor can it do anything to a terminal
+        raise CheckpointError(f"{where}: {name!r:.80}: is no name for a tensor")
+    where = f"{where}: {name:.200}"
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(f"{where}: its entry in the header is damaged")
+    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(code, str) or code not in _CODES:
+        raise CheckpointError(f"{where}: dtype {code!r:.40}: use one of {', '.join(_CODES)}")
+    dtype = DTYPES[_CODES[code]]
+    if not _numbers(shape) or len(shape) > MAX_DIMENSIONS:
+        raise CheckpointError(f"{where}: shape {shape!r:.80}: natural numbers are needed")
     if not _numbers(offsets) or len(offsets) != 2:
         raise CheckpointError(f"{where}: data_offsets {offsets!r:.80}: two numbers are needed")
     start, stop = offsets
-    if stop - start != nbytes(expected):
+    size = dtype.itemsize
+    for n in shape:  # zeros apart: torch counts strides over the others too
+        size *= max(n, 1)
+        if size >= 1 << 63:
+            raise CheckpointError(f"{where}: shape {shape!r:.80}: no tensor can be so large")
+    size = 0 if 0 in shape else size
+    if stop - start != size:
         raise CheckpointError(
-            f"{where}: data_offsets {offsets}: {stop - start} bytes instead of {nbytes(expected)}"
+            f"{where}: data_offsets {offsets!r:.80}: other than the {size} bytes of its shape"
         )
-    return start, stop
+    return Span(dtype, tuple(shape), start, stop)
 
 
 def _numbers(value: object) -> bool:

@@ -6,7 +6,11 @@ to a model in between.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import hashlib
+import inspect
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
@@ -85,11 +89,15 @@ class State:
         return max(counts, key=lambda dtype: counts[dtype], default="float32")
 
 
-def collect(model: nn.Module) -> State:
+def collect(model: nn.Module, *, values: bool = True) -> State:
     """Return what must be stored of a model.
 
     Tied tensors are stored once. Buffers that are in no state dict are kept if they hold
     floating-point numbers: the others depend on the config alone.
+
+    Args:
+        model: The model.
+        values: What its state dict holds is stored from here; else it may be on meta.
 
     Raises:
         CheckpointError: Something in the state dict is no tensor, or cannot be stored.
@@ -102,7 +110,8 @@ def collect(model: nn.Module) -> State:
         tensor = item.tensor
         if item.role == "scratch" and not tensor.is_floating_point():
             continue
-        storable([item.name], tensor)
+        if values or item.role == "scratch":
+            storable([item.name], tensor)
         keys = [("id", id(tensor))]
         memory = compat.storage_key(tensor) if tensor.numel() else None
         if memory is not None:
@@ -245,9 +254,29 @@ def restore_modes(model: nn.Module, record: ModelRecord) -> None:
 def graph_digests(block: nn.Module) -> tuple[str, str]:
     """Return digests of what a block computes, and of what the graphs inside it compute."""
     graphs = [m.graph for m in block.modules() if isinstance(m, fx.GraphModule)]
-    texts = ["\n".join(format_node(n, meta=False) for n in graph.nodes) for graph in graphs]
+    texts = [_numbered(graph) for graph in graphs]
     outer, inner = texts[0], "\n\n".join(texts[1:])
     return hashlib.sha256(outer.encode()).hexdigest(), hashlib.sha256(inner.encode()).hexdigest()
+
+
+def _numbered(graph: fx.Graph) -> str:
+    """Print a graph in one form: unpickling draws names anew, and passes arguments by keyword."""
+    twin = copy.deepcopy(graph)
+    twin.owning_module = graph.owning_module
+    numbers = {node.name: str(i) for i, node in enumerate(twin.nodes)}
+
+    def number(match: re.Match[str]) -> str:
+        return "%" + numbers.get(match[1], match[1])
+
+    lines = []
+    for node in twin.nodes:
+        if node.op == "call_function":
+            with contextlib.suppress(TypeError, ValueError):  # no signature, or not in Python
+                bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
+                bound.apply_defaults()
+                node.args, node.kwargs = bound.args, bound.kwargs
+        lines.append(re.sub(r"%([A-Za-z_]\w*)", number, format_node(node, meta=False)))
+    return "\n".join(lines)
 
 
 class Rollback:
@@ -269,9 +298,9 @@ class Rollback:
         for module, state, containers in self._saved:
             module.__dict__.clear()
             module.__dict__.update(state)
-            for live, copy in containers:
+            for live, former in containers:
                 live.clear()
-                live.extend(copy) if isinstance(live, list) else live.update(copy)
+                live.extend(former) if isinstance(live, list) else live.update(former)
 
 
 def _containers(module: nn.Module) -> list[tuple[Any, Any]]:

@@ -30,6 +30,15 @@ class Dtype(StrEnum):
     float64 = "float64"
 
 
+class Export(StrEnum):
+    """What a converted folder may be."""
+
+    auto = "auto"
+    native = "native"
+    custom = "custom"
+    moeify = "moeify"
+
+
 class ReportingGroup(TyperGroup):
     """Tells expected errors in one message, without a traceback unless `--debug` asks for it."""
 
@@ -171,36 +180,90 @@ def schema() -> None:
 def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", help=f"{MODEL_HELP} Safetensors only.")],
     out: Annotated[str, typer.Argument(metavar="OUT", help="Folder to write; must not exist.")],
-    plan: Annotated[str, typer.Option("--plan", metavar="PLAN", help=PLAN_HELP)],
+    plan: Annotated[str | None, typer.Option("--plan", metavar="PLAN", help=PLAN_HELP)] = None,
     settings: Settings = None,
+    reverse: Annotated[
+        bool, typer.Option("--reverse", help="SRC was converted: make it dense again.")
+    ] = False,
+    export: Annotated[
+        Export,
+        typer.Option(
+            "--export",
+            metavar="KIND",
+            help="native (transformers alone loads it), custom (its code needs moeify), moeify "
+            "(moeify.load), or auto, the first that fits.",
+        ),
+    ] = Export.auto,
     dtype: Annotated[
         Dtype | None,
         typer.Option(
             "--dtype",
             metavar="DTYPE",
-            help="Load as float32, bfloat16, ..., not as the config says.",
+            help="float32, bfloat16, ..., instead of what the source has.",
         ),
     ] = None,
-    no_verify: Annotated[
-        bool, typer.Option("--no-verify", help="Do not compare with the dense model.")
+    max_shard_size: Annotated[
+        str, typer.Option("--max-shard-size", metavar="SIZE", help="Such as 5GB or 512MiB.")
+    ] = "5GB",
+    verify: Annotated[
+        int,
+        typer.Option(
+            "--verify",
+            min=0,
+            metavar="N",
+            help="Compare with SRC on N random inputs in a fresh process; 0 does not.",
+        ),
+    ] = 2,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and write nothing.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT if moeify saved it.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where an earlier run was ended.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if moeify wrote it.")] = False,
+    in_memory: Annotated[
+        bool, typer.Option("--in-memory", help="Load the whole model; some plans need it.")
+    ] = False,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            "--calibration",
+            help="Text file, a document per line, that the model reads; needs --in-memory.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Convert a model and save it. Needs memory for the whole of it."""
-    chosen = _plan(plan, settings)
+    """Convert a model of any size: it is read, converted and written a layer at a time."""
+    if reverse == (plan is not None):
+        raise typer.BadParameter("give one of --plan and --reverse", param_hint="--plan")
+    if reverse and (in_memory or settings or dtype or export is not Export.auto):
+        what = "takes no --set, --dtype, --export or --in-memory"
+        raise typer.BadParameter(what, param_hint="--reverse")
+    if calibration is not None and not in_memory:
+        raise typer.BadParameter("needs --in-memory", param_hint="--calibration")
+    chosen = None if plan is None else _plan(plan, settings)
+    from moeify.checkpoint_shards import parse_size
+    from moeify.cli_convert import Options, give_memory_back
     from moeify.cli_convert import convert as run
     from moeify.cli_output import make_console, write_json
 
-    report = run(
-        source,
-        out,
-        chosen,
-        make_console(quiet=as_json),
+    try:
+        parse_size(max_shard_size)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--max-shard-size") from None
+    options = Options(
         dtype=dtype.value if dtype is not None else None,
-        verify=not no_verify,
+        max_shard_size=max_shard_size,
+        export=export.value,
+        verify=verify,
         force=force,
+        resume=resume,
+        dry_run=dry_run,
+        in_memory=in_memory,
+        calibration=calibration,
     )
+    give_memory_back()
+    report = run(source, out, chosen, make_console(quiet=as_json), options)
     if as_json:
         write_json(report)
 

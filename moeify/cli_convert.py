@@ -1,132 +1,378 @@
-"""`moeify convert`: a dense folder in, a converted one out, the whole model in memory."""
+"""`moeify convert`: a dense folder in, a converted one out, one layer in memory at a time."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import dataclasses
+import hashlib
+import json
+import os
+import resource
+import sys
 import time
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
 
-from moeify import api, checkpoint
-from moeify.cli_models import copy_beside, folder_bytes, is_save, load_dense, model_folder
-from moeify.cli_output import say, size
+from moeify.checkpoint_files import MANIFEST
+from moeify.checkpoint_json import canonical_digest
+from moeify.checkpoint_replay import versions
+from moeify.cli_convert_report import print_done, print_dry, print_job, progress
+from moeify.cli_models import (
+    files_beside,
+    folder_bytes,
+    is_converted,
+    is_save,
+    load_dense,
+    model_folder,
+)
+from moeify.content import Content
+from moeify.content_resume import bytes_to_write, free_bytes, partial_path, write_resumable
+from moeify.convert_check import Verdict, auto_class, verify
+from moeify.convert_hash import hashing
 from moeify.errors import MoeifyError
-from moeify.hf import example_inputs_for
 from moeify.plan import Plan
 from moeify.resolve import ResolvedPlan
-from moeify.selection import shorten
-from moeify.verification import Difference, check, coarsest, compare, snapshot
+from moeify.verification import is_exact
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from torch import nn
+
+    from moeify.content import Stored
+    from moeify.exports import Export
+    from moeify.source import SourceFolder
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to convert.
+
+    Attributes:
+        dtype: Name of the torch dtype of the result; as the source has it if None.
+        max_shard_size: Largest file with tensors, but for a larger tensor.
+        export: "auto", "native", "custom" or "moeify".
+        verify: On how many random inputs to compare with the source before the folder is put in
+            place; 0 for none.
+        force: Replace an older folder of moeify's.
+        resume: Go on with what an earlier run left unfinished.
+        dry_run: Check everything and write nothing.
+        in_memory: Load the whole model.
+        calibration: File with a text per line, on which the dense model runs (with `in_memory`).
+    """
+
+    dtype: str | None = None
+    max_shard_size: str = "5GB"
+    export: Export = "auto"
+    verify: int = 2
+    force: bool = False
+    resume: bool = False
+    dry_run: bool = False
+    in_memory: bool = False
+    calibration: Path | None = None
+
+
+@dataclass(slots=True)
+class _Job:
+    """What is to be written, and what is known of it.
+
+    Attributes:
+        content: The folder.
+        digest: Of the source's files.
+        resolved: What the plan became; None on the way back.
+        promised: Whether the outputs must be the source's.
+        source_bytes: Bytes of the source's tensors.
+        missing: What the source lacks.
+        notes: What a person should be told.
+        folders: What is read meanwhile, the source first.
+    """
+
+    content: Content
+    digest: str
+    resolved: ResolvedPlan | None
+    promised: bool
+    source_bytes: int
+    missing: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    folders: list[SourceFolder] = field(default_factory=list)
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the source's files with tensors."""
+        return sorted({entry.file for folder in self.folders[:1] for entry in folder.keys.values()})
 
 
 def convert(
-    source: str,
-    out: str,
-    plan: Plan,
-    console: Console,
-    *,
-    dtype: str | None = None,
-    verify: bool = True,
-    force: bool = False,
+    source: str, out: str, plan: Plan | None, console: Console, options: Options
 ) -> dict[str, Any]:
     """Convert a Hugging Face folder, print a report and return it as data.
 
     Args:
-        source: Folder with `config.json` and safetensors.
-        out: Folder to write; must not exist, but for an older save with `force`.
-        plan: The plan.
+        source: Folder with `config.json` and safetensors; without a plan, one that was converted.
+        out: Folder to write; must not exist, but for an older one of moeify's with `force`.
+        plan: The plan; None to go back to a dense model.
         console: Where to print.
-        dtype: Torch dtype to load in; the config's if None.
-        verify: Compare with the dense model before anything is written.
-        force: Replace an older save.
+        options: How.
 
     Raises:
-        MoeifyError: On a wrong folder or plan, or a failed check; nothing is written then.
+        MoeifyError: On a wrong folder or plan, or a failed check; `out` is then as it was.
     """
     folder, target = Path(source), Path(out)
-    if is_save(folder):
-        raise MoeifyError(f"{folder}: is converted already; give the dense model's folder")
-    folder = model_folder(folder)
-    _check_target(target, force)
+    _check_places(folder, target, options.force)
     start = time.perf_counter()
-    model, missing = load_dense(folder, dtype)
-    loaded = time.perf_counter()
-    resolved, difference = _convert(model, plan, verify)
-    converted = time.perf_counter()
-    checkpoint.save(model, target)
-    copied = copy_beside(folder, target)
-    saved = time.perf_counter()
-    report = {
+    if plan is None:
+        job = _reversed(folder)
+    elif options.in_memory:
+        job = _in_memory(_dense_folder(folder), plan, options)
+    else:
+        job = _streamed(_dense_folder(folder), plan, options)
+    texts = {**files_beside(folder), **job.content.texts}
+    job.content = dataclasses.replace(job.content, texts=texts)
+    prepared = time.perf_counter()
+    report: dict[str, Any] = {
         "source": str(folder),
         "out": str(target),
-        "verified": difference is not None,
-        "difference": asdict(difference) if difference is not None else None,
-        "seconds": {
-            "load": loaded - start,
-            "convert": converted - loaded,
-            "save": saved - converted,
-        },
-        "bytes": folder_bytes(target),
-        "copied": copied,
-        "not_in_source": missing,
-        "resolved": resolved.to_dict(),
+        "kind": job.content.kind,
+        "dry_run": options.dry_run,
+        "bytes": bytes_to_write(job.content, options.max_shard_size),
+        "free_bytes": free_bytes(target),
+        "not_in_source": job.missing,
+        "notes": [*job.notes, *job.content.notes],
+        "resolved": None if job.resolved is None else job.resolved.to_dict(),
     }
-    _print(report, resolved, difference, console)
+    print_job(job.resolved, report, console)
+    if options.dry_run:
+        print_dry(report, console)
+        return report
+    verdict, checked = _write(job, folder, target, options)
+    report |= {
+        "bytes": folder_bytes(target),
+        "verified": verdict.difference is not None,
+        "difference": verdict.difference,
+        "verification": dataclasses.asdict(verdict),
+        "seconds": {
+            "prepare": prepared - start,
+            "write": time.perf_counter() - prepared - checked,
+            "verify": checked,
+        },
+        "peak_memory": peak_memory(),
+    }
+    print_done(report, verdict, console)
     return report
 
 
-def _check_target(target: Path, force: bool) -> None:
+def give_memory_back() -> None:
+    """Make the C library return large blocks to the system as they are freed.
+
+    glibc keeps blocks of up to 32 MiB once it has seen one freed; a layer's would pile up.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 20)
+
+
+_MMAP_THRESHOLD = -3
+
+
+def peak_memory() -> int:
+    """Return the most bytes of memory that this process has held so far.
+
+    On Linux from its own status: `ru_maxrss` counts what the process that started it held.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+    except (OSError, StopIteration):
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _check_places(source: Path, target: Path, force: bool) -> None:
+    """Refuse folders in each other, and targets that are not ours to replace.
+
+    Raises:
+        MoeifyError: It is so.
+    """
+    if not source.is_dir():
+        raise MoeifyError(f"{source}: no such folder; give a local one, moeify downloads nothing")
+    try:
+        inner, outer = target.resolve(), source.resolve()
+    except (OSError, RuntimeError) as error:
+        raise MoeifyError(f"{target}: is no usable path: {error}") from error
+    if inner == outer or (target.exists() and os.path.samefile(source, target)):
+        raise MoeifyError(f"{target}: is the source itself; give another folder")
+    if inner.is_relative_to(outer):
+        raise MoeifyError(f"{target}: lies in the source, which is only read; give another folder")
+    if outer.is_relative_to(inner):
+        raise MoeifyError(f"{target}: holds the source; give another folder")
+    if not inner.parent.is_dir():
+        raise MoeifyError(f"{inner.parent}: is no folder; make it first")
+    if not os.access(inner.parent, os.W_OK | os.X_OK):
+        raise MoeifyError(f"{inner.parent}: may not be written to; give another folder")
     if not target.exists() and not target.is_symlink():
         return
-    if not is_save(target):
-        raise MoeifyError(f"{target}: exists and is no save of moeify; give another folder")
-    if not force:
-        raise MoeifyError(f"{target}: exists; --force replaces this older save")
+    if not target.is_dir():
+        raise MoeifyError(f"{target}: is a file; give a folder")
+    if any(target.iterdir()):
+        if not is_save(target):
+            raise MoeifyError(f"{target}: exists and is no save of moeify; give another folder")
+        if not force:
+            raise MoeifyError(f"{target}: exists; --force replaces this older save")
 
 
-def _convert(model: nn.Module, plan: Plan, verify: bool) -> tuple[ResolvedPlan, Difference | None]:
-    """Convert in place; compare like `moeify(verify=True)`, but keep the measured difference."""
-    inputs = example_inputs_for(model)
-    resolved = plan.resolve(model, inputs)
-    if not verify:
-        api.moeify(model, plan, example_inputs=inputs, verify=False)
-        return resolved, None
-    inside: set[str | None] = set()
-    for layer in resolved:
-        for projection in (*layer.site.up, layer.site.down):
-            inside |= {projection.weight, projection.bias}
-        inside |= set(layer.site.inner)
-    outside = [name for name, _ in model.named_parameters() if name not in inside]
-    dense = snapshot(model, inputs, outside)
-    api.moeify(model, plan, example_inputs=inputs, verify=False)
-    difference = compare(dense, snapshot(model, inputs, outside), resolved.layers)
-    check(difference, coarsest(p.dtype for p in model.parameters()))
-    return resolved, difference
-
-
-def _print(
-    report: dict[str, Any], resolved: ResolvedPlan, difference: Difference | None, console: Console
-) -> None:
-    console.print(resolved)
-    if difference is None:
-        say(console, "step 0: not compared (--no-verify)")
-    else:
-        word = "" if difference.promised else "; this plan does not promise the dense numbers"
-        say(
-            console,
-            f"step 0: outputs differ by {difference.outputs:.1e}, gradients by "
-            f"{difference.gradients:.1e} (relative to the dense model{word})",
+def _dense_folder(folder: Path) -> Path:
+    if is_converted(folder):
+        raise MoeifyError(
+            f"{folder}: is converted already; give the dense model's folder, or --reverse"
         )
-    if report["not_in_source"]:
-        names = shorten(report["not_in_source"], 4)
-        say(console, f"warning: the source does not hold {names}; drawn at random")
-    seconds = report["seconds"]
-    say(
-        console,
-        f"load {seconds['load']:.1f} s, convert {seconds['convert']:.1f} s, "
-        f"save {seconds['save']:.1f} s; {size(report['bytes'])} in {report['out']}",
+    return model_folder(folder)
+
+
+def _streamed(folder: Path, plan: Plan, options: Options) -> _Job:
+    from moeify.streamed import stream
+
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    model, stored = stream(folder, plan, dtype)
+    return _job(model, stored, stored.resolved, stored.folder, options, [])
+
+
+def _in_memory(folder: Path, plan: Plan, options: Options) -> _Job:
+    from moeify import api
+    from moeify.content import LiveTensors
+    from moeify.source import SourceFolder
+
+    files = SourceFolder(folder)
+    model, missing = load_dense(folder, options.dtype)
+    inputs = None
+    if options.calibration is not None:
+        from moeify.cli_calibration import texts_as_inputs
+
+        inputs = texts_as_inputs(folder, options.calibration, model)
+    resolved = plan.resolve(model, inputs)
+    api.moeify(model, plan, example_inputs=inputs, verify=False)
+    return _job(model, LiveTensors(model), resolved, files, options, missing)
+
+
+def _job(
+    model: nn.Module,
+    stored: Stored,
+    resolved: ResolvedPlan,
+    files: SourceFolder,
+    options: Options,
+    missing: list[str],
+) -> _Job:
+    from moeify.exports import content_for
+    from moeify.source import SourceFolder
+
+    others = dict.fromkeys(
+        os.path.join(layer.folder, folder) for layer in resolved for folder in layer.init.from_
     )
+    folders = [files, *map(SourceFolder, others)]
+    made_of = files.fingerprint()
+    if others:
+        made_of["experts"] = [folder.fingerprint() for folder in folders[1:]]
+    return _Job(
+        content_for(model, stored, options.export, source=made_of),
+        canonical_digest(made_of),
+        resolved,
+        all(is_exact(layer) for layer in resolved),
+        sum(entry.end - entry.begin for entry in files.keys.values()),
+        missing,
+        list(files.notes),
+        folders,
+    )
+
+
+def _reversed(folder: Path) -> _Job:
+    from moeify.reverse import dense_content
+
+    if not is_converted(folder):
+        raise MoeifyError(f"{folder}: was not converted by moeify, so there is no way back")
+    content = dense_content(folder)
+    digest = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+    return _Job(content, digest, None, False, content.nbytes)
+
+
+def _card(job: _Job, folder: Path, sha256: Mapping[str, str]) -> dict[str, bytes]:
+    """Return the model card; none on the way back."""
+    if job.resolved is None:
+        return {}
+    from moeify.model_card import model_card
+
+    content = job.content
+    config = json.loads(content.texts.get("config.json", b"{}"))
+    text = model_card(
+        kind=content.kind,
+        plan=job.resolved.plan.data(),
+        layers=[{**layer.to_dict(), "exact": is_exact(layer)} for layer in job.resolved],
+        source=folder,
+        sha256=sha256,
+        total=job.resolved.parameters,
+        active=job.resolved.active_parameters,
+        auto=auto_class(config, content.kind),
+        notes=content.notes,
+    )
+    return {"README.md": text}
+
+
+def _write(job: _Job, folder: Path, target: Path, options: Options) -> tuple[Verdict, float]:
+    """Write, compare and put in place; return what came of it, and the seconds it took."""
+    found: list[tuple[Verdict, float]] = []
+    content = job.content
+
+    def check(staged: Path) -> None:
+        for opened in job.folders:
+            opened.unchanged()
+        start = time.perf_counter()
+        verdict = verify(
+            folder,
+            staged,
+            content.kind,
+            source_kind="dense" if job.resolved is not None else _kind_of(folder),
+            inputs=options.verify,
+            promised=job.promised,
+            dtype=options.dtype,
+            needed=max(job.source_bytes, content.nbytes),
+            shown_as=target,
+        )
+        found.append((verdict, time.perf_counter() - start))
+
+    made_of = {
+        "plan": None if job.resolved is None else job.resolved.plan.digest(),
+        "source": job.digest,
+        "export": content.kind,
+        "dtype": options.dtype,
+        "versions": versions(),
+    }
+    files = [folder / name for name in job.files]
+    with progress(content.nbytes) as advance, hashing(files) as sha256:
+        try:
+            write_resumable(
+                content,
+                target,
+                made_of=made_of,
+                max_shard_size=options.max_shard_size,
+                resume=options.resume,
+                advance=advance,
+                late=lambda: _card(job, folder, sha256()),
+                check=check,
+            )
+        except KeyboardInterrupt:
+            kept = partial_path(target)
+            if kept.exists():
+                sys.stderr.write(f"\n{kept} keeps what is finished, for --resume\n")
+            raise
+    return found[0]
+
+
+def _kind_of(folder: Path) -> str:
+    """Return the kind of a converted folder."""
+    from moeify.checkpoint_files import Folder
+    from moeify.export_manifest import read_export_manifest
+
+    with Folder(folder) as opened:
+        manifest = read_export_manifest(opened)
+    return "moeify" if manifest is None else manifest.kind

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeify import checkpoint
-from moeify.cli_models import build_on_meta, is_save, model_folder
+from moeify.checkpoint_files import Folder
+from moeify.cli_models import build_on_meta, is_converted, model_folder
 from moeify.cli_output import make_table, say, size
 from moeify.conversion import conversion_of
 from moeify.discovery import Discovery, discover
 from moeify.errors import MoeifyError
+from moeify.export_manifest import ExportManifest, read_export_manifest
 from moeify.plan import Plan
 from moeify.resolve import ResolvedPlan
 from moeify.selection import shorten
@@ -26,8 +29,8 @@ _SITES = {
     "site": "left",
     "installs": "left",
     "widths": "left",
-    "activation": "left",
-    "gated": "left",
+    "activation": "left spare",
+    "gated": "left spare",
     "parameters": "right",
 }
 _LAYERS = {
@@ -48,7 +51,7 @@ def resolve_on_meta(plan: Plan, path: str) -> ResolvedPlan:
         MoeifyError: There is no model, or the plan does not fit it.
     """
     folder = Path(path)
-    if is_save(folder):
+    if is_converted(folder):
         raise MoeifyError(f"{folder}: is converted already; give the dense model's folder")
     return plan.resolve(build_on_meta(model_folder(folder)))
 
@@ -64,8 +67,10 @@ def inspect_model(path: str, console: Console) -> dict[str, Any]:
         MoeifyError: There is no model, or it does not run.
     """
     folder = Path(path)
-    if is_save(folder):
-        return _converted(folder, console)
+    if is_converted(folder):
+        with Folder(folder) as opened:
+            export = read_export_manifest(opened)
+        return _saved(folder, console) if export is None else _exported(folder, export, console)
     model = build_on_meta(model_folder(folder))
     found = discover(model)
     _print(model, found, console)
@@ -117,38 +122,77 @@ def _print(model: nn.Module, found: Discovery, console: Console) -> None:
     )
 
 
-def _converted(folder: Path, console: Console) -> dict[str, Any]:
+def _saved(folder: Path, console: Console) -> dict[str, Any]:
+    """Show what `moeify.save` wrote."""
     model = checkpoint.load(folder, device="meta")
     record = conversion_of(model)
     assert record is not None, "load returns converted models only"
-    layers = [converted.layer for converted in record.layers]
     parameters = list(model.parameters())
-    count = sum(p.numel() for p in parameters)
-    total = sum(p.numel() * p.element_size() for p in parameters)
+    return _converted(
+        folder,
+        console,
+        kind="moeify",
+        name=type(model).__name__,
+        plan=record.plan.data(),
+        layers=[converted.layer.to_dict() for converted in record.layers],
+        count=sum(p.numel() for p in parameters),
+        total=sum(p.numel() * p.element_size() for p in parameters),
+    )
+
+
+def _exported(folder: Path, manifest: ExportManifest, console: Console) -> dict[str, Any]:
+    """Show a folder that transformers reads; its tensors are counted, padding too."""
+    from moeify.source import SourceFolder
+
+    with SourceFolder(folder) as files:
+        specs = [entry.spec for entry in files.keys.values()]
+    return _converted(
+        folder,
+        console,
+        kind=manifest.kind,
+        name=manifest.architecture,
+        plan=manifest.plan,
+        layers=manifest.layers,
+        count=sum(math.prod(spec.shape) for spec in specs),
+        total=sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in specs),
+    )
+
+
+def _converted(
+    folder: Path,
+    console: Console,
+    *,
+    kind: str,
+    name: str,
+    plan: dict[str, Any],
+    layers: list[dict[str, Any]],
+    count: int,
+    total: int,
+) -> dict[str, Any]:
     rows: list[Sequence[object]] = [
         (
-            layer.site.index,
-            layer.name,
-            layer.experts,
-            layer.top_k,
-            "-" if layer.residual == "none" else layer.residual,
-            f"{layer.site.d_in}->{layer.site.d_ff}->{layer.site.d_out}",
-            f"{layer.parameters_after:,}",
+            index,
+            layer["name"],
+            layer["experts"],
+            layer["top_k"],
+            "-" if layer["residual"] == "none" else layer["residual"],
+            f"{layer['d_in']}->{layer['d_ff']}->{layer['d_out']}",
+            f"{layer['parameters_after']:,}",
         )
-        for layer in layers
+        for index, layer in enumerate(layers)
     ]
     console.print(make_table(_LAYERS, rows))
-    name = type(model).__name__
     say(
         console,
         f"{name}, converted by moeify: {len(layers)} MoE layers, {count:,} parameters "
-        f"({size(total)})",
+        f"({size(total)}), kind `{kind}`",
     )
     return {
         "model": str(folder),
         "class": name,
+        "kind": kind,
         "parameters": count,
         "bytes": total,
-        "plan": record.plan.data(),
-        "layers": [layer.to_dict() for layer in layers],
+        "plan": plan,
+        "layers": layers,
     }

@@ -8,14 +8,15 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moeify.checkpoint_files import MANIFEST
+from moeify.checkpoint_files import MANIFEST, Folder
+from moeify.checkpoint_manifest import MAX_BYTES
 from moeify.errors import MoeifyError
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -68,22 +69,90 @@ def model_folder(path: str | os.PathLike[str]) -> Path:
     return folder
 
 
-def build_on_meta(folder: Path) -> nn.Module:
-    """Build the model that a folder's config describes, without weights.
+def build_on_meta(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
+    """Build the model that a folder's config describes, its parameters on meta.
+
+    Buffers are computed as ever, because some (rotary frequencies) are in no file. Dtypes are those
+    that `from_pretrained` would give.
+
+    Args:
+        folder: From `model_folder`.
+        dtype: Of its parameters; as the config says if None.
 
     Raises:
         MoeifyError: transformers cannot build it.
     """
     import torch
 
+    from moeify.checkpoint_build import _parameters_on_meta, _quiet_random_state
+
     config, kind = _config_and_class(folder)
+    chosen = dtype or getattr(config, "dtype", None)
+    if not isinstance(chosen, torch.dtype):
+        chosen = _stored_dtype(folder)
+    for part in (
+        config,
+        *(getattr(config, key, None) for key in getattr(config, "sub_configs", {})),
+    ):
+        if part is not None:
+            part.dtype = chosen
+    before = torch.get_default_dtype()
     try:
-        with torch.device("meta"):
+        torch.set_default_dtype(chosen)
+        with _quiet_random_state(), _parameters_on_meta():
             model: nn.Module = kind(config) if kind is not None else _auto().from_config(config)
     except Exception as error:
         raise MoeifyError(f"{folder}: transformers cannot build this model: {error}") from error
-    dtype = getattr(config, "dtype", None)
-    return (model.to(dtype) if isinstance(dtype, torch.dtype) else model).eval()
+    finally:
+        torch.set_default_dtype(before)
+    _keep_in_float32(model, chosen)
+    _read_generation_config(model, folder)
+    return model.eval()
+
+
+def _stored_dtype(folder: Path) -> torch.dtype:
+    """Return the dtype of the first floating-point tensor of a folder, as transformers does."""
+    import torch
+
+    from moeify.source import SourceFolder
+
+    if not any((folder / name).is_file() for name in (_WEIGHTS, _INDEX)):
+        return torch.float32
+    keys = SourceFolder(folder).keys.values()
+    return next((k.spec.dtype for k in keys if k.spec.dtype.is_floating_point), torch.float32)
+
+
+def _keep_in_float32(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give the parameters that their class keeps in float32 that dtype."""
+    import torch
+    from torch import nn
+
+    kept: set[str] = set()
+    if dtype is torch.float16:
+        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    if dtype in (torch.float16, torch.bfloat16):
+        kept |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if not kept:
+        return
+    twins: dict[int, nn.Parameter] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for key, parameter in list(module._parameters.items()):
+            if parameter is not None and kept & {*path.split("."), key}:
+                wide = nn.Parameter(parameter.detach().float(), parameter.requires_grad)
+                module._parameters[key] = twins.setdefault(id(parameter), wide)
+
+
+def _read_generation_config(model: Any, folder: Path) -> None:
+    """Give a model the folder's generation config, as `from_pretrained` does."""
+    if getattr(model, "generation_config", None) is None:
+        return
+    if not (folder / "generation_config.json").is_file():
+        return
+    kind = type(model.generation_config)
+    try:
+        model.generation_config = kind.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:
+        raise MoeifyError(f"{folder}: generation_config.json: {error}") from error
 
 
 def load_dense(folder: Path, dtype: str | None = None) -> tuple[nn.Module, list[str]]:
@@ -118,20 +187,49 @@ def load_dense(folder: Path, dtype: str | None = None) -> tuple[nn.Module, list[
     return model.eval(), sorted(info["missing_keys"])
 
 
+def files_beside(source: Path) -> dict[str, bytes]:
+    """Return the tokenizer, processor and generation files of a folder by name.
+
+    Raises:
+        MoeifyError: One is too large to be one.
+    """
+    found = {path.name for pattern in _BESIDE for path in source.glob(pattern) if path.is_file()}
+    texts = {}
+    for name in sorted(found):
+        if (source / name).stat().st_size > MAX_BYTES:
+            raise MoeifyError(f"{source / name}: is too large for a tokenizer; take it out")
+        texts[name] = (source / name).read_bytes()
+    return texts
+
+
 def copy_beside(source: Path, target: Path) -> list[str]:
     """Copy tokenizer and processor files, over older ones too, and return their names."""
-    found = {path.name for pattern in _BESIDE for path in source.glob(pattern) if path.is_file()}
-    names = sorted(found)
-    for name in names:
+    texts = files_beside(source)
+    for name, data in texts.items():
         scratch = target / f".{name}.copying"
-        shutil.copyfile(source / name, scratch)
+        scratch.write_bytes(data)
         scratch.replace(target / name)
-    return names
+    return list(texts)
 
 
 def is_save(folder: Path) -> bool:
-    """Tell whether `moeify.save` wrote a folder."""
+    """Tell whether moeify wrote a folder."""
     return (folder / MANIFEST).is_file()
+
+
+def is_converted(folder: Path) -> bool:
+    """Tell whether moeify wrote a folder with a converted model, not with a dense one.
+
+    Raises:
+        CheckpointError: What it wrote there is damaged.
+    """
+    if not is_save(folder):
+        return False
+    from moeify.export_manifest import read_export_manifest
+
+    with Folder(folder) as opened:
+        manifest = read_export_manifest(opened)
+    return manifest is None or manifest.kind != "dense"
 
 
 def folder_bytes(folder: Path) -> int:

@@ -7,9 +7,10 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from moeify.fitted_table import Column, FittedTable
+
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
 _PIPE_WIDTH = 120
 
@@ -31,35 +32,32 @@ def write_json(data: Any) -> None:
     typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
 
 
-def make_table(headers: Mapping[str, str], rows: Iterable[Sequence[object]]) -> Table:
+def make_table(headers: Mapping[str, str], rows: Iterable[Sequence[object]]) -> FittedTable:
     """Return a table in the style of the plan's.
 
     Args:
-        headers: Title of each column and its justification; the second column holds names.
+        headers: Title of each column and its justification, with "spare" behind it for those
+            that a narrow terminal leaves out; the second column holds names.
         rows: Cells, shown with `str`.
     """
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for position, (title, justify) in enumerate(headers.items()):
-        names = position == 1  # the one column that may take several lines
-        table.add_column(
-            title,
-            justify="right" if justify == "right" else "left",
-            overflow="fold" if names else "ellipsis",
-            no_wrap=not names,
+    cells = [[str(cell) for cell in row] for row in rows]
+    return FittedTable(
+        tuple(
+            Column(
+                title,
+                [row[i] for row in cells],
+                right=style.startswith("right"),
+                names=i == 1,
+                spare=i if style.endswith("spare") else 0,
+            )
+            for i, (title, style) in enumerate(headers.items())
         )
-    for row in rows:
-        # Text, not str: rich would read brackets in a name as markup.
-        table.add_row(*(Text(str(cell)) for cell in row))
-    return table
+    )
 
 
 def say(console: Console, text: str) -> None:
-    """Print a line as it is: no markup, no colours for numbers, no wrapping."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    """Print a line as it is: no markup, no colours for numbers; only a terminal breaks it."""
+    console.print(text, highlight=False, markup=False, soft_wrap=not console.is_terminal)
 
 
 def size(count: int) -> str:

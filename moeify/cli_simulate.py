@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from moeify.cli_models import build_on_meta, is_save, model_folder
+from moeify.cli_models import build_on_meta, is_converted, model_folder
 from moeify.cli_output import make_table, say, size
 from moeify.errors import MoeifyError
 from moeify.plan import Plan
@@ -75,7 +75,7 @@ def simulate_model(
         PlanError: The plan does not fit the model or the world.
     """
     folder = Path(path)
-    if is_save(folder):
+    if is_converted(folder):
         raise MoeifyError(f"{folder}: is converted already; give the dense model's folder")
     data = plan.data()
     sizes = {"expert": expert, "tensor": tensor}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from moeify.checkpoint_manifest import FileRecord
 from moeify.checkpoint_shards import dtype_name
 from moeify.checkpoint_state import collect
 from moeify.errors import CheckpointError
+
+PIECE: Final = 1 << 26
+"""Bytes of a flat tensor that are read at a time."""
 
 Kind = Literal["moeify", "custom", "native", "dense"]
 
@@ -128,7 +131,9 @@ class Output:
 
 
 def copied(stored: Stored, name: str, as_name: str | None = None) -> Output:
-    """Return an output that is a stored tensor as it is, read row by row where it has three axes.
+    """Return an output that is a stored tensor as it is, read some rows at a time.
+
+    With three axes that is one expert at a time, else as many rows as are no more than `PIECE`.
 
     Args:
         stored: Where it is.
@@ -138,11 +143,14 @@ def copied(stored: Stored, name: str, as_name: str | None = None) -> Output:
     spec = stored.specs[name]
 
     def pieces() -> Iterator[Tensor]:
-        if len(spec.shape) < 3:
+        if not spec.shape:
             yield stored.read(name)
             return
-        for row in range(spec.shape[0]):  # one expert after the other
-            yield stored.read(name, row, row + 1)
+        count = spec.shape[0]
+        row = torch.Size(spec.shape[1:]).numel() * spec.dtype.itemsize
+        step = 1 if len(spec.shape) > 2 else max(1, PIECE // max(row, 1))
+        for start in range(0, count, step):
+            yield stored.read(name, start, min(start + step, count))
 
     return Output(as_name or name, spec, pieces)
 

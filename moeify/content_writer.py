@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from moeify.content import Content, Output, Written, describe
 from moeify.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
+Advance = Callable[[int], None]
 
 
 def write_content(
@@ -73,8 +74,15 @@ def split(outputs: Sequence[Output], limit: int) -> list[list[Output]]:
     return groups
 
 
-def write_shard(path: Path, outputs: Sequence[Output]) -> FileRecord:
+def write_shard(
+    path: Path, outputs: Sequence[Output], advance: Advance | None = None
+) -> FileRecord:
     """Write a safetensors file, one piece after the other; wide elements first, as is customary.
+
+    Args:
+        path: A new file.
+        outputs: What is to be in it.
+        advance: Is told how many bytes of data have been written since the last time.
 
     Raises:
         CheckpointError: A tensor gives other data than it said.
@@ -84,7 +92,10 @@ def write_shard(path: Path, outputs: Sequence[Output]) -> FileRecord:
         file.write(header(ordered))
         for output in ordered:
             for piece in _checked(output):
-                file.write(bytes_of(piece))
+                data = bytes_of(piece)
+                file.write(data)
+                if advance is not None:
+                    advance(len(data))
         return FileRecord(file=path.name, sha256=file.close(), bytes=file.size)
 
 
@@ -133,4 +144,4 @@ def _write_text(path: Path, data: bytes) -> FileRecord:
         return FileRecord(file=path.name, sha256=file.close(), bytes=file.size)
 
 
-__all__ = ["finish", "split", "write_content", "write_shard"]
+__all__ = ["INDEX", "Advance", "finish", "split", "write_content", "write_shard"]

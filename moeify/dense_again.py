@@ -76,7 +76,7 @@ def demoeify(model: Model) -> Model:
     conversion = require_conversion(model)
     require_one_process(model, "demoeify")
     with torch.no_grad():
-        rebuilt = [_Rebuilt(model, converted) for converted in conversion.layers]
+        rebuilt = [Rebuilt(model, converted) for converted in conversion.layers]
     inexact = [layer.name for layer in rebuilt if not layer.exact]
     if inexact:
         more = f" and {len(inexact) - 3} more" if len(inexact) > 3 else ""
@@ -104,16 +104,22 @@ def _forget(model: nn.Module, conversion: Conversion) -> None:
     hf.unguard(model)
 
 
-class _Rebuilt:
+class Rebuilt:
     """The dense parts of one layer, ready to be put in place.
 
     Args:
-        model: The converted model; read only until `install`.
+        model: The converted model; read only until `install`. What is not in this layer's block
+            may be on meta.
         converted: The layer's record.
 
     Attributes:
         name: The layer's name.
         exact: Whether the parts compute what the block computes before any training.
+        parameters: The dense parameters that come out of the block, by their dense names.
+
+    Raises:
+        UnsupportedModuleError: The block was replaced or sharded, or has learned something that
+            the dense module has no place for.
     """
 
     def __init__(self, model: nn.Module, converted: ConvertedLayer) -> None:
@@ -122,7 +128,8 @@ class _Rebuilt:
         self.block = _block_of(model, converted)
         self.device = next(self.block.parameters()).device
         self.exact = True
-        self.fresh: list[tuple[dict[str, Any], str, nn.Parameter]] = []
+        self.parameters: dict[str, nn.Parameter] = {}
+        self._tables: dict[str, dict[str, Any]] = {}
         self.modules: list[tuple[Swap, nn.Module]] = []
         experts = self.block.get_submodule("experts")
         if isinstance(experts, LinearExperts):
@@ -135,8 +142,8 @@ class _Rebuilt:
 
     def install(self) -> None:
         """Fill the dense modules and put them where the block and its taps stand."""
-        for table, leaf, parameter in self.fresh:
-            table[leaf] = parameter
+        for name, parameter in self.parameters.items():
+            self._tables[name][name.rpartition(".")[2]] = parameter
         for swap, module in reversed(self.modules):  # the block first: it holds the tap too
             for name in HOOK_TABLES:
                 module.__dict__[name] = swap.replacement.__dict__[name]
@@ -163,31 +170,34 @@ class _Rebuilt:
             values[name] = (value, getattr(experts, f"inner_{i}").requires_grad)
         last = {site.down.weight, site.down.bias}
         for name, (value, trains) in values.items():
-            table, leaf, held = self._home(name)
-            value = self._stored(name, value, table[leaf])
+            table, held = self._home(name)
+            value = self._stored(name, value, table[name.rpartition(".")[2]])
             if name in branch:
                 held = branch[name]
                 value = self._mixed(value, held, last=name in last)
-            self._keep(table, leaf, value, trains, held)
+            self._keep(name, table, value, trains, held)
         self.modules = [(swap, swap.original) for swap in self.converted.swaps]
 
     def _experts_as_one(self, experts: Experts) -> _Dense:
         """Return the one MLP that the experts make up: slices joined, copies merged."""
-        init, gated = self.converted.layer.init, experts.gated
-        slices = init.granularity if init.experts == "granular" else 1
+        layer, gated = self.converted.layer, experts.gated
+        slices, split = layer.slices, layer.init.experts == "split"
         _refuse_sharded(self.name, experts.parameters())
         up = experts.gate_up_proj if gated else experts.up_proj
         up_bias = experts.gate_up_bias if gated else experts.up_bias
-        down = experts.down_proj
+        down, down_bias = experts.down_proj, experts.down_bias
         if slices > 1:
             up = joined_rows(up, slices, gated=gated)
             up_bias = None if up_bias is None else joined_rows(up_bias, slices, gated=gated)
-            down = joined_columns(down, slices)
+            down = joined_columns(down, slices, scaled=not split)
+        one_bias = None if down_bias is None else self._one(down_bias)
+        if split and one_bias is not None:  # each of the top-k has its part of it
+            one_bias = one_bias * layer.top_k
         return _Dense(
             self._one(up),
             None if up_bias is None else self._one(up_bias),
             self._one(down),
-            None if experts.down_bias is None else self._one(experts.down_bias),
+            one_bias,
             [self._one(getattr(experts, f"inner_{i}")) for i in range(experts.inner_params)],
         )
 
@@ -292,23 +302,27 @@ class _Rebuilt:
         _refuse_sharded(self.name, [*experts.parameters(), *projection.parameters()])
         weight, bias = self._one(experts.weight), self._one(experts.bias)
         self.modules = [(swap, projection) for swap in self.converted.swaps]
-        own, old = widened(projection.weight.detach()), projection.weight
-        table = projection._parameters
+        table, path = projection._parameters, self.converted.block
+        old = projection.weight
+        own, folded = widened(old.detach()), old.detach()
         if not weight.is_meta and not torch.equal(weight, torch.eye(len(weight)).to(weight)):
             folded = (own @ widened(weight)).to(old.dtype)
-            self._keep(table, "weight", folded, old.requires_grad, old)
-        if bias.is_meta or not bool(bias.any()):
+        self._keep(f"{path}.weight", table, folded, old.requires_grad, old)
+        there = projection.bias
+        if there is None:
+            if not bias.is_meta and bool(bias.any()):
+                reason = "its experts have learned a bias, and the dense layer has none to hold it"
+                raise UnsupportedModuleError(self.name, reason)
             return
-        if projection.bias is None:
-            reason = "its experts have learned a bias, and the dense layer has none to hold it"
-            raise UnsupportedModuleError(self.name, reason)
-        folded = (own @ widened(bias) + widened(projection.bias.detach())).to(old.dtype)
-        self._keep(table, "bias", folded, projection.bias.requires_grad, projection.bias)
+        folded = there.detach()
+        if not bias.is_meta and bool(bias.any()):
+            folded = (own @ widened(bias) + widened(folded)).to(there.dtype)
+        self._keep(f"{path}.bias", table, folded, there.requires_grad, there)
 
     # -- both
 
-    def _home(self, name: str) -> tuple[dict[str, Any], str, nn.Parameter | None]:
-        """Return the table of a dense parameter, its key, and the parameter if in the model."""
+    def _home(self, name: str) -> tuple[dict[str, Any], nn.Parameter | None]:
+        """Return the table of a dense parameter, and the parameter if it is in the model."""
         path, _, leaf = name.rpartition(".")
         inside: nn.Module | None = None
         for swap in self.converted.swaps:
@@ -318,21 +332,23 @@ class _Rebuilt:
         table = (inside or self.model.get_submodule(path))._parameters
         if table.get(leaf) is None:
             raise UnsupportedModuleError(self.name, f"{name} is gone from the dense module")
-        return table, leaf, table[leaf] if inside is None else None
+        return table, table[leaf] if inside is None else None
 
     def _keep(
-        self, table: dict[str, Any], leaf: str, value: Tensor, trains: bool, held: Tensor | None
+        self, name: str, table: dict[str, Any], value: Tensor, trains: bool, held: Tensor | None
     ) -> None:
         """Note a parameter to put in place: the one at hand, if it is what came out."""
+        self._tables[name] = table
         if (
             isinstance(held, nn.Parameter)
             and held.device == value.device
             and same_bits(held, value)
         ):
-            self.fresh.append((table, leaf, held))
+            self.parameters[name] = held
             return
-        fresh = torch.empty_like(table[leaf], dtype=value.dtype, device=value.device).copy_(value)
-        self.fresh.append((table, leaf, nn.Parameter(fresh, requires_grad=trains)))
+        like = table[name.rpartition(".")[2]]
+        fresh = torch.empty_like(like, dtype=value.dtype, device=value.device).copy_(value)
+        self.parameters[name] = nn.Parameter(fresh, requires_grad=trains)
 
 
 @dataclass(frozen=True, slots=True)

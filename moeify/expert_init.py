@@ -9,8 +9,8 @@ Shapes: D model width, F expert width, E experts, G slices per copy; `wide` is F
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -51,12 +51,17 @@ def init_router(shape: tuple[int, int], like: Tensor, spec: InitSpec, name: str)
 
     `normal` draws from N(0, router_std^2). With `granular`, the G slices of one copy share a row,
     so that they are chosen together.
+
+    Raises:
+        ValueError: `spec.router` looks at weights or activations: `site_weights.router_weight`.
     """
     experts, width = shape
     if like.is_meta:
         return torch.empty(shape, dtype=like.dtype, device=like.device)
     if spec.router == "zeros":
         return torch.zeros(shape, dtype=like.dtype, device=like.device)
+    if spec.router != "normal":
+        raise ValueError(f"{name}: a router of {spec.router} is not drawn")
     groups = experts // spec.granularity
     drawn = torch.randn(
         groups, width, generator=generator_for(spec.seed, name, "router"), device="cpu"
@@ -96,19 +101,61 @@ def init_experts(
         `granular`: E / G copies in G slices each; the last projection times G, because the G
         slices of a copy share its weight (fine-grained upcycling, He et al. 2024, with the whole
         scale in the last projection, which is exact for gated MLPs too).
+        `models` and `split` come from elsewhere (`site_weights`); the first on `meta` from here.
+
+        Copies may be views of `dense`: they are not to be written to.
     """
     share = range(experts) if share is None else share
-    if spec.experts == "granular" and spec.granularity > 1:
-        stacked = _granular(dense, share, spec.granularity)
-    else:
-        stacked = _map(dense, lambda t: _repeat(t, len(share)))
-        if not dense.up.is_meta:
-            _STRATEGIES[spec.experts](stacked, dense, spec, name, share)
-    if scale != 1.0 and not dense.up.is_meta:
-        stacked.down.mul_(scale)
-        if stacked.down_bias is not None:
-            stacked.down_bias.mul_(scale)
-    return stacked
+    if spec.experts == "granular":
+        return scaled(_granular(dense, share, spec.granularity), scale)
+    if dense.up.is_meta or spec.experts == "copy":
+        return _map(scaled(dense, scale), lambda t: t.expand(len(share), *t.shape))
+    made = _map(dense, lambda t: _repeat(t, len(share)))
+    _STRATEGIES[spec.experts](made, dense, spec, name, share)
+    return scaled(made, scale)
+
+
+def scaled(weights: MlpWeights, scale: float) -> MlpWeights:
+    """Return weights with the last projection, weight and bias, times `scale`."""
+    if scale == 1.0:
+        return weights
+    bias = None if weights.down_bias is None else weights.down_bias * scale
+    return replace(weights, down=weights.down * scale, down_bias=bias)
+
+
+def stacked(each: Sequence[MlpWeights]) -> MlpWeights:
+    """Stack the weights of several MLPs of one form: each tensor gets a leading axis."""
+    first = each[0]
+
+    def stack(name: str) -> Tensor | None:
+        tensors = [getattr(weights, name) for weights in each]
+        return None if tensors[0] is None else torch.stack(tensors)
+
+    inner = tuple(torch.stack(tensors) for tensors in zip(*(w.inner for w in each), strict=True))
+    up, down = torch.stack([w.up for w in each]), torch.stack([w.down for w in each])
+    return MlpWeights(up, stack("up_bias"), down, stack("down_bias"), inner, first.gated)
+
+
+def cut(dense: MlpWeights, neurons: Tensor) -> MlpWeights:
+    """Cut slices out of an MLP without inner parameters; each keeps the whole output bias.
+
+    Args:
+        dense: The weights of the MLP.
+        neurons: [n, w] int64, the hidden neurons of each slice, on the device of the weights.
+
+    Returns:
+        Tensors with a leading n.
+    """
+    width, count = dense.down.shape[1], len(neurons)
+    rows = torch.cat([neurons, neurons + width], 1) if dense.gated else neurons
+    return MlpWeights(
+        dense.up[rows],
+        None if dense.up_bias is None else dense.up_bias[rows],
+        dense.down[:, neurons].permute(1, 0, 2),
+        None if dense.down_bias is None else dense.down_bias.expand(count, -1),
+        (),
+        dense.gated,
+    )
 
 
 def _map(weights: MlpWeights, function: Callable[[Tensor], Tensor]) -> MlpWeights:
@@ -126,37 +173,17 @@ def _map(weights: MlpWeights, function: Callable[[Tensor], Tensor]) -> MlpWeight
 
 
 def _repeat(tensor: Tensor, experts: int) -> Tensor:
-    stacked = torch.empty((experts, *tensor.shape), dtype=tensor.dtype, device=tensor.device)
-    return stacked if tensor.is_meta else stacked.copy_(tensor)
+    return tensor.expand(experts, *tensor.shape).clone(memory_format=torch.contiguous_format)
 
 
 def _granular(dense: MlpWeights, share: range, slices: int) -> MlpWeights:
-    halves = 2 if dense.gated else 1
-    width = dense.down.shape[1] // slices
-    which = [expert % slices for expert in share]
-
-    def rows(tensor: Tensor) -> Tensor:  # [wide, ...] -> [E, wide / G, ...]
-        rest = tensor.shape[1:]
-        parts = tensor.view(halves, slices, width, *rest).transpose(0, 1)
-        return parts.reshape(slices, halves * width, *rest)[which]
-
-    down = dense.down.view(dense.down.shape[0], slices, width).permute(1, 0, 2) * slices
-    return MlpWeights(
-        rows(dense.up),
-        None if dense.up_bias is None else rows(dense.up_bias),
-        down[which],
-        None if dense.down_bias is None else _repeat(dense.down_bias, len(share)),
-        (),
-        dense.gated,
-    )
+    neurons = torch.arange(dense.down.shape[1], device=dense.up.device).view(slices, -1)
+    parts = cut(dense, neurons[[expert % slices for expert in share]])
+    return replace(parts, down=parts.down * slices)
 
 
 def _draw(shape: torch.Size, generator: torch.Generator, like: Tensor) -> Tensor:
     return torch.randn(shape, generator=generator, device="cpu").to(device=like.device)
-
-
-def _keep(stacked: MlpWeights, dense: MlpWeights, spec: InitSpec, name: str, share: range) -> None:
-    """Leave copies as they are."""
 
 
 def _add_noise(
@@ -207,8 +234,6 @@ def _random(
 
 
 _STRATEGIES = {
-    "copy": _keep,
-    "granular": _keep,
     "noise": _add_noise,
     "drop": _drop,
     "random": _random,

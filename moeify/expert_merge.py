@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_WIDE = 1 << 24
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -38,7 +39,12 @@ def merged(stacked: Tensor) -> tuple[Tensor, bool]:
     first, *others = stacked.detach().unbind(0)
     if all(same_bits(first, other) for other in others):
         return first, True
-    return widened(stacked.detach()).mean(0).to(stacked.dtype), False
+    rows = stacked.detach()
+    if rows.dim() < 3 or rows.is_meta:
+        return widened(rows).mean(0).to(rows.dtype), False
+    step = max(1, _WIDE * rows.shape[1] // max(1, rows.numel()))  # widening all takes memory
+    parts = [widened(part).mean(0).to(rows.dtype) for part in torch.split(rows, step, 1)]
+    return torch.cat(parts), False
 
 
 def joined_rows(tensor: Tensor, slices: int, *, gated: bool) -> Tensor:
@@ -58,16 +64,18 @@ def joined_rows(tensor: Tensor, slices: int, *, gated: bool) -> Tensor:
     return parts.transpose(1, 2).reshape(experts // slices, wide * slices, *rest)
 
 
-def joined_columns(down: Tensor, slices: int) -> Tensor:
+def joined_columns(down: Tensor, slices: int, *, scaled: bool = True) -> Tensor:
     """Join the slices of last projections and undo their factor G.
 
     Args:
         down: [E, D, F].
         slices: G.
+        scaled: Whether they have that factor.
 
     Returns:
         [E / G, D, F * G].
     """
     experts, width, hidden = down.shape
     parts = down.view(experts // slices, slices, width, hidden).transpose(1, 2)
-    return parts.reshape(experts // slices, width, slices * hidden) / slices
+    joined = parts.reshape(experts // slices, width, slices * hidden)
+    return joined / slices if scaled else joined

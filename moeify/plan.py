@@ -231,6 +231,12 @@ class Plan(Strict):
         return plan
 
     @property
+    def folder(self) -> str:
+        """Where relative paths in the plan start: its file's folder, or "" without a file."""
+        file = self._file
+        return os.path.dirname(file) if file is not None and os.path.isfile(file) else ""
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What a config that this plan was read from says beyond it; no part of the plan."""
         return self._notes

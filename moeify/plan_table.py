@@ -5,11 +5,11 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING
 
+from moeify.fitted_table import Column, FittedTable
 from moeify.selection import shorten
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-    from rich.table import Table
 
     from moeify.resolve import LayerPlan, ResolvedPlan
 
@@ -29,6 +29,7 @@ def render(resolved: ResolvedPlan) -> RenderableType:
     from rich.text import Text
 
     parts: list[RenderableType] = [_table(resolved)]
+    parts += [Text(line) for line in _slices(resolved)]
     dense = resolved.dense_sites
     if dense:
         names = shorten([site.name for site in dense], 6)
@@ -36,6 +37,18 @@ def render(resolved: ResolvedPlan) -> RenderableType:
     parts += [Text(f"refused: {site.name}: {site.reason}") for site in resolved.refused_sites]
     parts += [Text(note) for note in resolved.notes]
     return Group(*parts)
+
+
+def _slices(resolved: ResolvedPlan) -> list[str]:
+    """Says what share of the hidden neurons tokens use where experts are slices of an MLP."""
+    shares: dict[float, list[str]] = {}
+    for layer in resolved:
+        if layer.init.experts == "split":
+            shares.setdefault(layer.active_neurons, []).append(layer.name)
+    return [
+        f"split: a token uses {share:.1%} of the hidden neurons of {shorten(names, 6)}"
+        for share, names in shares.items()
+    ]
 
 
 def plain_text(resolved: ResolvedPlan) -> str:
@@ -55,41 +68,48 @@ def plain_text(resolved: ResolvedPlan) -> str:
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()).strip("\n")
 
 
-def _table(resolved: ResolvedPlan) -> Table:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE_HEAD, show_footer=True, pad_edge=False, collapse_padding=True)
-    before, after = _short(resolved.dense_parameters), _short(resolved.parameters)
-    active, size = _short(resolved.active_parameters), _bytes(resolved.bytes)
-    table.add_column("site", Text("whole model"), overflow="fold")
-    table.add_column("widths", no_wrap=True)
-    table.add_column("experts", justify="right", no_wrap=True)
+def _table(resolved: ResolvedPlan) -> FittedTable:
+    layers = list(resolved)
     spread = resolved.plan.parallel.expert
+    columns = [
+        Column("site", [layer.name for layer in layers], footer="whole model", names=True),
+        Column("widths", [_widths(layer) for layer in layers], spare=1),
+        Column("experts", [str(layer.experts) for layer in layers], right=True),
+    ]
     if spread > 1:
-        table.add_column("ranks", justify="right", no_wrap=True)
-    table.add_column("k", justify="right")
-    table.add_column("residual", no_wrap=True)
-    table.add_column("before", before, justify="right", no_wrap=True)
-    table.add_column("after", after, justify="right", no_wrap=True)
-    table.add_column("active", active, justify="right", no_wrap=True)
-    table.add_column("bytes", size, justify="right", no_wrap=True)
-    for layer in resolved:
-        table.add_row(
-            # Text, not str: rich would read brackets in a name as markup.
-            Text(layer.name),
-            _widths(layer),
-            str(layer.experts),
-            *([str(min(spread, layer.experts))] if spread > 1 else []),
-            str(layer.top_k),
-            "-" if layer.residual == "none" else layer.residual,
-            _short(layer.parameters_before),
-            _short(layer.parameters_after),
-            _short(layer.active_parameters),
-            _bytes(layer.bytes_after),
-        )
-    return table
+        ranks = [str(min(spread, layer.experts)) for layer in layers]
+        columns.append(Column("ranks", ranks, right=True))
+    residual = ["-" if layer.residual == "none" else layer.residual for layer in layers]
+    columns += [
+        Column("k", [str(layer.top_k) for layer in layers], right=True),
+        Column("residual", residual, spare=2 if set(residual) <= {"-"} else 0),
+        Column(
+            "before",
+            [_short(layer.parameters_before) for layer in layers],
+            right=True,
+            footer=_short(resolved.dense_parameters),
+            spare=3,
+        ),
+        Column(
+            "after",
+            [_short(layer.parameters_after) for layer in layers],
+            right=True,
+            footer=_short(resolved.parameters),
+        ),
+        Column(
+            "active",
+            [_short(layer.active_parameters) for layer in layers],
+            right=True,
+            footer=_short(resolved.active_parameters),
+        ),
+        Column(
+            "bytes",
+            [_bytes(layer.bytes_after) for layer in layers],
+            right=True,
+            footer=_bytes(resolved.bytes),
+        ),
+    ]
+    return FittedTable(tuple(columns))
 
 
 def _widths(layer: LayerPlan) -> str:

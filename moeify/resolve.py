@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from moeify.errors import UnsupportedModuleError
 from moeify.plan import LayerRule, Plan
-from moeify.resolve_checks import check_layer
+from moeify.resolve_checks import check_layer, check_layers
 from moeify.rule_match import Universe, match_rule
 from moeify.selection import Schedule
 from moeify.sites import Projection, Site
@@ -28,12 +28,12 @@ class LayerPlan:
     """What one site becomes.
 
     All counts are of parameter elements. An expert is the site's MLP with its biases and inner
-    norms; `granular` gives it 1/granularity of the hidden neurons and a whole output bias. With
-    `expert: linear` an expert is a square `Linear(d_in, d_in)` with bias, and the original
-    projection stays behind the experts. The router is `experts * d_in`, without bias. A residual
-    keeps one dense MLP (or one more square linear) and a mixer: `2 * d_in + 2` elements for
-    `coefficient`, `d_in` for `sigmoid`, none for `add`. The bias of `bias_update` is a buffer and
-    not counted.
+    norms; `granular` gives it 1/granularity of the hidden neurons and a whole output bias, `split`
+    1/experts. With `expert: linear` an expert is a square `Linear(d_in, d_in)` with bias, and the
+    original projection stays behind the experts. The router is `experts * d_in`, without bias. A
+    residual keeps one dense MLP (or one more square linear) and a mixer: `2 * d_in + 2` elements
+    for `coefficient`, `d_in` for `sigmoid`, none for `add`. The bias of `bias_update` is a buffer
+    and not counted.
 
     Attributes:
         site: The MLP of the dense model, or the linear layer.
@@ -41,10 +41,11 @@ class LayerPlan:
         top_k: Experts per token.
         residual: "none", "coefficient", "add" or "sigmoid".
         expert: "mlp" or "linear".
-        kernel: What is to run the experts; "auto" leaves it to the pass that lowers them.
         router: Routing, overrides applied and `combine` decided.
         init: Start, overrides applied.
         rule: Position of the last rule that had a say.
+        kernel: What is to run the experts; "auto" leaves it to the pass that lowers them.
+        folder: Where relative paths in `init` start; "" for the working directory.
     """
 
     site: Site
@@ -56,6 +57,7 @@ class LayerPlan:
     init: InitSpec
     rule: int
     kernel: str = "auto"
+    folder: str = ""
 
     @property
     def name(self) -> str:
@@ -63,15 +65,27 @@ class LayerPlan:
         return self.site.name
 
     @property
+    def slices(self) -> int:
+        """Into how many experts one dense MLP's hidden neurons go."""
+        if self.init.experts == "split":
+            return self.experts
+        return self.init.granularity if self.init.experts == "granular" else 1
+
+    @property
+    def active_neurons(self) -> float:
+        """Hidden neurons that a token uses in its experts, relative to the dense MLP's."""
+        return self.top_k / self.slices
+
+    @property
     def expert_parameters(self) -> int:
         """Elements of one expert."""
         site = self.site
         if self.expert == "linear":
             return site.d_in * site.d_in + site.d_in
-        if self.init.experts != "granular":
+        if self.slices == 1:
             return site.parameters
         bias = site.down.out_features if site.down.bias is not None else 0
-        return (site.parameters - bias) // self.init.granularity + bias
+        return (site.parameters - bias) // self.slices + bias
 
     @property
     def shared_parameters(self) -> int:
@@ -131,11 +145,12 @@ class LayerPlan:
             "expert": self.expert,
             "kernel": self.kernel,
             "router": self.router.model_dump(mode="json"),
-            "init": self.init.model_dump(mode="json"),
+            "init": self.init.model_dump(mode="json", by_alias=True),
             "rule": self.rule,
             "parameters_before": self.parameters_before,
             "parameters_after": self.parameters_after,
             "active_parameters": self.active_parameters,
+            "active_neurons": self.active_neurons,
             "bytes_after": self.bytes_after,
         }
 
@@ -302,7 +317,7 @@ def resolve_sites(
                 layers.append(_layer(plan, site, expert, choice))
     if not layers:
         raise plan.fault(("layers",), "the rules take back all that they select; nothing is left")
-    _refuse_overlap(plan, layers)
+    check_layers(plan, layers)
     return ResolvedPlan(plan, tuple(layers), tuple(sites), parameters, parameter_bytes)
 
 
@@ -369,13 +384,16 @@ def _override(choice: _Choice, position: int, rule: LayerRule, count: int | None
     choice.router = choice.router.model_copy(update=router)
     choice.init = choice.init.model_copy(update=init)
     choice.said |= {f"router.{key}": (*here, "router", key) for key in router}
-    choice.said |= {f"init.{key}": (*here, "init", key) for key in init}
+    for key in init:
+        written = key.rstrip("_")  # `from` in a plan
+        choice.said[f"init.{written}"] = (*here, "init", written)
 
 
 def _layer(plan: Plan, site: Site, expert: str, choice: _Choice) -> LayerPlan:
     router = choice.router
     if router.combine == "auto":
         combine = "straight_through" if choice.top_k == 1 else "normalized"
+        combine = "sum" if choice.init.experts == "split" else combine
         router = router.model_copy(update={"combine": combine})
     layer = LayerPlan(
         site,
@@ -387,22 +405,7 @@ def _layer(plan: Plan, site: Site, expert: str, choice: _Choice) -> LayerPlan:
         choice.init,
         choice.rule,
         choice.kernel,
+        plan.folder,
     )
     check_layer(plan, layer, choice.said)
     return layer
-
-
-def _refuse_overlap(plan: Plan, layers: Sequence[LayerPlan]) -> None:
-    """Refuses a linear layer that is part of an MLP which becomes an MoE itself."""
-    owner = {
-        projection.weight: layer.name
-        for layer in layers
-        if layer.expert == "mlp"
-        for projection in (*layer.site.up, layer.site.down)
-    }
-    for layer in layers:
-        if layer.expert == "linear" and (name := owner.get(layer.site.down.weight)):
-            raise plan.fault(
-                ("layers", layer.rule, "select"),
-                f"`{layer.name}` is part of `{name}`, which another rule selects; drop one of them",
-            )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 from moeify.strict_yaml import Where
@@ -37,6 +37,8 @@ def check_layer(plan: Plan, layer: LayerPlan, said: Mapping[str, Where]) -> None
 def _faults(plan: Plan, layer: LayerPlan) -> Iterator[_Fault]:
     yield from _routing(layer)
     yield from _granular(layer)
+    yield from _split(layer)
+    yield from _models(layer)
     yield from _layout(plan, layer)
 
 
@@ -49,6 +51,8 @@ def _routing(layer: LayerPlan) -> Iterator[_Fault]:
             "router.combine",
             f"straight_through needs top_k 1, not {top_k}; use normalized or auto",
         )
+    if router.combine == "sum" and layer.init.experts != "split":
+        yield "router.combine", "sum is for slices: it needs `init: {experts: split}`; use auto"
     if router.noise == "rsample" and top_k != 1:
         yield "router.noise", f"rsample needs top_k 1, not {top_k}; use jitter or none"
     if router.noise == "gumbel" and top_k != 2:
@@ -80,6 +84,76 @@ def _granular(layer: LayerPlan) -> Iterator[_Fault]:
         yield "router.combine", f"granular needs normalized, not {layer.router.combine}"
 
 
+def _split(layer: LayerPlan) -> Iterator[_Fault]:
+    site, experts, init = layer.site, layer.experts, layer.init
+    if init.experts != "split":
+        if init.clusters != "weights":
+            yield "init.clusters", f"{init.clusters} needs `init: {{experts: split}}`"
+        if init.router == "clusters":
+            yield "init.router", "clusters needs `init: {experts: split}`; use normal or hidden"
+        return
+    if layer.expert == "linear":
+        yield "init.experts", "split deals out hidden neurons, and a linear has none; use copy"
+    if site.inner:
+        yield "init.experts", f"split cannot cut the inner norm {site.inner[0]}; use copy"
+    if site.d_ff % experts:
+        near = nearest_divisors(site.d_ff, experts)
+        yield (
+            "experts",
+            f"hidden width {site.d_ff} does not divide over {experts} experts; use {near}",
+        )
+    if layer.router.combine != "sum":
+        yield "router.combine", f"split needs sum, not {layer.router.combine}; use auto"
+
+
+def _models(layer: LayerPlan) -> Iterator[_Fault]:
+    init, count = layer.init, len(layer.init.from_)
+    if init.experts != "models":
+        if count:
+            yield "init.from", "checkpoints need `init: {experts: models}`"
+        if init.rest != "average":
+            yield "init.rest", f"{init.rest} needs `init: {{experts: models}}`"
+        return
+    if layer.expert == "linear":
+        yield "init.experts", "models takes MLPs, and a linear is none; use copy"
+    if not count:
+        yield "init.from", "models needs the folders of the checkpoints"
+    elif layer.experts % count:
+        yield (
+            "experts",
+            f"{layer.experts} experts are no multiple of the {count} checkpoints; use {count}",
+        )
+
+
+def check_layers(plan: Plan, layers: Sequence[LayerPlan]) -> None:
+    """Checks what layers must not do to one another.
+
+    Raises:
+        PlanError: A linear layer is part of an MLP that becomes an MoE itself, or two layers are
+            made from different checkpoints, of which the rest of the model is made once.
+    """
+    _refuse_overlap(plan, layers)
+    made = [layer for layer in layers if layer.init.experts == "models"]
+    for layer in made[1:]:
+        first = made[0]
+        for key, one, other in (
+            ("from", first.init.from_, layer.init.from_),
+            ("rest", first.init.rest, layer.init.rest),
+        ):
+            if one != other:
+                raise plan.fault(
+                    ("layers", layer.rule),
+                    f"{layer.name}: init.{key} is not that of {first.name}; use one for all",
+                )
+
+
+def nearest_divisors(number: int, count: int) -> str:
+    """Names the divisors of `number` on both sides of `count`."""
+    below = next((n for n in range(min(count, number), 0, -1) if number % n == 0), 1)
+    above = next((n for n in range(count, number + 1) if number % n == 0), None)
+    return str(below) if above is None else f"{below} or {above}"
+
+
 def _layout(plan: Plan, layer: LayerPlan) -> Iterator[_Fault]:
     experts, ranks = layer.experts, plan.parallel.expert
     if experts % ranks and ranks % experts:
@@ -90,7 +164,7 @@ def _layout(plan: Plan, layer: LayerPlan) -> Iterator[_Fault]:
         )
     tensor = plan.parallel.tensor
     if plan.parallel.experts_in_tp == "slice" and layer.expert == "mlp":
-        width = layer.site.d_ff // layer.init.granularity
+        width = layer.site.d_ff // layer.slices
         if width % tensor:
             yield (
                 "parallel.tensor",
@@ -108,3 +182,18 @@ def _nearest_counts(experts: int, ranks: int) -> str:
     if experts < ranks:
         above = next(count for count in range(experts, ranks + 1) if ranks % count == 0)
     return f"{below} or {above}"
+
+
+def _refuse_overlap(plan: Plan, layers: Sequence[LayerPlan]) -> None:
+    owner = {
+        projection.weight: layer.name
+        for layer in layers
+        if layer.expert == "mlp"
+        for projection in (*layer.site.up, layer.site.down)
+    }
+    for layer in layers:
+        if layer.expert == "linear" and (name := owner.get(layer.site.down.weight)):
+            raise plan.fault(
+                ("layers", layer.rule, "select"),
+                f"`{layer.name}` is part of `{name}`, which another rule selects; drop one of them",
+            )

@@ -86,7 +86,7 @@ class Router(nn.Module):
         experts: Number of experts E.
         top_k: Experts per token.
         score: "softmax" or "sigmoid".
-        combine: "probability", "normalized" or "straight_through"; see `kernels.weigh`.
+        combine: "probability", "normalized", "straight_through" or "sum"; see `kernels.weigh`.
         noise: In training: "jitter" (input times U(1 - eps, 1 + eps)), "rsample" (choice by logits
             plus Gumbel noise, K = 1), "gumbel" (the same for all choices but the first, K >= 2),
             "jitter+gumbel", or "none".
@@ -111,6 +111,9 @@ class Router(nn.Module):
         pending_counts: [E] int64 buffer, load not yet answered by a bias update.
         last_aux_loss: Weighted sum of the losses of the last forward, with its graph; or None.
         last_stats: `RouterStats` of the last forward, or None.
+        keep_logits: True keeps the logits of the next forwards in `last_logits`.
+        last_logits: [T, E] of each call since it was emptied, with their graph.
+        loss_taken: Whether somebody has read `last_aux_loss` since the last forward.
         group: Process group of the ranks that hold different tokens, whose losses and statistics
             in training are over all their tokens; "" for this process alone.
         tensor_group: Process group of the ranks that hold the same tokens, which all use what the
@@ -179,6 +182,8 @@ class Router(nn.Module):
         self.register_buffer("pending_counts", counts)
         self.last_aux_loss: Tensor | None = None
         self.last_stats: RouterStats | None = None
+        self.keep_logits, self.loss_taken = False, True
+        self.last_logits: tuple[Tensor, ...] = ()
         self.group = self.tensor_group = self.where = ""
         self.lift_capacity = False
         self._call = 0
@@ -254,7 +259,8 @@ class Router(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave what belongs to the last forward behind: a loss with a graph cannot be copied."""
-        return {**self.__dict__, "last_aux_loss": None, "last_stats": None, "_call": 0}
+        left = {"last_aux_loss": None, "last_stats": None, "last_logits": (), "_call": 0}
+        return {**self.__dict__, **left, "loss_taken": True}
 
     def _draw_noise(self, tokens: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Return the factor on the tokens [T, D] and the Gumbel noise [T, E], or None."""
@@ -297,6 +303,8 @@ class Router(nn.Module):
         loss = self.aux_loss * routing.aux_loss
         if self.z_loss:
             loss = loss + self.z_loss * routing.z_loss
+        if self.keep_logits:
+            self.last_logits = (*self.last_logits, routing.logits)
         some = tokens.clamp_min(1) if isinstance(tokens, Tensor) else max(tokens, 1)
         routes = some * self.top_k
         stats: RouterStats = {

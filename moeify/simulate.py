@@ -319,7 +319,10 @@ def _imbalance(layer: LayerPlan, layout: Layout) -> Imbalance:
     width, experts = layer.site.d_in, layer.experts
     count = max(1, min(_SAMPLE, 2**24 // width))
     tokens = torch.randn(count, width, generator=generator_for(0, layer.name, "simulate"))
-    weight = init_router((experts, width), tokens, layer.init, layer.name)
+    drawn = layer.init  # rows that data would decide are drawn: the tokens are random anyway
+    if drawn.router != "zeros":
+        drawn = drawn.model_copy(update={"router": "normal"})
+    weight = init_router((experts, width), tokens, drawn, layer.name)
     chosen = (tokens @ weight.t()).topk(layer.top_k).indices
     load = torch.bincount(chosen.flatten(), minlength=experts).float()
     ranks = load.view(layout.ep(experts), -1).sum(1)

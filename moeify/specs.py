@@ -6,10 +6,11 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Discriminator, Field, Tag
 
-from moeify.selection import Count, Natural, Strict
+from moeify.selection import LISTED, Count, Natural, Strict
 
 _Amount: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _Factor: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_Folder: TypeAlias = Annotated[str, Field(min_length=1)]
 
 
 class RouterSpec(Strict):
@@ -18,7 +19,8 @@ class RouterSpec(Strict):
     Attributes:
         score: Function from logits to scores, in float32.
         combine: Weight of an expert's output. `auto` is `straight_through` (value 1, gradient of
-            the probability) for `top_k: 1` and `normalized` (over the kept routes) above.
+            the probability) for `top_k: 1`, `normalized` (over the kept routes) above, and with
+            `init: {experts: split}` `sum` (value 1 each, gradient of the probability).
         noise: What is added in training: `jitter` on the router's input, `rsample` Gumbel noise on
             the choice (`top_k: 1`), `gumbel` sampling of the second expert (`top_k: 2`).
         jitter_eps: Half width of the jitter around 1.
@@ -33,7 +35,7 @@ class RouterSpec(Strict):
     """
 
     score: Literal["softmax", "sigmoid"] = "softmax"
-    combine: Literal["auto", "straight_through", "probability", "normalized"] = "auto"
+    combine: Literal["auto", "straight_through", "probability", "normalized", "sum"] = "auto"
     noise: Literal["none", "jitter", "rsample", "gumbel"] = "none"
     jitter_eps: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.01
     capacity_factor: _Factor | None = 1.25
@@ -51,22 +53,40 @@ class InitSpec(Strict):
 
     Attributes:
         experts: `copy` of the dense MLP; copies with `noise`; with neurons re-drawn (`drop`);
-            `random`; or slices of copies (`granular`).
-        router: `normal` or `zeros`.
+            `random`; slices of copies (`granular`); the hidden neurons dealt to the experts
+            (`split`); or the MLPs of several checkpoints (`models`).
+        router: `normal`; `zeros`; rows that look for what excites a split's `clusters`; or made
+            from the MLP's inputs on the example inputs, in groups by likeness (`hidden`) or by
+            their place in the batch (`prompts`).
         router_std: Standard deviation of a normal router.
         seed: Seed of everything that is drawn.
         noise_std: Standard deviation of `noise`, relative to each weight's own.
         drop_ratio: Part of the hidden neurons that `drop` re-draws.
         granularity: Slices per copy, with `granular`.
+        clusters: Which neurons `split` keeps together: those with like `weights`, those that are
+            active on the same tokens (`coactivation`, on the example inputs), `random` ones, or
+            neighbours (`slices`).
+        from_: Folders of checkpoints of the same architecture (`from` in a plan), with `models`;
+            relative ones start at the plan file's folder. Expert i is the i-th one's MLP.
+        rest: What `models` makes of all other parameters: their `average`, or `keep` the model's.
     """
 
-    experts: Literal["copy", "noise", "drop", "random", "granular"] = "copy"
-    router: Literal["normal", "zeros"] = "normal"
+    experts: Literal["copy", "noise", "drop", "random", "granular", "split", "models"] = "copy"
+    router: Literal["normal", "zeros", "clusters", "hidden", "prompts"] = "normal"
     router_std: _Amount = 0.02
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
     noise_std: _Amount = 0.01
     drop_ratio: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.5
     granularity: Count = 1
+    clusters: Literal["weights", "coactivation", "random", "slices"] = "weights"
+    from_: Annotated[tuple[_Folder, ...], LISTED] = Field(default=(), alias="from")
+    rest: Literal["average", "keep"] = "average"
+
+    @property
+    def needs_activations(self) -> bool:
+        """Whether the dense model must run on the example inputs for it."""
+        clustered = self.experts == "split" and self.clusters == "coactivation"
+        return clustered or self.router in ("hidden", "prompts")
 
 
 def _word_or_bool(value: Any) -> str:

@@ -70,8 +70,10 @@ def is_exact(layer: LayerPlan) -> bool:
     """Tell whether a layer equals the dense one at step 0.
 
     `copy` and `granular` do, unless the weights of a token's experts do not sum to one
-    (`combine: probability`).
+    (`combine: probability`); `split` does where a token uses all experts.
     """
+    if layer.init.experts == "split":
+        return layer.top_k == layer.experts
     return layer.init.experts in ("copy", "granular") and layer.router.combine != "probability"
 
 

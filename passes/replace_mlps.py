@@ -27,6 +27,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -34,9 +35,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from moeify.block import DenseMLP, LinearExperts, ResidualMix, StoredLinear
+from moeify.calibration import Calibration
 from moeify.discovery import Discovery, FoundSite
 from moeify.errors import UnsupportedModuleError
-from moeify.expert_init import MlpWeights, init_experts, init_router
+from moeify.expert_init import MlpWeights, init_experts
 from moeify.experts import Experts
 from moeify.kernels import combine as _combine  # noqa: F401  registers the op
 from moeify.kernels import dispatch as _dispatch  # noqa: F401  registers the op
@@ -45,9 +47,11 @@ from moeify.passes.base import Fact, PassResult, PlanContext
 from moeify.passes.blocks import MOE_ROLE, block_path, find_site
 from moeify.passes.dataflow import Linear, linear_of, weight_of
 from moeify.passes.find_mlps import Region
+from moeify.passes.placement import parameter_names
 from moeify.passes.records import NodeRecord, record_of, set_record
 from moeify.resolve import LayerPlan
 from moeify.router import Router
+from moeify.site_weights import expert_weights, router_weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +61,12 @@ class ReplaceMlps:
     Args:
         discovery: The sites of this graph.
         shares: Experts to build by layer name, where a rank keeps only some; all of them else.
+        inputs: What goes into the MLPs by layer name, where `init` looks at it.
     """
 
     discovery: Discovery
     shares: Mapping[str, range] = field(default_factory=dict)
+    inputs: Mapping[str, Calibration] = field(default_factory=dict)
     name: ClassVar[str] = "replace-mlps"
     requires: ClassVar[frozenset[str]] = frozenset({Fact.MLP_SITES, Fact.RESOLVED})
     provides: ClassVar[frozenset[str]] = frozenset({Fact.MOE_BLOCKS})
@@ -82,7 +88,8 @@ class ReplaceMlps:
             runs = self._runs(gm, site, layer)
             if not runs:
                 continue
-            block = build_block(ctx.model, layer, site, self.shares.get(layer.name))
+            share, inputs = self.shares.get(layer.name), self.inputs.get(layer.name)
+            block = build_block(ctx.model, layer, site, share, inputs)
             for source, out, nodes in runs:
                 live = calls.get(source, source)
                 calls[out] = _call_block(gm, path, layer.name, live, out, nodes)
@@ -152,7 +159,11 @@ def _call_block(
 
 
 def build_block(
-    model: nn.Module, layer: LayerPlan, found: FoundSite | None, share: range | None = None
+    model: nn.Module,
+    layer: LayerPlan,
+    found: FoundSite | None,
+    share: range | None = None,
+    inputs: Calibration | None = None,
 ) -> fx.GraphModule:
     """Build the block of one layer, with experts from the model's weights.
 
@@ -161,20 +172,19 @@ def build_block(
         layer: The resolved plan of this layer.
         found: Its site, or None for `expert: linear`.
         share: The experts to build; None for all.
+        inputs: What goes into the MLP, if `layer.init` looks at it.
 
     Raises:
         UnsupportedModuleError: The layer asks for something that this site does not have.
     """
     weight = model.get_parameter(layer.site.down.weight)
     root = nn.Module()
-    root.add_module("router", _router(layer, weight))
-    scale = 1.0
+    root.add_module("router", _router(layer, weight, router_weight(model, layer, found, inputs)))
     if found is None:
         _linear_parts(root, model, layer, share)
         channel, tail, argument = -1, 0.0, "input"
     else:
-        scale = 0.5 if layer.residual in ("add", "sigmoid") else 1.0
-        root.add_module("experts", _experts(model, layer, found.region, scale, share))
+        root.add_module("experts", _experts(model, layer, found, share, inputs))
         if layer.residual != "none":
             half = 0.5 if layer.residual == "add" else 1.0
             root.add_module("mlp", _dense(model, found.region, half))
@@ -236,7 +246,7 @@ def _named(node: fx.Node, name: str) -> fx.Node:
     return node
 
 
-def _router(layer: LayerPlan, like: Tensor) -> Router:
+def _router(layer: LayerPlan, like: Tensor, weight: Tensor) -> Router:
     spec = layer.router
     router = Router(
         layer.site.d_in,
@@ -258,70 +268,39 @@ def _router(layer: LayerPlan, like: Tensor) -> Router:
         device="meta",
         dtype=like.dtype,
     )
-    weight = init_router((layer.experts, layer.site.d_in), like, layer.init, layer.name)
     router.weight = nn.Parameter(weight)
     for name, buffer in list(router.named_buffers()):
         setattr(router, name, torch.zeros_like(buffer, device=like.device))
     return router
 
 
-def mlp_weights(model: nn.Module, region: Region) -> MlpWeights:
-    """Return the dense weights of a site, oriented `[out, in]`, the gate first, detached."""
-    program = region.program
-    ups = [_oriented(model, up) for up in region.ups]
-    biases = [_bias(model, up) for up in region.ups]
-    if program.swap and len(ups) == 2:
-        ups, biases = ups[::-1], biases[::-1]
-    up = ups[0] if len(ups) == 1 else torch.cat(ups)
-    bias = None
-    if any(b is not None for b in biases):
-        full = [
-            torch.zeros(u.shape[0], dtype=u.dtype, device=u.device) if b is None else b
-            for u, b in zip(ups, biases, strict=True)
-        ]
-        bias = full[0] if len(full) == 1 else torch.cat(full)
-    if program.swap and len(ups) == 1:
-        up = torch.cat(up.chunk(2)[::-1])
-        bias = None if bias is None else torch.cat(bias.chunk(2)[::-1])
-    width = region.down.in_features
-    inner = tuple(model.get_parameter(n).detach().expand(width) for n in program.params)
-    gated = up.shape[0] == 2 * width
-    down = _oriented(model, region.down)
-    return MlpWeights(up, bias, down, _bias(model, region.down), inner, gated)
-
-
-def _oriented(model: nn.Module, linear: Linear) -> Tensor:
-    weight = model.get_parameter(linear.weight.name).detach()
-    weight = weight.flatten(1) if weight.dim() > 2 else weight
-    return weight.t() if linear.transposed else weight
-
-
-def _bias(model: nn.Module, linear: Linear) -> Tensor | None:
-    return None if linear.bias is None else model.get_parameter(linear.bias.name).detach()
-
-
 def _experts(
-    model: nn.Module, layer: LayerPlan, region: Region, scale: float, share: range | None
+    model: nn.Module,
+    layer: LayerPlan,
+    found: FoundSite,
+    share: range | None,
+    inputs: Calibration | None,
 ) -> Experts:
-    dense = mlp_weights(model, region)
-    weights = init_experts(dense, layer.experts, layer.init, layer.name, scale=scale, share=share)
+    weights = expert_weights(model, layer, found, None, share, inputs)
+    region = found.region
     program = region.program
     experts = Experts(
         experts=layer.experts,
         d_in=layer.site.d_in,
         d_ff=weights.down.shape[2],
         activation=program.activation if program.module is None else "identity",
-        gated=dense.gated,
-        up_bias=dense.up_bias is not None,
-        down_bias=dense.down_bias is not None,
+        gated=weights.gated,
+        up_bias=weights.up_bias is not None,
+        down_bias=weights.down_bias is not None,
         inner=None if program.module is None else copy.deepcopy(program.module),
-        inner_params=len(dense.inner),
+        inner_params=len(weights.inner),
         dropout=program.dropout,
         device="meta",
-        dtype=dense.up.dtype,
+        dtype=weights.up.dtype,
     )
     trains = model.get_parameter(region.down.weight.name).requires_grad
-    first = "gate_up" if dense.gated else "up"
+    dense = {model.get_parameter(n).untyped_storage().data_ptr() for n in parameter_names(region)}
+    first = "gate_up" if weights.gated else "up"
     values = {
         f"{first}_proj": weights.up,
         f"{first}_bias": weights.up_bias,
@@ -331,8 +310,15 @@ def _experts(
     values |= {f"inner_{i}": tensor for i, tensor in enumerate(weights.inner)}
     for name, value in values.items():
         if value is not None:
-            setattr(experts, name, nn.Parameter(value.contiguous(), requires_grad=trains))
+            setattr(experts, name, nn.Parameter(_owned(value, dense), requires_grad=trains))
     return experts
+
+
+def _owned(value: Tensor, others: AbstractSet[int]) -> Tensor:
+    """Return a contiguous tensor that lies in none of other tensors' storages."""
+    if value.is_contiguous() and value.untyped_storage().data_ptr() not in others:
+        return value
+    return value.clone(memory_format=torch.contiguous_format)
 
 
 def _dense(model: nn.Module, region: Region, scale: float) -> DenseMLP:
@@ -391,7 +377,11 @@ def _linear_parts(root: nn.Module, model: nn.Module, layer: LayerPlan, share: ra
     bias = torch.zeros(stacked.shape[0], width, dtype=weight.dtype, device=weight.device)
     trains = weight.requires_grad
     experts = LinearExperts(
-        nn.Parameter(stacked, requires_grad=trains), nn.Parameter(bias, requires_grad=trains)
+        nn.Parameter(stacked.contiguous(), requires_grad=trains),
+        nn.Parameter(bias, requires_grad=trains),
     )
     root.add_module("experts", experts)
     root.add_module("projection", own)
+
+
+__all__ = ["ReplaceMlps", "build_block", "expert_weights", "router_weight"]

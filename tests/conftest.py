@@ -24,6 +24,7 @@ if not torch.cuda.is_available():  # before anything imports triton: its kernels
 
 Row = dict[str, Any]
 _ZOO = "zoo"  # the user property of a test's report that holds a row of the closing table
+_EXPORTS = "exports"  # the same, of the second one
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,6 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="rewrite the golden files from what the code prints now",
     )
+    parser.addoption("--slow", action="store_true", help="run the tests that are marked slow too")
 
 
 def pytest_configure() -> None:
@@ -63,6 +65,8 @@ def _seed() -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+    if item.get_closest_marker("slow") and not item.config.getoption("--slow"):
+        pytest.skip("slow: --slow runs it")
 
 
 @pytest.fixture
@@ -77,6 +81,16 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
         assert_golden(text, folder / name, update=update)
 
     return check
+
+
+@pytest.fixture
+def export_row(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Add a row to the table of exports: `export_row(model="gpt2", kind="custom")`."""
+
+    def add(**columns: Any) -> None:
+        request.node.user_properties.append((_EXPORTS, columns))
+
+    return add
 
 
 @pytest.fixture
@@ -108,11 +122,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     kinds = ("passed", "failed")
     ended = [report for kind in kinds for report in terminalreporter.stats.get(kind, ())]
     ended.sort(key=lambda report: report.nodeid)
-    rows = [row for report in ended for key, row in report.user_properties if key == _ZOO]
-    if rows:
-        terminalreporter.section("zoo")
-        for line in _table(rows):
-            terminalreporter.write_line(line)
+    for name in (_ZOO, _EXPORTS):
+        rows = [row for report in ended for key, row in report.user_properties if key == name]
+        if rows:
+            terminalreporter.section(name)
+            for line in _table(rows):
+                terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")

@@ -258,6 +258,7 @@ def test_deepspeed_runs_as_its_users_run_it(tmp_path):
         assert set(map(machine.label, names)) <= set(found["contestants"]), found["skipped"]
 
 
+@pytest.mark.slow
 def test_exchange_measures_layers_over_four_ranks(tmp_path):
     out = tmp_path / "exchange.json"
     sizes = "--tokens 24 --width 16 --hidden 24 --experts 8 --budget 0.01".split()
@@ -287,6 +288,7 @@ def test_exchange_measures_layers_over_four_ranks(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+@pytest.mark.slow
 def test_zero_measures_training_steps_over_four_ranks(tmp_path):
     out = tmp_path / "zero.json"
     sizes = "--layers 2 --width 16 --hidden 24 --vocabulary 32 --length 8 --sequences 2".split()

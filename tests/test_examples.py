@@ -18,6 +18,7 @@ EXPECTED = {
     "train_elastic": ["go on from"],
     "train_expert_parallel": ["% of the routes to each expert"],
     "train_loop": ["MoE, 100 steps more", "% of the tokens to its experts"],
+    "train_trainer": ["MoE, 60 steps more", "of an even load per expert"],
 }
 
 
@@ -47,7 +48,6 @@ def test_custom_pass(repo):
     assert clamped <= 0.05 < free
 
 
-@pytest.mark.slow
 def test_train_loop(repo):
     out = run("train_loop", repo)
     assert all(text in out for text in EXPECTED["train_loop"]), out
@@ -56,7 +56,19 @@ def test_train_loop(repo):
     assert abs(converted - dense) < 2e-3
 
 
-@pytest.mark.slow
+def test_train_trainer(repo):
+    out = run("train_trainer", repo)
+    assert all(text in out for text in EXPECTED["train_trainer"]), out
+    untrained, dense, converted, moe = (
+        float(x) for pair in re.findall(r"held-out loss (\S+) -> (\S+);", out) for x in pair
+    )
+    assert untrained > dense > moe
+    assert abs(converted - dense) < 2e-3
+    loads = [(float(a), float(b)) for a, b in re.findall(r"(\S+) to (\S+) of an even", out)]
+    assert len(loads) == 2
+    assert all(0 < least <= 1 <= most < 4 for least, most in loads)
+
+
 def test_train_expert_parallel(repo):
     torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
     alone, over_ranks = (run("train_expert_parallel", repo, how) for how in ((), torchrun))
@@ -72,7 +84,6 @@ def test_train_expert_parallel(repo):
     assert {weights for *_, weights in ranks} == {"287,232"}
 
 
-@pytest.mark.slow
 def test_train_elastic(repo, tmp_path):
     """A rank is killed; the ranks go on by themselves, and one alone from the same checkpoint."""
     torchrun = "-m torch.distributed.run --standalone --nproc-per-node {} --max-restarts 1"

@@ -23,7 +23,6 @@ def run(*arguments, interpret=None):
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.slow
 def test_kernels_compile_for_hopper_without_spilling():  # `make test` compiles all of them
     if not aot._cuobjdump().exists():
         pytest.skip("this Triton comes without cuobjdump")

@@ -119,8 +119,8 @@ def test_what_is_not_served_is_left_to_the_reference():
     assert rows_triton.combine(rows, scores, order, slots) is NotImplemented
     assert rows_triton.combine_backward(x, rows, scores, order, slots) is NotImplemented
     assert rows_triton.weigh(scores.double(), slots, "normalized") is NotImplemented
-    assert rows_triton.weigh(scores, slots, "sum") is NotImplemented
-    assert rows_triton.weigh_backward(scores, scores.double(), slots, "sum") is NotImplemented
+    assert rows_triton.weigh(scores, slots, "total") is NotImplemented
+    assert rows_triton.weigh_backward(scores, scores.double(), slots, "total") is NotImplemented
 
 
 @pytest.mark.parametrize(("capacity", "parts"), [(2, 1), (9, 1), (40, 2), (-1, 3)])

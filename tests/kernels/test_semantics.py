@@ -51,6 +51,7 @@ TWO = [[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]]
         ("normalized", 3, [[0.5, 0.3, 0.2], [0.7, 0.2, 0.1]]),
         ("straight_through", 1, [[1.0], [1.0]]),
         ("straight_through", 2, [[0.625, 0.375], [0.777778, 0.222222]]),
+        ("sum", 3, [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]),
     ],
 )
 def test_choices_and_combine_weights(combine, top_k, weights):
@@ -148,6 +149,11 @@ def test_straight_through_shares_out_what_is_kept():
     only = routed([[0.6, 0.3, 0.1], [0.7, 0.1, 0.2]], top_k=2, capacity=1,
                   combine="straight_through")  # fmt: skip
     near(only.weights, [[0.666667, 0.333333], [0.0, 1.0]])
+
+
+def test_in_a_sum_what_is_kept_weighs_one():
+    got = routed([[0.6, 0.3, 0.1], [0.7, 0.1, 0.2]], top_k=2, capacity=1, combine="sum")
+    assert got.weights.tolist() == [[1.0, 1.0], [0.0, 1.0]]
 
 
 def test_by_random_priority_the_highest_stay_in_token_order():

@@ -9,6 +9,7 @@ import copy
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -257,8 +258,8 @@ def test_a_loaded_model_trains_and_goes_back_to_dense(tmp_path: Path) -> None:
     out = loaded(input_ids=ids_, labels=ids_)
     out.loss.backward()
     assert all(p.grad is not None for p in loaded.parameters())
-    with pytest.raises(mf.MoeifyError, match=r"moeify\.save"):
-        loaded.save_pretrained(tmp_path / "x")
+    loaded.save_pretrained(tmp_path / "x", export="custom")
+    assert (tmp_path / "x" / "modeling_moeify.py").exists()
     mf.demoeify(loaded)
     torch.testing.assert_close(loaded(input_ids=ids_).logits, before, atol=1e-5, rtol=1e-5)
 
@@ -282,6 +283,13 @@ def test_a_model_that_was_cast_after_the_conversion(tmp_path: Path) -> None:
     mf.save(model, tmp_path / "m")
     loaded = mf.load(tmp_path / "m")
     assert digest(run("t5", loaded)) == digest(run("t5", model))
+
+
+def test_a_model_that_was_pickled(tmp_path: Path) -> None:
+    model = mf.moeify(Net(), RESIDUAL, example_inputs=torch.tensor([[1, 2]])).eval()
+    ids = torch.tensor([[3, 4, 5]])
+    mf.save(pickle.loads(pickle.dumps(model)), tmp_path / "save")
+    torch.testing.assert_close(mf.load(tmp_path / "save", model=Net())(ids), model(ids))
 
 
 def test_a_meta_model_or_a_compiled_one(

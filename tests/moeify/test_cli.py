@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -82,7 +83,7 @@ def test_version():
 
 @pytest.mark.parametrize(
     "arguments",
-    [["nonsense"], ["plan", "show"], ["convert", "a", "b"], ["demo", "--steps", "-1"]],
+    [["nonsense"], ["plan", "show"], ["convert", "a"], ["demo", "--steps", "-1"]],
     ids=" ".join,
 )
 def test_wrong_command_lines_exit_with_2(arguments):
@@ -184,11 +185,13 @@ def test_inspect_tells_near_misses(tmp_path):
 
 @pytest.mark.parametrize("command", ["inspect", "convert"])
 def test_folders_that_are_no_models(command, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
     rest = [tmp_path / "out", "--plan", "moe"] if command == "convert" else []
     missing = call(command, tmp_path / "nowhere", *rest)
-    empty = call(command, tmp_path, *rest)
-    (tmp_path / "config.json").write_text("{}")
-    strange = call(command, tmp_path, *rest)
+    empty = call(command, folder, *rest)
+    (folder / "config.json").write_text("{}")
+    strange = call(command, folder, *rest)
     for result, text in ((missing, "no such folder"), (empty, "no config.json"), (strange, "")):
         assert result.exit_code == 1
         assert result.stderr.startswith("error: ")
@@ -204,9 +207,9 @@ def test_debug_shows_the_traceback(tmp_path):
 
 def test_convert(gpt2, plan, tmp_path):
     out = tmp_path / "moe"
-    result = call("convert", gpt2, out, "--plan", plan)
+    result = call("convert", gpt2, out, "--plan", plan, "--export", "moeify")
     assert result.exit_code == 0, result.stderr
-    for text in ("transformer.h.1.mlp", "step 0: outputs differ by", str(out)):
+    for text in ("transformer.h.1.mlp", "step 0: outputs differ by", "fresh process", str(out)):
         assert text in result.stdout
     assert (out / "tokenizer.json").read_text() == '{"version": "1.0"}'
     assert (out / "merges.txt").exists()
@@ -216,7 +219,9 @@ def test_convert(gpt2, plan, tmp_path):
     assert "converted by moeify: 2 MoE layers" in shown.stdout
     data = json.loads(call("inspect", out, "--json").stdout)
     assert [layer["experts"] for layer in data["layers"]] == [4, 4]
-    assert call("convert", out, tmp_path / "twice", "--plan", plan).exit_code == 1
+    again = call("convert", out, tmp_path / "twice", "--plan", plan)
+    assert again.exit_code == 1
+    assert "is converted already" in again.stderr
     assert call("plan", "show", plan, "--model", out).exit_code == 1
 
 
@@ -232,44 +237,80 @@ def _assert_equal_to_dense(source: Path, out: Path) -> None:
 
 def test_convert_json_dtype_and_no_verify(gpt2, tmp_path):
     out = tmp_path / "moe"
-    arguments = ["--plan", "pr-moe", "--set", "experts=2", "--set", "last=4", "--no-verify"]
-    result = call("convert", gpt2, out, *arguments, "--dtype", "bfloat16", "--json")
-    report = json.loads(result.stdout)
+    arguments = ["--plan", "pr-moe", "--set", "experts=2", "--set", "last=4", "--verify", "0"]
+    arguments += ["--export", "moeify", "--dtype", "bfloat16", "--json"]
+    report = json.loads(call("convert", gpt2, out, *arguments).stdout)
     assert report["verified"] is False
     assert report["difference"] is None
+    assert report["kind"] == "moeify"
     assert report["bytes"] == sum(path.stat().st_size for path in out.rglob("*"))
     assert report["resolved"]["layers"][0]["dtype"] == "bfloat16"
     assert next(mf.load(out).parameters()).dtype is torch.bfloat16
 
 
-def test_convert_reports_the_measured_difference(gpt2, plan, tmp_path):
-    result = call("convert", gpt2, tmp_path / "moe", "--plan", plan, "--json")
-    difference = json.loads(result.stdout)["difference"]
-    assert difference["promised"] is True
-    assert 0 <= difference["outputs"] < 1e-5
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--plan", "moe", "--reverse"],
+        ["--reverse", "--dtype", "bfloat16"],
+        ["--plan", "moe", "--calibration", "texts"],
+        ["--plan", "moe", "--max-shard-size", "much"],
+        ["--plan", "moe", "--verify", "-1"],
+        ["--plan", "moe", "--export", "onnx"],
+    ],
+    ids=" ".join,
+)
+def test_convert_with_options_that_exclude_each_other(arguments, gpt2, tmp_path):
+    result = call("convert", gpt2, tmp_path / "out", *arguments)
+    assert result.exit_code == 2, result.output
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_convert_does_not_overwrite(gpt2, plan, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "precious.txt").write_text("mine")
-    for extra in ([], ["--force"]):
+    for extra in ([], ["--force"], ["--dry-run"], ["--resume"]):
         result = call("convert", gpt2, out, "--plan", plan, *extra)
         assert result.exit_code == 1
         assert "is no save of moeify" in result.stderr
     assert [path.name for path in out.iterdir()] == ["precious.txt"]
-    assert call("convert", gpt2, gpt2, "--plan", plan, "--force").exit_code == 1
+
+
+def test_convert_refuses_places(gpt2, plan, tmp_path):
+    source = tmp_path / "models" / "source"
+    shutil.copytree(gpt2, source)
+    (tmp_path / "link").symlink_to(source)
+    (tmp_path / "file").write_text("")
+    before = {path: path.read_bytes() for path in source.iterdir()}
+    for out, reason in (
+        (source, "is the source itself"),
+        (tmp_path / "link", "is the source itself"),
+        (source / "out", "lies in the source"),
+        (source.parent, "holds the source"),
+        (tmp_path / "file", "is a file"),
+        (tmp_path / "file" / "out", "is no folder"),
+        (tmp_path / "no" / "out", "is no folder; make it first"),
+    ):
+        result = call("convert", source, out, "--plan", plan, "--force")
+        assert result.exit_code == 1
+        assert reason in result.stderr
+    assert {path: path.read_bytes() for path in source.iterdir()} == before
 
 
 def test_convert_replaces_a_save_by_force(gpt2, plan, tmp_path):
     out = tmp_path / "moe"
-    assert call("convert", gpt2, out, "--plan", plan).exit_code == 0
-    refused = call("convert", gpt2, out, "--plan", "mixtral")
+    rest = ["--verify", "0", "--export", "moeify"]
+    out.mkdir()  # an empty folder is as good as none
+    assert call("convert", gpt2, out, "--plan", plan, *rest).exit_code == 0
+    refused = call("convert", gpt2, out, "--plan", "mixtral", *rest)
     assert refused.exit_code == 1
     assert "--force" in refused.stderr
-    forced = call("convert", gpt2, out, "--plan", "mixtral", "--set", "experts=2", "--force")
+    forced = call("convert", gpt2, out, "--plan", "mixtral", "--set", "experts=2", "--force", *rest)
     assert forced.exit_code == 0, forced.stderr
     assert "converted by moeify: 4 MoE layers" in call("inspect", out).stdout
+    assert [path.name for path in tmp_path.iterdir() if path != plan] == ["moe"]
 
 
 def test_convert_never_reads_pickles(gpt2, plan, tmp_path):
@@ -279,7 +320,7 @@ def test_convert_never_reads_pickles(gpt2, plan, tmp_path):
     torch.save({}, source / "pytorch_model.bin")
     result = call("convert", source, tmp_path / "out", "--plan", plan)
     assert result.exit_code == 1
-    assert "never read" in result.stderr
+    assert "never opened" in result.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -303,7 +344,8 @@ def test_convert_with_a_damaged_source(gpt2, plan, tmp_path):
     (source / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     result = call("convert", source, tmp_path / "out", "--plan", plan)
     assert result.exit_code == 1
-    assert "cannot load this model" in result.stderr
+    assert "model.safetensors" in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_convert_with_a_plan_that_does_not_fit(gpt2, tmp_path):

@@ -111,13 +111,12 @@ def test_a_process_that_fails_is_told(tmp_path):
         demo_embed.embed_elsewhere(tmp_path, ["a sentence"])
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec(demo_data.PACKAGE) is None, reason="the demo extra is not installed"
 )
 def test_the_whole_demo(tmp_path):
     # With aot_eager: what Inductor makes of it is in test_training.py.
-    options = ["--out", str(tmp_path / "out"), "--json", "--no-compile"]
+    options = ["--out", str(tmp_path / "out"), "--json", "--no-compile", "--steps", "4"]
     result = CliRunner().invoke(app, ["demo", *options])
     assert result.exit_code == 0, result.stderr
     numbers = json.loads(result.stdout)

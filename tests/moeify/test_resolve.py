@@ -232,6 +232,21 @@ def test_rules_that_do_not_fit(rules: list[Any], path: str, part: str) -> None:
             "R.router.combine",
             "normalized",
         ),
+        ({"router": {"combine": "sum"}}, {}, "R.router.combine", "split"),
+        ({"init": {"clusters": "random"}}, {}, "R.init.clusters", "split"),
+        ({}, {"init": {"router": "clusters"}}, "init.router", "split"),
+        ({"experts": 6}, {"init": {"experts": "split"}}, "R.experts", "use 4 or 8"),
+        ({"experts": 40}, {"init": {"experts": "split"}}, "R.experts", "use 32"),
+        (
+            {"router": {"combine": "normalized"}},
+            {"init": {"experts": "split"}},
+            "R.router.combine",
+            "needs sum",
+        ),
+        ({"init": {"from": ["a"]}}, {}, "R.init.from", "models"),
+        ({"init": {"rest": "keep"}}, {}, "R.init.rest", "models"),
+        ({}, {"init": {"experts": "models"}}, "init.from", "folders"),
+        ({}, {"init": {"experts": "models", "from": list("abc")}}, "R.experts", "use 3"),
         ({"experts": 6}, {"parallel": {"expert": 4}}, "R.experts", "use 4 or 8"),
         ({"experts": 3}, {"parallel": {"expert": 8}}, "R.experts", "use 2 or 4"),
         (
@@ -311,16 +326,19 @@ def test_models_without_sites() -> None:
     experts=st.integers(1, 6),
     slices=st.sampled_from([1, 2, 4]),
     residual=st.sampled_from(["none", "coefficient", "add", "sigmoid"]),
-    granular=st.booleans(),
+    kind=st.sampled_from(["copy", "granular", "split"]),
     bias=st.booleans(),
     gated=st.booleans(),
 )
 def test_counts_are_those_of_the_tensors(
-    experts: int, slices: int, residual: str, granular: bool, bias: bool, gated: bool
+    experts: int, slices: int, residual: str, kind: str, bias: bool, gated: bool
 ) -> None:
     count, top_k, width = experts, 1, F
     plan: dict[str, Any] = {}
-    if granular:
+    if kind == "split":
+        count, width = 2 * slices, F // (2 * slices)
+        plan["init"] = {"experts": "split"}
+    if kind == "granular":
         count, top_k, width = 4 * experts, 4, F // slices
         plan["init"] = {"experts": "granular", "granularity": slices}
     rule = {"select": {"index": 0}, "experts": count, "top_k": top_k, "residual": residual}

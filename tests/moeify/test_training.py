@@ -45,7 +45,6 @@ def test_capacity_does_not_recompile_over_batch_and_length():
     assert counter.frame_count <= 2
 
 
-@pytest.mark.slow
 def test_inductor_trains_as_eager_does():
     # no dropout and no random drops, so that both draw the same (nothing)
     plan = {**PLAN, "router": {"drop": "position"}}

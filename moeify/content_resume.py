@@ -1,0 +1,299 @@
+"""Writes a `Content` so that a long write can be gone on with: finished shards are kept.
+
+A folder `.NAME.partial` beside the target holds the staged folder and a journal of the shards that
+are finished, each with its digest. An error, Ctrl-C or a kill leaves it for `resume`; a new start
+removes it. A lock on it, which ends with its process, keeps two writers off each other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from pydantic import ValidationError
+
+from moeify.checkpoint_files import (
+    CHUNK,
+    Folder,
+    _carry,
+    _check_target,
+    _put,
+    _resolved,
+    _sweep,
+    _sync,
+)
+from moeify.checkpoint_json import parse_json
+from moeify.checkpoint_manifest import FileRecord
+from moeify.checkpoint_shards import parse_size
+from moeify.content import Content, Output, Written
+from moeify.content_writer import Advance, finish, header, split, write_shard
+from moeify.errors import CheckpointError
+from moeify.selection import Strict
+from moeify.strict_yaml import path_text
+
+log = logging.getLogger("moeify")
+
+_JOURNAL: Final = "journal.json"
+_STAGED: Final = "folder"
+_MAX_JOURNAL: Final = 1 << 26
+
+
+class Journal(Strict):
+    """What a partial folder holds.
+
+    Attributes:
+        format: Always "moeify-journal".
+        version: Version of the format.
+        made_of: What the bytes depend on, by what a person calls it.
+        shards: The files that are finished.
+    """
+
+    format: Literal["moeify-journal"]
+    version: Literal[1]
+    made_of: dict[str, Any]
+    shards: list[FileRecord]
+
+
+def partial_path(directory: str | os.PathLike[str]) -> Path:
+    """Return the folder that a write leaves unfinished."""
+    path = _resolved(directory)
+    return path.with_name(f".{path.name}.partial")
+
+
+def bytes_to_write(content: Content, max_shard_size: int | str = "5GB") -> int:
+    """Return the bytes of all files with tensors, headers too, and of the small files."""
+    groups = split(content.tensors, parse_size(max_shard_size))
+    heads = sum(len(header(group)) for group in groups)
+    return content.nbytes + heads + sum(map(len, content.texts.values()))
+
+
+def free_bytes(directory: str | os.PathLike[str]) -> int:
+    """Return the bytes that may be written beside a folder."""
+    found = os.statvfs(_resolved(directory).parent)
+    return found.f_bavail * found.f_frsize
+
+
+def write_resumable(
+    content: Content,
+    directory: str | os.PathLike[str],
+    *,
+    made_of: Mapping[str, Any],
+    max_shard_size: int | str = "5GB",
+    resume: bool = False,
+    advance: Advance | None = None,
+    late: Callable[[], Mapping[str, bytes]] | None = None,
+    check: Callable[[Path], None] | None = None,
+) -> Written:
+    """Write a folder; what is finished survives whatever happens.
+
+    Args:
+        content: What is to be in it.
+        directory: A folder that does not exist, is empty, or holds an older one of moeify's.
+        made_of: What the bytes depend on: digests of plan and source, options. JSON.
+        max_shard_size: Bytes per file, or such as "5GB"; a larger tensor gets a file of its own.
+        resume: Keep the shards that an earlier write of the same finished.
+        advance: Is told how many bytes of data are written, or found to be, since the last time.
+        late: Makes further small files when all tensors are written.
+        check: Looks at the finished folder before it is put in place; raises if it will not do.
+
+    Raises:
+        CheckpointError: It cannot be written, another process is at it, or `resume` finds something
+            else begun. The target is as it was.
+        ValueError: `max_shard_size` is no size.
+    """
+    limit = parse_size(max_shard_size)
+    path = _resolved(directory)
+    partial = partial_path(path)
+    old = _check_target(path)
+    journal = Journal(
+        format="moeify-journal",
+        version=1,
+        made_of={**made_of, "max_shard_size": limit, "tensors": _digest(content.tensors)},
+        shards=[],
+    )
+    try:
+        with _locked(partial):
+            staged = partial / _STAGED
+            groups = split(content.tensors, limit)
+            names = content.shard_names(len(groups))
+            sizes = dict(zip(names, (sum(o.nbytes for o in g) for g in groups), strict=True))
+            done = _finished(partial, journal, set(names)) if resume else {}
+            _clear(partial, done)
+            staged.mkdir(exist_ok=True)
+            _check_room(content, path, limit, sum(record.bytes for record in done.values()))
+            shards = []
+            for name, group in zip(names, groups, strict=True):
+                if name in done:
+                    if advance is not None:
+                        advance(sizes[name])
+                else:
+                    done[name] = write_shard(staged / name, group, advance)
+                    _sync(staged)
+                shards.append(done[name])
+                _write_journal(partial, journal.model_copy(update={"shards": shards}))
+            if old:
+                staged.chmod(path.stat().st_mode & 0o7777)
+                _carry(path, staged)
+            if late is not None:
+                texts = {**content.texts, **late()}
+                content = dataclasses.replace(content, texts=texts)
+            written = finish(content, staged, groups, shards)
+            _sync(staged)
+            if check is not None:
+                check(staged)
+            _put(staged, path, exists=old)
+            with contextlib.suppress(OSError):
+                _sync(path.parent)
+            shutil.rmtree(partial, ignore_errors=True)  # with the older one, after an exchange
+            _sweep(path, "replaced")
+    except OSError as error:
+        kept = f"; {partial} keeps what is finished, for --resume" if partial.exists() else ""
+        raise CheckpointError(f"{path}: cannot be written: {error}{kept}") from error
+    return written
+
+
+def _digest(outputs: tuple[Output, ...]) -> str:
+    return hashlib.sha256(header(outputs)).hexdigest()
+
+
+@contextmanager
+def _locked(partial: Path) -> Iterator[None]:
+    """Make the partial folder and hold it; an empty one is removed at the end.
+
+    Raises:
+        CheckpointError: Another process holds it.
+    """
+    while True:
+        with contextlib.suppress(FileExistsError):
+            partial.mkdir()
+        if partial.is_symlink():
+            raise CheckpointError(f"{partial}: is a link; remove it")
+        try:
+            handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except FileNotFoundError:  # another process has just finished
+            continue
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise CheckpointError(
+                    f"{partial}: another process is writing this folder; wait for it, or end it"
+                ) from None
+            except OSError as error:  # a file system without locks
+                log.warning("%s: cannot be locked (%s): start no second writer", partial, error)
+            if not _same(partial, handle):
+                continue
+            try:
+                yield
+            finally:
+                if _same(partial, handle):
+                    with contextlib.suppress(OSError):
+                        (partial / _STAGED).rmdir()
+                    with contextlib.suppress(OSError):
+                        partial.rmdir()
+            return
+        finally:
+            os.close(handle)
+
+
+def _same(path: Path, handle: int) -> bool:
+    """Tell whether a folder is still the one that was opened."""
+    try:
+        found = path.stat(follow_symlinks=False)
+    except OSError:
+        return False
+    return os.path.samestat(found, os.fstat(handle))
+
+
+def _finished(partial: Path, journal: Journal, names: set[str]) -> dict[str, FileRecord]:
+    """Return the finished shards of an earlier write, held against their digests.
+
+    Raises:
+        CheckpointError: It was a write of something else, or the journal is damaged.
+    """
+    if not (partial / _JOURNAL).exists():
+        log.info("%s: nothing is finished there", partial)
+        return {}
+    with Folder(partial) as folder:
+        where = folder.where(_JOURNAL)
+        data = parse_json(folder.read(_JOURNAL, limit=_MAX_JOURNAL), where)
+    try:
+        earlier = Journal.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise CheckpointError(
+            f"{where}: {path_text(first['loc'])}: {first['msg']}; start without --resume"
+        ) from None
+    now = json.loads(json.dumps(journal.made_of))
+    changed = sorted(
+        k for k in earlier.made_of.keys() | now if earlier.made_of.get(k) != now.get(k)
+    )
+    if changed:
+        raise CheckpointError(
+            f"{partial}: was begun with another {' and '.join(changed)}: --resume goes on with the "
+            "same only; start without it"
+        )
+    kept = {}
+    for record in earlier.shards:
+        if record.file in names and _is_whole(partial / _STAGED / record.file, record):
+            kept[record.file] = record
+        else:
+            log.warning("%s: %s is not as it was written: it is written anew", partial, record.file)
+    return kept
+
+
+def _is_whole(path: Path, record: FileRecord) -> bool:
+    try:
+        with Folder(path.parent) as folder, folder.open(path.name, size=record.bytes) as stream:
+            digest = hashlib.sha256()
+            while part := stream.read(CHUNK):
+                digest.update(part)
+    except CheckpointError:
+        return False
+    return digest.hexdigest() == record.sha256
+
+
+def _clear(partial: Path, keep: Mapping[str, FileRecord]) -> None:
+    """Remove all but finished shards."""
+    for entry in [*partial.iterdir(), *_entries(partial / _STAGED)]:
+        if entry.name == _STAGED and entry.is_dir() and not entry.is_symlink():
+            continue
+        if entry.parent.name == _STAGED and entry.name in keep:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def _entries(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else []
+
+
+def _check_room(content: Content, path: Path, limit: int, kept: int) -> None:
+    needed, free = bytes_to_write(content, limit) - kept, free_bytes(path)
+    if needed > free:
+        raise CheckpointError(
+            f"{path}: {needed:,} bytes are to be written and {free:,} are free; nothing was written"
+        )
+
+
+def _write_journal(partial: Path, journal: Journal) -> None:
+    data = json.dumps(journal.model_dump(mode="json"), indent=1, allow_nan=False).encode()
+    scratch = partial / f"{_JOURNAL}.new"
+    with scratch.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    scratch.replace(partial / _JOURNAL)
+    _sync(partial)

@@ -1,0 +1,100 @@
+"""Which dense class of transformers, and which config of it, a converted model has."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from typing import Any, Final
+
+from torch import nn
+
+from moeify.errors import CheckpointError
+from moeify.hf import is_hf
+
+_MODULE: Final = re.compile(r"transformers\.models(?:\.[A-Za-z_][A-Za-z0-9_]*)+")
+_CLASS: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+def dense_class(model: nn.Module) -> type:
+    """Return the class of a model, without what a custom export or a sharding put before it."""
+    cls = next(c for c in type(model).__mro__ if not c.__module__.startswith("torch."))
+    found = cls.__dict__.get("dense_class")
+    return found if isinstance(found, type) else cls
+
+
+def own_class(cls: type, what: str) -> type:
+    """Check that a class is transformers' own, so that its name may stand in generated code.
+
+    Args:
+        cls: The class.
+        what: What it is, for the message.
+
+    Raises:
+        CheckpointError: It is not.
+    """
+    module, name = str(cls.__module__), str(cls.__qualname__)
+    if _MODULE.fullmatch(module) and _CLASS.fullmatch(name):
+        try:
+            found: object = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError):
+            found = None
+        if found is cls:
+            return cls
+    raise CheckpointError(
+        f"{what} {module!r:.80}.{name!r:.80} is not of transformers, which alone can be named in a "
+        "Hugging Face folder: use moeify.save(model, directory) and moeify.load"
+    )
+
+
+def dense_classes(model: nn.Module) -> tuple[type, type]:
+    """Return the model and config class of a Hugging Face model.
+
+    Raises:
+        CheckpointError: They are not transformers' own.
+    """
+    cls = own_class(dense_class(model), "the model's class")
+    if not is_hf(model):
+        raise CheckpointError(f"{cls.__name__} has no config: use moeify.save(model, directory)")
+    config: Any = model.config
+    found: type = next(c for c in type(config).__mro__ if not hasattr(c, "saved_as"))
+    return cls, own_class(found, "the config's class")
+
+
+def dense_config(model: nn.Module) -> dict[str, Any]:
+    """Return the data of `config.json` of a model's dense class.
+
+    Raises:
+        CheckpointError: The classes are not transformers' own.
+    """
+    cls, config_class = dense_classes(model)
+    data = _dense_data(model.config, use_diff=True)
+    return data | {"model_type": config_class.model_type, "architectures": [cls.__name__]}  # type: ignore[attr-defined]
+
+
+def config_json(config: Any) -> str:
+    """Return all of a config, as its dense class would write it."""
+    if not hasattr(config, "saved_as"):
+        return str(config.to_json_string(use_diff=False))
+    data = _dense_data(config, use_diff=False)
+    return json.dumps(data | {"model_type": config.model_type}, indent=2, sort_keys=True) + "\n"
+
+
+def _dense_data(config: Any, *, use_diff: bool) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(config.to_json_string(use_diff=use_diff))
+    if hasattr(config, "saved_as"):
+        from moeify.hf_model import KEY, without_decoys
+
+        data = without_decoys(data)
+        for key in (KEY, "auto_map", "architectures"):
+            data.pop(key, None)
+    return data
+
+
+def generation_config(model: nn.Module) -> dict[str, Any] | None:
+    """Return the data of `generation_config.json`, or None if the model does not generate."""
+    found: Any = getattr(model, "generation_config", None)
+    if found is None or not model.can_generate():  # type: ignore[operator]
+        return None
+    data: dict[str, Any] = json.loads(found.to_json_string(use_diff=True))
+    return data

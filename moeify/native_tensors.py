@@ -1,0 +1,198 @@
+"""The tensors of a native folder: the hub's names, one expert at a time.
+
+Shapes: E experts, F expert width, D model width.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from moeify.content import Output, Spec, Stored, copied
+from moeify.native_facts import Facts, Routed
+from moeify.native_targets import Target, experts_of, shared_width
+
+NEVER: Final = -1e4
+"""Selection bias of an expert that is never chosen; scores lie in (0, 1)."""
+
+EMBEDDINGS: Final = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+class _Experts:
+    """The rows of a stacked tensor, of which the last one read is kept until it is let go.
+
+    Args:
+        stored: Where it is.
+        name: Its name there.
+    """
+
+    def __init__(self, stored: Stored, name: str) -> None:
+        self._stored, self._name = stored, name
+        self._last: tuple[int, Tensor] | None = None
+
+    def read(self, expert: int, start: int, stop: int, *, keep: bool) -> Tensor:
+        """Return rows `[start, stop)` of one expert."""
+        if self._last is None or self._last[0] != expert:
+            self._last = (expert, self._stored.read(self._name, expert, expert + 1)[0])
+        rows = self._last[1][start:stop]
+        if not keep:
+            self._last = None
+        return rows.contiguous()
+
+
+@dataclass(slots=True)
+class Tensors:
+    """The tensors to write.
+
+    Attributes:
+        outputs: In their order.
+        padding: What is padding, to its elements.
+    """
+
+    outputs: list[Output] = field(default_factory=list)
+    padding: dict[str, int] = field(default_factory=dict)
+
+    def zeros(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, why: str) -> None:
+        """Add a tensor of zeros."""
+
+        def pieces() -> Iterator[Tensor]:
+            yield torch.zeros(shape, dtype=dtype)
+
+        self.outputs.append(Output(name, Spec(shape, dtype), pieces))
+        self.padding[why] = self.padding.get(why, 0) + torch.Size(shape).numel()
+
+    @property
+    def elements(self) -> int:
+        """Number of elements of all tensors."""
+        return sum(torch.Size(output.spec.shape).numel() for output in self.outputs)
+
+
+def tensors_of(target: Target, facts: Facts, stored: Stored) -> Tensors:
+    """List the tensors of a folder of that class, in the order of the stored ones."""
+    blocks = {layer.block: layer for layer in facts.layers}
+    found, done = Tensors(), set()
+    for name in stored.specs:
+        block = name.split(".mlp.")[0] + ".mlp"
+        if block not in blocks:
+            found.outputs.append(copied(stored, name))
+        elif block not in done:
+            done.add(block)
+            _layer(found, target, facts, blocks[block], stored)
+    for alias in EMBEDDINGS:
+        if alias in stored.aliases:  # not every reader ties what the config says is tied
+            found.outputs.append(copied(stored, stored.aliases[alias], alias))
+            size = torch.Size(stored.specs[stored.aliases[alias]].shape).numel()
+            found.padding["the tied embedding, again as the output's"] = size
+    if target.qkv_bias == "always" and not facts.qkv_bias:
+        heads, pairs = facts.config.num_attention_heads, facts.config.num_key_value_heads
+        for index in range(facts.depth):
+            for part, count in (("q", heads), ("k", pairs), ("v", pairs)):
+                name = f"model.layers.{index}.self_attn.{part}_proj.bias"
+                found.zeros(name, (count * facts.head_dim,), facts.dtype, "biases of zeros")
+    return found
+
+
+def _layer(found: Tensors, target: Target, facts: Facts, layer: Routed, stored: Stored) -> None:
+    prefix = f"model.layers.{layer.index}.{target.moe}"
+    width, model = layer.width, facts.config.hidden_size
+    total, dtype = experts_of(target, facts), facts.dtype
+    _router(found, target, layer, stored, prefix, total)
+    up = _Experts(stored, f"{layer.block}.experts.gate_up_proj")
+    down = _Experts(stored, f"{layer.block}.experts.down_proj")
+    parts = ((up, 0, width, True), (up, width, 2 * width, False), (down, 0, model, False))
+    for expert in range(total):
+        for leaf, (rows, start, stop, keep) in zip(target.leaves, parts, strict=True):
+            name = f"{prefix}.experts.{expert}.{leaf}.weight"
+            shape = (model, width) if rows is down else (width, model)
+            if expert >= layer.experts:
+                found.zeros(name, shape, dtype, "experts that are never chosen")
+                continue
+
+            def pieces(
+                rows: _Experts = rows,
+                expert: int = expert,
+                start: int = start,
+                stop: int = stop,
+                keep: bool = keep,
+            ) -> Iterator[Tensor]:
+                yield rows.read(expert, start, stop, keep=keep)
+
+            found.outputs.append(Output(name, Spec(shape, dtype), pieces))
+    if target.shared:
+        _shared(found, target, facts, layer, stored, prefix)
+
+
+def _router(
+    found: Tensors, target: Target, layer: Routed, stored: Stored, prefix: str, total: int
+) -> None:
+    weight = f"{layer.block}.router.weight"
+    spec, missing = stored.specs[weight], total - layer.experts
+
+    def rows() -> Iterator[Tensor]:
+        yield stored.read(weight)
+        if missing:
+            yield torch.zeros(missing, spec.shape[1], dtype=spec.dtype)
+
+    shape = (total, spec.shape[1])
+    found.outputs.append(Output(f"{prefix}.gate.weight", Spec(shape, spec.dtype), rows))
+    if missing:
+        found.padding["rows of routers"] = (
+            found.padding.get("rows of routers", 0) + missing * spec.shape[1]
+        )
+    if not target.selection_bias:
+        return
+
+    def bias() -> Iterator[Tensor]:
+        own = torch.zeros(layer.experts)
+        if layer.biased:
+            own = stored.read(f"{layer.block}.router.selection_bias").float()
+        yield torch.cat([own, torch.full((missing,), NEVER)])
+
+    name = f"{prefix}.gate.e_score_correction_bias"
+    found.outputs.append(Output(name, Spec((total,), torch.float32), bias))
+
+
+def _shared(
+    found: Tensors, target: Target, facts: Facts, layer: Routed, stored: Stored, prefix: str
+) -> None:
+    width, model = shared_width(target, facts), facts.config.hidden_size
+    shapes = {"gate_proj": (width, model), "up_proj": (width, model), "down_proj": (model, width)}
+    why = "shared experts of zeros, which run for every token"
+    for leaf, shape in shapes.items():
+        name = f"{prefix}.{target.shared}.{leaf}.weight"
+        if layer.residual == "none":
+            found.zeros(name, shape, facts.dtype, why)
+        else:
+            found.outputs.append(copied(stored, f"{layer.block}.mlp.{leaf}.weight", name))
+    if target.residual == "sigmoid":
+        name = f"{prefix}.{target.shared}_gate.weight"
+        if layer.residual == "none":
+            found.zeros(name, (1, model), facts.dtype, why)
+        else:
+            own = f"{layer.block}.residual_mix.coefficient.weight"
+            found.outputs.append(copied(stored, own, name))
+
+
+def names_of(target: Target, model: Any) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes on disk of everything that an instance of the class holds."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        head, sep, leaf = name.rpartition(".experts.")
+        name = re.sub(r"^(model\.layers\.[0-9]+)\.mlp\.gate\b", rf"\1.{target.moe}.gate", name)
+        if not sep:
+            found[name] = tuple(tensor.shape)
+            continue
+        head = head.removesuffix("mlp") + target.moe
+        experts, rows, columns = tensor.shape
+        gate, up, down = target.leaves
+        parts = (gate, up) if leaf == "gate_up_proj" else (down,)
+        for expert in range(experts):
+            for part in parts:
+                shape = (rows // len(parts), columns)
+                found[f"{head}.experts.{expert}.{part}.weight"] = shape
+    return found

@@ -1,0 +1,355 @@
+"""Back to a dense folder, one layer at a time.
+
+The dense model is built on meta and converted there as it once was, which says where everything
+went. What was kept is copied under its old name; of a converted layer, its block alone is given its
+tensors when the first of its dense ones is to be written, and `dense_again` makes them all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from moeify.api import moeify as convert
+from moeify.checkpoint import load
+from moeify.checkpoint_build import build, default_device_cpu, describable
+from moeify.checkpoint_files import Folder
+from moeify.checkpoint_json import parse_json
+from moeify.checkpoint_manifest import MAX_BYTES, Manifest, ModelRecord
+from moeify.checkpoint_shards import dtype_name
+from moeify.checkpoint_state import tensors_of
+from moeify.content import Content, Output, Spec, Stored, Written, copied, describe
+from moeify.conversion import Conversion, ConvertedLayer, require_conversion
+from moeify.dense_again import Rebuilt
+from moeify.errors import CheckpointError, MoeifyError
+from moeify.export_manifest import ExportManifest, manifest_of, read_export_manifest
+from moeify.hf_dense import dense_class, dense_config, generation_config
+from moeify.input_spec import make_inputs
+from moeify.plan import Plan
+from moeify.source_names import places_of, renaming
+from moeify.stored_folder import FolderTensors
+from moeify.stored_native import NativeTensors
+
+log = logging.getLogger("moeify")
+
+_ALIKE: Final = frozenset({"copy", "granular", "split"})
+"""Ways to start experts after which the dense MLP can be had again."""
+_KEYS: Final = ("name", "experts", "top_k", "residual", "expert", "init")
+"""What must be the same in every layer for the tensors to mean the same."""
+
+
+def dense_content(directory: str | os.PathLike[str]) -> Content:
+    """Describe the dense model that a folder of moeify's comes from.
+
+    Exact, bit for bit, where nothing has been trained and the experts are copies; see `demoeify`
+    for the others. Experts that are no copies of one another are averaged, and a warning names
+    them when they are written.
+
+    Args:
+        directory: What `moeify.save` wrote, or an export (custom or native) of a Hugging Face
+            model.
+
+    Returns:
+        What is to be in a folder that `from_pretrained` of the dense class reads.
+
+    Raises:
+        CheckpointError: The folder is damaged, or not of a Hugging Face model, or already dense.
+        UnsupportedModuleError: A block has learned something that the dense module has no place
+            for; raised when it is written.
+    """
+    with default_device_cpu():
+        start = _start(directory)
+    model, stored = start.model, start.stored
+    conversion = require_conversion(model)
+    places = _fill(model, stored, start.where)
+    layers = _Layers(model, stored, places)
+    kept = _kept(start, conversion, places, layers.specs)
+    outputs = [
+        layers.output(name) if name in layers.specs else copied(stored, kept[name], name)
+        for name in start.names
+    ]
+    config = dense_config(model) | {"dtype": _main_dtype(outputs)}
+    texts = {"config.json": config}
+    if (generation := generation_config(model)) is not None:
+        texts["generation_config.json"] = generation
+    make = manifest_of(
+        "dense",
+        architecture=dense_class(model).__name__,
+        plan=conversion.plan,
+        layers=[converted.layer.to_dict() for converted in conversion.layers],
+        source=start.source,
+    )
+
+    def manifest(written: Written) -> bytes:
+        stored.unchanged()  # all has been read by now
+        return make(written)
+
+    return Content(
+        kind="dense",
+        tensors=tuple(outputs),
+        texts={
+            n: json.dumps(t, indent=2, sort_keys=True).encode() + b"\n" for n, t in texts.items()
+        },
+        manifest=manifest,
+        notes=tuple(
+            f"{c.layer.name}: its experts were not the same from the start "
+            f"({c.layer.init.experts}): their mean is no MLP that was ever trained"
+            for c in conversion.layers
+            if c.layer.init.experts not in _ALIKE
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """What a folder says.
+
+    Attributes:
+        where: The folder, for messages.
+        stored: Its tensors.
+        names: The dense model's tensors, in the order of its state dict.
+        aliases: Further names of tied ones, to those names.
+        model: The converted model on meta.
+        source: The folder as a source, for the manifest.
+    """
+
+    where: str
+    stored: FolderTensors | NativeTensors
+    names: tuple[str, ...]
+    aliases: Mapping[str, str]
+    model: nn.Module
+    source: dict[str, Any]
+
+
+def _start(directory: str | os.PathLike[str]) -> _Start:
+    with Folder(directory) as folder:
+        export, where = read_export_manifest(folder), folder.path
+        if export is not None and export.kind == "dense":
+            raise CheckpointError(f"{where}: is a dense model already")
+        native = export is not None and export.kind == "native"
+        stored = NativeTensors(directory) if native else FolderTensors(directory)
+        if isinstance(stored.manifest, Manifest):
+            dense = _saved(folder, stored.manifest)
+        else:
+            dense = _exported(stored.manifest, where)
+    specs, aliases = places_of(dense)
+    rename = renaming(dense, where)
+    for name in specs:
+        if (other := rename(name)) != name:
+            raise CheckpointError(
+                f"{where}: transformers would load {name} as {other}: load the model and use "
+                "moeify.demoeify and save_pretrained"
+            )
+    if export is None:
+        model = load(directory, device="meta", model=dense)
+    else:
+        model = _converted(dense, export, where)
+    files = [record.model_dump(mode="json") for record in stored.manifest.shards]
+    source = {"folder": os.path.basename(os.path.realpath(directory)), "files": files}
+    return _Start(where, stored, tuple(specs), aliases, model, source)
+
+
+def _saved(folder: Folder, manifest: Manifest) -> nn.Module:
+    """Build the dense model of a save."""
+    texts: dict[str, Any] = {}
+    names = {record.file for record in manifest.files}
+    for name in ("source_config.json", "generation_config.json"):
+        if name in names:
+            texts[name] = parse_json(folder.read(name, limit=MAX_BYTES), folder.where(name))
+            if not isinstance(texts[name], dict):
+                raise CheckpointError(f"{folder.where(name)}: is no mapping")
+    if "source_config.json" not in texts:
+        raise CheckpointError(
+            f"{folder.path}: holds a {manifest.model.name}, which is no Hugging Face model: use "
+            "moeify.load(folder, model=...) and moeify.demoeify"
+        )
+    config, generation = texts["source_config.json"], texts.get("generation_config.json")
+    return build(manifest.model, config, generation, folder.path)
+
+
+def _exported(export: ExportManifest, where: str) -> nn.Module:
+    """Build the dense model of an export."""
+    details = export.details
+    config, generation = details.get("config"), details.get("generation")
+    if not isinstance(config, dict) or not (generation is None or isinstance(generation, dict)):
+        raise CheckpointError(f"{where}/moeify.json: details: lack the dense config")
+    try:
+        record = ModelRecord.model_validate(
+            {
+                "name": details.get("class"),
+                "training": False,
+                "other_mode": [],
+                "attention": {},
+                "experts": {},
+            }
+        )
+    except ValidationError as error:
+        raise CheckpointError(f"{where}/moeify.json: details: class: {error}") from None
+    return build(record, config, generation, where)
+
+
+def _converted(dense: nn.Module, export: ExportManifest, where: str) -> nn.Module:
+    """Convert the dense model of an export, on meta, and check that it became what it was."""
+    inputs = export.details.get("inputs")
+    if inputs is not None and not describable(inputs):
+        raise CheckpointError(f"{where}/moeify.json: details: inputs: cannot be made again")
+    try:
+        plan = Plan.of(export.plan)
+        made = None if inputs is None else make_inputs(inputs)
+        convert(dense, plan, example_inputs=made, verify=False)
+    except MoeifyError as error:
+        raise CheckpointError(
+            f"{where}: its plan does not fit a {type(dense).__name__}: {error}"
+        ) from error
+    now = [converted.layer.to_dict() for converted in require_conversion(dense).layers]
+    then = export.layers
+    facts = [[{k: layer.get(k) for k in _KEYS} for layer in layers] for layers in (now, then)]
+    if facts[0] != facts[1] or plan.digest() != export.plan_sha256:
+        raise CheckpointError(
+            f"{where}: the plan gives other layers than moeify.json lists: the library changed, or "
+            "the file was"
+        )
+    return dense
+
+
+def _fill(model: nn.Module, stored: Stored, where: str) -> dict[str, str]:
+    """Give a converted model on meta the dtypes of its tensors, and hold their shapes against it.
+
+    Returns:
+        Every name in the model's state dict, to the name in `stored.specs`.
+
+    Raises:
+        CheckpointError: A tensor is missing, or of another shape.
+    """
+    specs, aliases = places_of(model)
+    groups = {name: [name] for name in specs}
+    for alias, name in aliases.items():
+        groups[name].append(alias)
+    places: dict[str, str] = {}
+    for name, group in groups.items():
+        found = {alias: stored.aliases.get(alias, alias) for alias in group}
+        held = next((at for at in found.values() if at in stored.specs), None)
+        if held is None:
+            raise CheckpointError(f"{where}: {name}: is in none of the files")
+        spec = stored.specs[held]
+        if spec.shape != specs[name].shape:
+            raise CheckpointError(
+                f"{where}: {name}: is {describe(spec)}, and {list(specs[name].shape)} in a "
+                f"{type(model).__name__} of this plan"
+            )
+        twin: Tensor = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+        path, _, key = name.rpartition(".")
+        if key in model.get_submodule(path)._parameters:
+            twin = nn.Parameter(twin, spec.dtype.is_floating_point)
+        for alias, at in found.items():
+            path, _, key = alias.rpartition(".")
+            setattr(model.get_submodule(path), key, twin)
+            places[alias] = at if at in stored.specs else held
+    return places
+
+
+def _kept(
+    start: _Start, conversion: Conversion, places: Mapping[str, str], made: Mapping[str, Spec]
+) -> dict[str, str]:
+    """Return where every dense tensor is stored that no block holds.
+
+    Raises:
+        CheckpointError: It is nowhere, or tied ones are several.
+    """
+    found: dict[str, str] = {}
+    for name in (*start.names, *start.aliases):
+        if name in made or start.aliases.get(name, name) in made:
+            continue
+        _, now = conversion.ledger.get(name, ("kept", name))
+        if now not in places:
+            raise CheckpointError(f"{start.where}: {name}: is in none of the files")
+        found[name] = places[now]
+        first = start.aliases.get(name, name)
+        if found[first] != found[name]:
+            raise CheckpointError(
+                f"{start.where}: {first} and {name} are two tensors, which the dense class ties: "
+                "load the model and use moeify.demoeify"
+            )
+    return found
+
+
+class _Layers:
+    """The dense tensors that come out of the blocks, made when they are asked for.
+
+    Args:
+        model: Converted, on meta, in the dtypes of its tensors.
+        stored: Its tensors.
+        places: Their names there, by every name in the model.
+
+    Attributes:
+        specs: By dense name.
+    """
+
+    def __init__(self, model: nn.Module, stored: Stored, places: Mapping[str, str]) -> None:
+        self._model, self._stored, self._places = model, stored, places
+        self._layer: dict[str, ConvertedLayer] = {}
+        self.specs: dict[str, Spec] = {}
+        for converted in require_conversion(model).layers:
+            with torch.no_grad():
+                rebuilt = Rebuilt(model, converted)
+            for name, parameter in rebuilt.parameters.items():
+                self._layer[name] = converted
+                self.specs[name] = Spec(tuple(parameter.shape), parameter.dtype)
+        self._made: tuple[ConvertedLayer | None, dict[str, Tensor]] = None, {}
+
+    def output(self, name: str) -> Output:
+        """Return one of them as an output."""
+
+        def pieces() -> Iterator[Tensor]:
+            layer = self._layer[name]
+            if self._made[0] is not layer:
+                self._made = None, {}  # first let go of the last one
+                self._made = layer, self._make(layer)
+            yield self._made[1][name]
+
+        return Output(name, self.specs[name], pieces)
+
+    def _make(self, layer: ConvertedLayer) -> dict[str, Tensor]:
+        with self._real(layer), torch.no_grad():
+            rebuilt = Rebuilt(self._model, layer)
+        if not rebuilt.exact:
+            log.warning(
+                "%s: its experts are no copies of one another: they were averaged, and the dense "
+                "model does not compute what the MoE model did",
+                rebuilt.name,
+            )
+        return {name: parameter.detach() for name, parameter in rebuilt.parameters.items()}
+
+    @contextmanager
+    def _real(self, layer: ConvertedLayer) -> Iterator[None]:
+        """Give a block its tensors for a while."""
+        block = self._model.get_submodule(layer.block)
+        with contextlib.ExitStack() as undo:
+            for item in list(tensors_of(block)):
+                if item.role == "scratch":
+                    continue
+                value = self._stored.read(self._places[f"{layer.block}.{item.name}"])
+                if item.role == "parameter":
+                    value = nn.Parameter(value, requires_grad=False)
+                undo.callback(setattr, item.module, item.key, item.tensor)
+                setattr(item.module, item.key, value)
+            yield
+
+
+def _main_dtype(outputs: list[Output]) -> str:
+    """Return the dtype of most floating-point elements."""
+    counts: dict[torch.dtype, int] = {}
+    for output in outputs:
+        if output.spec.dtype.is_floating_point:
+            counts[output.spec.dtype] = counts.get(output.spec.dtype, 0) + output.nbytes
+    return dtype_name(max(counts, key=lambda dtype: counts[dtype], default=torch.float32))
