@@ -23,7 +23,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,19 @@ PLANS: dict[str, dict[str, Any]] = {
     "alternate": {"layers": [{"select": {"every": 2, "start": 1}, "experts": 8}]},
     "mixtral": {"layers": [{"select": "all", "experts": 4, "top_k": 2}]},
 }
+# A small process starts the contestant: a new process inherits the peak of the one before it.
+LAUNCH = """
+import json, os, subprocess, sys, time
+started = time.perf_counter()
+process = subprocess.Popen(sys.argv[1:], stdout=sys.stderr)
+_, status, usage = os.wait4(process.pid, 0)
+print(json.dumps({
+    "seconds": time.perf_counter() - started,
+    "cpu_seconds": usage.ru_utime + usage.ru_stime,
+    "peak_mb": usage.ru_maxrss / 1024,
+}))
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
 WRITE = """
 import os, sys
 path, left, shard = sys.argv[1], int(sys.argv[2]), 5 * 10**9
@@ -53,8 +65,8 @@ while left:
 """
 
 
-def make_source(folder: Path, size: str) -> int:
-    """Write a random Llama and a tokenizer of bytes; return the bytes of its weights."""
+def make_source(folder: Path, size: str) -> None:
+    """Write a random Llama and a tokenizer of bytes."""
     import torch
     import transformers
     from tokenizers import Tokenizer, models
@@ -77,27 +89,18 @@ def make_source(folder: Path, size: str) -> int:
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(folder)
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def measure(command: list[str]) -> dict[str, float]:
     """Run a process and return its wall and CPU seconds and its peak memory."""
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    started = time.perf_counter()
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
-        _, status, usage = os.wait4(process.pid, 0)
-        took = time.perf_counter() - started
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            log.seek(0)
-            text = log.read()[-3000:].decode(errors="replace")
-            raise RuntimeError(f"{' '.join(command)}: exit {process.returncode}\n{text}")
-    return {
-        "seconds": took,
-        "cpu_seconds": usage.ru_utime + usage.ru_stime,
-        "peak_mb": usage.ru_maxrss / 1024,
-    }
+    launcher = [sys.executable, "-I", "-c", LAUNCH, *command]
+    done = subprocess.run(launcher, capture_output=True, text=True, env=env)
+    if done.returncode:
+        text = (done.stdout + done.stderr)[-3000:]
+        raise RuntimeError(f"{' '.join(command)}: exit {done.returncode}\n{text}")
+    numbers: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return numbers
 
 
 def commands(
@@ -124,7 +127,10 @@ def run(
 ) -> dict[str, Any]:
     """Make the checkpoint, run all jobs, and return the figures."""
     source, out = scratch / "source", scratch / "out"
-    weights = make_source(source, size)
+    code = "import sys, pathlib; from benchmarks.convert import make_source"
+    code += f"; make_source(pathlib.Path(sys.argv[1]), {size!r})"
+    subprocess.run([sys.executable, "-c", code, str(source)], check=True)
+    weights = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     results: dict[str, Any] = {"source_bytes": weights, "rounds": rounds, "jobs": {}}
     for job in jobs:
         contestants = commands(job, scratch, source, out, mergekit)

@@ -6,18 +6,16 @@ The reader allocates nothing that a header merely claims: sizes are held against
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 import torch
 from torch import Tensor
 
-from moeify.checkpoint_files import CHUNK, Folder, new_file
+from moeify.checkpoint_files import CHUNK, Folder
 from moeify.checkpoint_json import parse_json
 from moeify.checkpoint_manifest import FileRecord, TensorRecord
 from moeify.errors import CheckpointError
@@ -69,60 +67,6 @@ def parse_size(size: int | str) -> int:
     if isinstance(size, str | bool) or size < 1:
         raise ValueError(f'max_shard_size: {size!r} is no size; use bytes, or such as "5GB"')
     return size
-
-
-def split_shards(tensors: Mapping[str, Tensor], limit: int) -> dict[str, list[str]]:
-    """Spread tensors over shards, in the order of their names.
-
-    Args:
-        tensors: By name.
-        limit: Bytes per shard; a larger tensor gets a shard of its own.
-
-    Returns:
-        Tensor names by file name.
-    """
-    groups: list[list[str]] = [[]]
-    room = limit
-    for name in sorted(tensors):
-        size = tensors[name].numel() * tensors[name].element_size()
-        if groups[-1] and size > room:
-            groups.append([])
-            room = limit
-        groups[-1].append(name)
-        room -= size
-    count = len(groups)
-    return {f"moeify-{i:05d}-of-{count:05d}.safetensors": g for i, g in enumerate(groups, 1)}
-
-
-def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
-    """Write a safetensors file; wide elements first, so that all are aligned.
-
-    Args:
-        path: A new file.
-        tensors: Any strides and devices; copied to the CPU one at a time.
-
-    Returns:
-        Name, size and digest.
-    """
-    names = sorted(tensors, key=lambda n: (-tensors[n].element_size(), n))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in names:
-        tensor = tensors[name]
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": CODE_OF[dtype_name(tensor.dtype)],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with new_file(path) as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        for name in names:
-            file.write(bytes_of(tensors[name]))
-        return FileRecord(file=path.name, sha256=file.close(), bytes=file.size)
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

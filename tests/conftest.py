@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # Before anything imports transformers: no network, no warnings about it.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Code of custom exports is copied there; each process has a place of its own.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="moeify-modules-")
 # Before torch: a worker among others has one thread, and so have the processes that it starts.
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 
@@ -19,6 +24,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 if not torch.cuda.is_available():  # before anything imports triton: its kernels are interpreted
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -55,6 +61,19 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object | Non
             return nodeid if file == "tests/test_zoo.py" else file
 
     return Scheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark all but every n-th case of a `thin(n)` test slow."""
+    seen: dict[str, int] = {}
+    for item in items:
+        marker = item.get_closest_marker("thin")
+        if marker is None:
+            continue
+        name = item.nodeid.partition("[")[0]
+        seen[name] = seen.get(name, -1) + 1
+        if seen[name] % marker.args[0]:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

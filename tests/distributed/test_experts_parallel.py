@@ -186,6 +186,7 @@ def test_experts_over_all_ranks(changes):
         {"all_to_all": "allgather"},
     ],
 )
+@pytest.mark.thin(2)
 def test_experts_over_some_ranks(changes):
     check_equal(4, (5, 5, 5, 5), expert=2, **changes)
     check_equal(4, (5, 5, 5, 5), expert=4, **changes)
@@ -200,6 +201,7 @@ def test_experts_over_some_ranks(changes):
         {"all_to_all": "allgather", "router": CAPACITY, "splits": "uneven"},
     ],
 )
+@pytest.mark.thin(2)
 def test_unequal_tokens_and_none(changes):
     check_equal(4, (3, 0, 7, 1), expert=2, **changes)
     check_equal(2, (0, 4), expert=2, **changes)
@@ -230,6 +232,7 @@ def test_eight_ranks():
         ({"more": PYRAMID, "top_k": 1}, False),
     ],
 )
+@pytest.mark.thin(4)
 def test_tensor_groups(changes, experts_in_tp, coordinated):
     tensor = {"tensor": 2, "experts_in_tp": experts_in_tp, "coordinated": coordinated}
     check_equal(4, (5, 5), expert=2, **tensor, **changes)
@@ -253,6 +256,7 @@ def test_tensor_groups_of_unequal_batches():
         {"more": RESIDUAL},
     ],
 )
+@pytest.mark.thin(2)
 def test_two_stages(changes):
     check_equal(4, (5, 5, 5, 5), expert=4, node=2, all_to_all="hierarchical", **changes)
 
@@ -272,6 +276,7 @@ def test_two_stages_among_eight_ranks():
         {"node": 2, "all_to_all": "hierarchical", "expert": 4},
     ],
 )
+@pytest.mark.thin(2)
 def test_pieces_give_the_same_numbers(changes):
     expert = changes.pop("expert", 2)
     counts = (

@@ -97,6 +97,7 @@ def compared_at(rank: int, path: str, *args: Any) -> list[str]:
         ("mistral", 4, {"expert": 4, "tensor": 2, "experts_in_tp": "fold", "all_to_all": "flat"}),
     ],
 )
+@pytest.mark.thin(2)
 def test_gradients(tmp_path, name, world, parallel):
     check(tmp_path, name, world, **parallel)
 
@@ -104,7 +105,7 @@ def test_gradients(tmp_path, name, world, parallel):
 @pytest.mark.parametrize(
     ("world", "parallel"),
     [
-        (2, {"expert": 2, "all_to_all": "allgather"}),
+        pytest.param(2, {"expert": 2, "all_to_all": "allgather"}, marks=pytest.mark.slow),
         (4, {"expert": 2, "tensor": 2, "all_to_all": "flat"}),
     ],
 )
@@ -146,7 +147,7 @@ def _lengths(rank: int, made: dict[str, Any], name: str, backend: str) -> tuple[
     ("name", "backend", "router"),
     [
         ("llama", "aot_eager", {}),
-        ("llama", "aot_eager", {"capacity_factor": 1.0}),
+        pytest.param("llama", "aot_eager", {"capacity_factor": 1.0}, marks=pytest.mark.slow),
         pytest.param("net", "inductor", {}, marks=pytest.mark.slow),
     ],
 )

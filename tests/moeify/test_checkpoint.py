@@ -203,6 +203,7 @@ def test_a_fresh_process_gives_the_same_bits(folders: tuple[Path, dict[str, str]
 
 
 @pytest.mark.parametrize("name", [*PLAIN, *FAMILY])
+@pytest.mark.thin(2)
 def test_saving_a_loaded_model_gives_the_same_files(
     name: str, folders: tuple[Path, dict[str, str]], tmp_path: Path
 ) -> None:

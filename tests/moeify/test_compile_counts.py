@@ -62,6 +62,7 @@ def test_inference(plan: str) -> None:
     ("plan", "kernel"),
     [*((plan, "auto") for plan in PLANS), *(("dropless", kernel) for kernel in KERNELS)],
 )
+@pytest.mark.thin(2)
 def test_training(plan: str, kernel: str) -> None:
     model = converted(plan, kernel).train()
     run, counter = compiled(model)

@@ -166,6 +166,7 @@ def build(name: str) -> tuple[nn.Module, int]:
         "experts by bmm",
     ],
 )
+@pytest.mark.thin(2)
 def test_models_need_no_inputs(name: str) -> None:
     torch.manual_seed(0)
     model, count = build(name)

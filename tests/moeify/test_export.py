@@ -64,6 +64,7 @@ def ops_of(gm):
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.thin(2)
 def test_same_numbers_at_other_sizes(name, training):
     model = converted(name, training)
     gm = exported(name, model)
@@ -266,6 +267,7 @@ def test_what_cannot_be_traced_is_a_typed_error():
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert", "nanoGPT"])
+@pytest.mark.thin(3)
 def test_compiles_in_one_graph(name):
     model = converted(name, True)
     gm = exported(name, model)
@@ -285,6 +287,7 @@ def test_compiles_in_one_graph(name):
 
 @pytest.mark.parametrize("name", ["llama", "bert", "t5"])
 @pytest.mark.parametrize("training", [False, True])
+@pytest.mark.thin(2)
 def test_copies_and_pickles(name, training):
     model = converted(name, training)
     gm = exported(name, model)

@@ -212,6 +212,7 @@ def test_a_wrong_width_is_named():
 
 
 @pytest.mark.parametrize(("k", "drop_tokens"), [(1, True), (2, True), (3, True), (1, False)])
+@pytest.mark.thin(2)
 def test_compiles_in_one_graph_for_any_expert(k, drop_tokens):
     class Expert(nn.Module):
         def __init__(self):

@@ -103,6 +103,7 @@ def assert_dense(folder: Path, target: Path, dense: Any, caplog: Any) -> None:
 
 
 @pytest.mark.parametrize("name", EXACT)
+@pytest.mark.thin(2)
 def test_exact(name: str, tmp_path: Path, caplog: Any) -> None:
     kind, plan = EXACT[name]
     dense = family(kind).eval()

@@ -63,17 +63,6 @@ def model() -> Any:
     return converted()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _modules(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Keep the code that transformers copies out of the user's home."""
-    patch = pytest.MonkeyPatch()
-    place = str(tmp_path_factory.mktemp("modules"))
-    patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", place)
-    patch.syspath_prepend(place)
-    yield
-    patch.undo()
-
-
 @pytest.fixture(scope="module")
 def folder(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("export") / "out"

@@ -319,6 +319,7 @@ class SelfOnly(nn.Module):
 
 
 @pytest.mark.parametrize(("make", "reason"), REFUSED, ids=lambda v: getattr(v, "__name__", ""))
+@pytest.mark.thin(2)
 def test_leaves_attention_whole(make: Callable[[], nn.Module], reason: str) -> None:
     attention = make()
     if isinstance(attention, nn.MultiheadAttention):
