@@ -9,8 +9,10 @@ at the end). Two jobs:
 * `mixtral`: 4 experts in every layer, as a Mixtral, which both can.
 
 Every contestant is a process of its own, so that its peak memory is its own; rounds are
-interleaved, because disks vary. `plain` writes as many bytes as the job's result has, with one
-`fsync` per file. Ratios are within rounds.
+interleaved, because disks vary, with a rest before each run: a virtual machine gives freed memory
+back to its host after some seconds, and writing into memory that must be fetched again takes three
+times as long, so that whoever came right after another's files were deleted would win. `plain`
+writes as many bytes as the job's result has, with one `fsync` per file. Ratios are within rounds.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,9 @@ PLANS: dict[str, dict[str, Any]] = {
     "alternate": {"layers": [{"select": {"every": 2, "start": 1}, "experts": 8}]},
     "mixtral": {"layers": [{"select": "all", "experts": 4, "top_k": 2}]},
 }
+REST = 10
+"""Seconds before each run."""
+
 # A small process starts the contestant: a new process inherits the peak of the one before it.
 LAUNCH = """
 import json, os, subprocess, sys, time
@@ -93,6 +99,7 @@ def make_source(folder: Path, size: str) -> None:
 
 def measure(command: list[str]) -> dict[str, float]:
     """Run a process and return its wall and CPU seconds and its peak memory."""
+    time.sleep(REST)
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     launcher = [sys.executable, "-I", "-c", LAUNCH, *command]
     done = subprocess.run(launcher, capture_output=True, text=True, env=env)
@@ -104,7 +111,7 @@ def measure(command: list[str]) -> dict[str, float]:
 
 
 def commands(
-    job: str, scratch: Path, source: Path, out: Path, mergekit: str | None
+    job: str, scratch: Path, source: Path, out: Path, mergekit: str | None, in_memory: bool
 ) -> dict[str, list[str]]:
     """Return what each contestant runs."""
     plan = scratch / f"{job}.json"
@@ -112,7 +119,9 @@ def commands(
     kind = "native" if job == "mixtral" else "custom"
     ours = [sys.executable, "-m", "moeify.cli", "convert", str(source), str(out)]
     ours += ["--plan", str(plan), "--export", kind, "--verify", "0"]
-    found = {"moeify": ours, "moeify in memory": [*ours, "--in-memory"]}
+    found = {"moeify": ours}
+    if in_memory:
+        found["moeify in memory"] = [*ours, "--in-memory"]
     if job == "mixtral" and mergekit:
         experts = [{"source_model": str(source), "positive_prompts": [""]}] * 4
         config = scratch / "mergekit.json"  # YAML reads JSON
@@ -123,7 +132,12 @@ def commands(
 
 
 def run(
-    scratch: Path, size: str, rounds: int, mergekit: str | None, jobs: list[str]
+    scratch: Path,
+    size: str,
+    rounds: int,
+    mergekit: str | None,
+    jobs: list[str],
+    in_memory: bool = False,
 ) -> dict[str, Any]:
     """Make the checkpoint, run all jobs, and return the figures."""
     source, out = scratch / "source", scratch / "out"
@@ -133,7 +147,7 @@ def run(
     weights = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     results: dict[str, Any] = {"source_bytes": weights, "rounds": rounds, "jobs": {}}
     for job in jobs:
-        contestants = commands(job, scratch, source, out, mergekit)
+        contestants = commands(job, scratch, source, out, mergekit, in_memory)
         found: dict[str, list[dict[str, float]]] = {name: [] for name in (*contestants, "plain")}
         written = 0
         for _ in range(rounds):
@@ -184,6 +198,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--size", choices=SIZES, default="2GB")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--jobs", nargs="+", choices=PLANS, default=list(PLANS))
+    parser.add_argument("--in-memory", action="store_true", help="run --in-memory as well")
     parser.add_argument("--scratch", type=Path, help="where 25 GB fit; the system's if not given")
     parser.add_argument("--out", type=Path, help="JSON file")
     options = parser.parse_args(arguments)
@@ -193,7 +208,8 @@ def main(arguments: list[str] | None = None) -> int:
     for key, value in about.items():
         print(f"{key:13} {value}")
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
-        results = run(Path(folder), options.size, options.rounds, options.mergekit, options.jobs)
+        chosen = options.size, options.rounds, options.mergekit, options.jobs
+        results = run(Path(folder), *chosen, options.in_memory)
     print(f"source: {results['source_bytes'] / 1e9:.2f} GB")
     for job, contestants in results["jobs"].items():
         print(f"\n{job}: seconds, CPU seconds, peak MB, GB written, seconds over a plain write")

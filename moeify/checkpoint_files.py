@@ -22,7 +22,7 @@ import stat
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -34,8 +34,6 @@ log = logging.getLogger("moeify")
 MANIFEST: Final = "moeify.json"
 CHUNK: Final = 1 << 24
 _WORTH_A_THREAD: Final = 1 << 20
-_SYNC_EVERY: Final = 1 << 28
-_datasync = getattr(os, "fdatasync", os.fsync)  # macOS has none
 
 _OURS = re.compile(
     r"moeify\.json|plan\.yaml|source_config\.json|generation_config\.json|config\.json"
@@ -51,8 +49,7 @@ _NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP}
 class HashedFile:
     """A new file that is hashed as it is written and synced when it is closed.
 
-    Large data is hashed in a thread beside the writing, and brought to the disk in another as it
-    grows, so that little is left to wait for at the end.
+    Large data is hashed in a thread beside the writing.
 
     Args:
         path: Must not exist.
@@ -65,8 +62,6 @@ class HashedFile:
         self.size = 0
         self._digest = hashlib.sha256()
         self._threads: ThreadPoolExecutor | None = None
-        self._syncing: Future[None] | None = None
-        self._unsynced = 0
         self._stream = path.open("xb")
 
     def write(self, data: bytes | memoryview) -> None:
@@ -79,22 +74,16 @@ class HashedFile:
                 self._digest.update(part)
                 continue
             if self._threads is None:
-                self._threads = ThreadPoolExecutor(2, "moeify-file")
+                self._threads = ThreadPoolExecutor(1, "moeify-file")
             hashed = self._threads.submit(self._digest.update, part)
             try:
                 self._stream.write(part)
             finally:
                 hashed.result()
-            self._unsynced += len(part)
-            if self._unsynced > _SYNC_EVERY and (self._syncing is None or self._syncing.done()):
-                self._finish_sync()
-                self._syncing = self._threads.submit(_datasync, self._stream.fileno())
-                self._unsynced = 0
         self.size += len(view)
 
     def close(self) -> str:
         """Bring the file to the disk and return its SHA-256 in hex."""
-        self._finish_sync()
         self._end_threads()
         with self._stream as stream:
             stream.flush()
@@ -106,12 +95,6 @@ class HashedFile:
         self._end_threads()
         with contextlib.suppress(OSError):
             self._stream.close()
-
-    def _finish_sync(self) -> None:
-        """Raise what the last sync raised."""
-        if self._syncing is not None:
-            self._syncing.result()
-            self._syncing = None
 
     def _end_threads(self) -> None:
         if self._threads is not None:
