@@ -210,7 +210,9 @@ def _no_class(
         yield f"{name}: {_NO_FAMILY[name]}"
     known = f"transformers.models.{FAMILIES.get(name)}.modeling_{FAMILIES.get(name)}"
     if cls.__module__ != known:
-        yield f"a {cls.__module__}.{name} is none of {', '.join(FAMILIES)} of transformers"
+        known_to_all = cls.__module__.startswith("transformers.models.")
+        shown = name if known_to_all else f"{cls.__module__}.{name}"
+        yield f"{shown} is none of {', '.join(FAMILIES)} of transformers"
     yield from _config_reasons(config)
     with torch.device("meta"):
         fresh: nn.Module = cls(config)

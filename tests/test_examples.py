@@ -84,6 +84,7 @@ def test_train_expert_parallel(repo):
     assert {weights for *_, weights in ranks} == {"287,232"}
 
 
+@pytest.mark.slow  # resuming in other layouts, without torchrun, is in tests/distributed
 def test_train_elastic(repo, tmp_path):
     """A rank is killed; the ranks go on by themselves, and one alone from the same checkpoint."""
     torchrun = "-m torch.distributed.run --standalone --nproc-per-node {} --max-restarts 1"

@@ -45,6 +45,7 @@ class Sloped(nn.Module):
     "build",
     [lambda f=f, s=s: Gated(f, s) for f in (True, False) for s in (True, False)] + [Sloped],
 )
+@pytest.mark.thin(2)
 def test_forms(build, residual):
     model = nn.Sequential(build(), nn.LayerNorm(8))
     before = state_of(model)

@@ -194,6 +194,7 @@ class Breaks(Exception):
 
 @pytest.mark.parametrize("where", ["ledger", "numbers", "compare", "pass", "install"])
 @pytest.mark.parametrize("name", ["gpt2", "bert", "nn.TransformerEncoder"])
+@pytest.mark.thin(2)
 def test_a_failure_leaves_the_dense_model(where, name, monkeypatch):
     case = ZOO[name]
     model = case.build().train()

@@ -158,6 +158,7 @@ def test_reentrant_checkpointing_is_refused_where_routers_would_not_learn():
 
 
 @pytest.mark.parametrize("bias_update", [0.0, 0.05])
+@pytest.mark.thin(2)
 def test_compiled_checkpointing_gives_the_router_gradients(bias_update):
     router = {"drop": "position", "bias_update": bias_update}
     model = converted("llama", {**PLAN, "router": router}).train()

@@ -258,6 +258,7 @@ PLANS = {
     [(name, "auto") for name in PLANS]
     + [("dropping", kernel) for kernel in ("reference", "cpu", "grouped_mm", "triton")],
 )
+@pytest.mark.thin(2)
 def test_no_number_changes(name: str, kernel: str) -> None:
     model, plan = stack(), PLANS[name]
     asked = {**plan, "layers": [{**rule, "kernel": kernel} for rule in plan["layers"]]}
@@ -302,6 +303,7 @@ def test_autocast() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kernel", ["auto", "grouped_mm", "triton"])
+@pytest.mark.thin(3)
 def test_a_model_that_is_cast_later_still_runs(kernel: str, dtype: torch.dtype) -> None:
     asked = {"layers": [{**ALL["layers"][0], "kernel": kernel}]}
     model = nn.Sequential(Gated())

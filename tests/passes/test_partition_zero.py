@@ -131,6 +131,7 @@ MORE = ("qwen3", "phi3", "opt", "gptj", "swin", "wav2vec2", "bart", "clip", "nn.
 
 
 @pytest.mark.parametrize("name", MORE)
+@pytest.mark.thin(2)
 def test_every_parameter_of_the_zoo(name):
     with fake_world(8, 4):
         zoo(name, expert=2)

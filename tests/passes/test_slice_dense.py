@@ -142,6 +142,7 @@ ZOO_SLICED: dict[str, tuple[dict[str, int], dict[str, str]]] = {
 
 
 @pytest.mark.parametrize("name", ZOO_SLICED)
+@pytest.mark.thin(2)
 def test_zoo(name: str) -> None:
     pairs, refused = ZOO_SLICED[name]
     model = ZOO[name].build()
