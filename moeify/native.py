@@ -220,7 +220,8 @@ def _notes(
         facts.config.hidden_size
     ):
         notes.append("SGLang's Mixtral takes hidden_size / heads for head_dim: it cannot load this")
-    return notes + [f"not {name}: {why}" for name, why in reasons.items()]
+    chosen = f"written as {target.architecture}, which transformers loads without moeify"
+    return [chosen, *notes, *(f"not {name}: {why}" for name, why in reasons.items())]
 
 
 __all__ = ["NativeTensors", "NotNative", "native_content"]
