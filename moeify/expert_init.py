@@ -38,6 +38,18 @@ class MlpWeights:
     inner: tuple[Tensor, ...]
     gated: bool
 
+    def named(self) -> dict[str, Tensor]:
+        """Return what there is by the names that `Experts` has for it."""
+        first = "gate_up" if self.gated else "up"
+        values = {
+            f"{first}_proj": self.up,
+            f"{first}_bias": self.up_bias,
+            "down_proj": self.down,
+            "down_bias": self.down_bias,
+            **{f"inner_{i}": tensor for i, tensor in enumerate(self.inner)},
+        }
+        return {name: tensor for name, tensor in values.items() if tensor is not None}
+
 
 def generator_for(seed: int, *names: object) -> torch.Generator:
     """Return a CPU generator that depends on `seed` and `names` alone."""

@@ -175,15 +175,7 @@ class _Layer:
                 found = {_leaf(name): t for name, t in tensors.items() if is_stacked(name)}
             else:
                 weights = expert_weights(self._model, self.layer, self._found, None, share)
-                first = "gate_up" if weights.gated else "up"
-                values = {
-                    f"{first}_proj": weights.up,
-                    f"{first}_bias": weights.up_bias,
-                    "down_proj": weights.down,
-                    "down_bias": weights.down_bias,
-                }
-                values |= {f"inner_{i}": tensor for i, tensor in enumerate(weights.inner)}
-                found = {n: t.contiguous() for n, t in values.items() if t is not None}
+                found = {name: t.contiguous() for name, t in weights.named().items()}
         self._made = share, found
         return found
 

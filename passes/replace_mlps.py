@@ -300,17 +300,8 @@ def _experts(
     )
     trains = model.get_parameter(region.down.weight.name).requires_grad
     dense = {model.get_parameter(n).untyped_storage().data_ptr() for n in parameter_names(region)}
-    first = "gate_up" if weights.gated else "up"
-    values = {
-        f"{first}_proj": weights.up,
-        f"{first}_bias": weights.up_bias,
-        "down_proj": weights.down,
-        "down_bias": weights.down_bias,
-    }
-    values |= {f"inner_{i}": tensor for i, tensor in enumerate(weights.inner)}
-    for name, value in values.items():
-        if value is not None:
-            setattr(experts, name, nn.Parameter(_owned(value, dense), requires_grad=trains))
+    for name, value in weights.named().items():
+        setattr(experts, name, nn.Parameter(_owned(value, dense), requires_grad=trains))
     return experts
 
 
