@@ -113,7 +113,7 @@ def moeify(
     chosen = together("take model and plan", lambda: _checked(model, plan))
     world = join(chosen, mesh, model, verify=verify)
     inputs, discovery, resolved = together(
-        "apply the plan", lambda: _prepare(model, chosen, example_inputs)
+        "apply the plan", lambda: prepare(model, chosen, example_inputs)
     )
     with ExitStack() as undo:  # an error puts back what the average of checkpoints replaced
         together("average its checkpoints", lambda: undo.enter_context(averaging(model, resolved)))
@@ -134,7 +134,7 @@ def moeify(
         )
         if world is not None:
             agree_on_starts(model, resolved, discovery, rows)
-        _install_checked(model, chosen, resolved, discovery, built, inputs, verify, world)
+        install_checked(model, chosen, resolved, discovery, built, inputs, verify, world)
     return model
 
 
@@ -144,10 +144,10 @@ def _checked(model: nn.Module, plan: Plan | Mapping[str, Any] | str | os.PathLik
     return Plan.of(plan)
 
 
-def _prepare(
+def prepare(
     model: nn.Module, plan: Plan, example_inputs: ExampleInputs | None
 ) -> tuple[ExampleInputs, Discovery, ResolvedPlan]:
-    """Find the model's sites and apply the plan to them."""
+    """Find the model's sites and apply the plan to them; inputs are made up if there are none."""
     if example_inputs is None:
         from moeify.hf import example_inputs_for
 
@@ -255,7 +255,7 @@ def _signature(nodes: Iterable[fx.Node]) -> dict[str, tuple[str, str]]:
     return {n.name: (n.op, str(n.target)) for n in nodes if weight_of(n) is None}
 
 
-def _install_checked(
+def install_checked(
     model: nn.Module,
     plan: Plan,
     resolved: ResolvedPlan,
@@ -265,6 +265,18 @@ def _install_checked(
     verify: bool,
     world: World | None = None,
 ) -> None:
+    """Put the blocks in place, compare with the dense model, and keep the record; or undo it all.
+
+    Args:
+        model: The dense model.
+        plan: The plan.
+        resolved: What it became.
+        discovery: What was found in the model, or in another instance of it.
+        built: From `run_pipeline`.
+        example_inputs: To compare on.
+        verify: Compare at all; a model on meta is never compared.
+        world: The ranks; None for one process.
+    """
     before = dict(model.named_parameters(remove_duplicate=False))
     versions = {name: (id(p), p._version) for name, p in before.items()}
     untouched = _untouched(before, resolved)

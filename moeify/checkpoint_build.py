@@ -94,7 +94,7 @@ def build(
             values = getattr(record, kind)
             if values:
                 setattr(settings, _attribute(kind), dict(values))
-        with _quiet_random_state(), _parameters_on_meta():
+        with quiet_random_state(), parameters_on_meta():
             model = cls(settings)
         if generation is not None and getattr(model, "generation_config", None) is not None:
             model.generation_config = type(model.generation_config).from_dict(dict(generation))
@@ -186,7 +186,7 @@ def _harmless(value: Any) -> Any:
 
 
 @contextmanager
-def _parameters_on_meta() -> Iterator[None]:
+def parameters_on_meta() -> Iterator[None]:
     """Send every parameter that this thread registers to meta, where filling it costs nothing."""
     thread = threading.get_ident()
     twins: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
@@ -219,7 +219,7 @@ def default_device_cpu() -> Iterator[None]:
 
 
 @contextmanager
-def _quiet_random_state() -> Iterator[None]:
+def quiet_random_state() -> Iterator[None]:
     """Leave every random state as it was."""
     numpy = sys.modules.get("numpy")
     python_state = random.getstate()

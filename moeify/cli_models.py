@@ -84,7 +84,7 @@ def build_on_meta(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
     """
     import torch
 
-    from moeify.checkpoint_build import _parameters_on_meta, _quiet_random_state
+    from moeify.checkpoint_build import parameters_on_meta, quiet_random_state
 
     config, kind = _config_and_class(folder)
     chosen = dtype or getattr(config, "dtype", None)
@@ -99,7 +99,7 @@ def build_on_meta(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
     before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(chosen)
-        with _quiet_random_state(), _parameters_on_meta():
+        with quiet_random_state(), parameters_on_meta():
             model: nn.Module = kind(config) if kind is not None else _auto().from_config(config)
     except Exception as error:
         raise MoeifyError(f"{folder}: transformers cannot build this model: {error}") from error

@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError
 from torch import nn
 
 from moeify.api import moeify as convert
-from moeify.checkpoint_build import _parameters_on_meta, describable
+from moeify.checkpoint_build import describable, parameters_on_meta
 from moeify.checkpoint_replay import layer_records, versions
 from moeify.checkpoint_state import tensors_of, to_meta
 from moeify.conversion import Conversion, require_conversion, require_one_process
@@ -229,7 +229,7 @@ def _convert(model: nn.Module, plan: Plan, inputs: Any) -> None:
         if not any(item.tensor.is_meta for item in tensors_of(model)):
             raise
         assert isinstance(model, ConvertedModel)
-        with _parameters_on_meta():
+        with parameters_on_meta():
             model.build_dense(model.config)
         for module in model.modules():  # nothing is initialised: values come from a file
             for part in (module, *module._parameters.values(), *module._buffers.values()):

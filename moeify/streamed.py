@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from moeify.api import _install_checked, _prepare, refuse_wrapped, run_pipeline
+from moeify.api import install_checked, prepare, refuse_wrapped, run_pipeline
 from moeify.checkpoint_state import collect, tensors_of
 from moeify.cli_models import build_on_meta, model_folder
 from moeify.content import Spec, Stored
@@ -91,7 +91,6 @@ class StreamedTensors:
             found = next((path for path in paths if path in self._layers), None)
             if found is not None:
                 self._block[name] = found
-        self._last: tuple[str, dict[str, Tensor]] | None = None
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """See `Stored.read`."""
@@ -239,7 +238,7 @@ def stream(
     _refuse_missing(source, dense, place)
     refuse_wrapped(dense)
     try:
-        inputs, discovery, resolved = _prepare(dense, plan, None)
+        inputs, discovery, resolved = prepare(dense, plan, None)
     except CaptureError as error:
         raise CaptureError(f"{error}; --in-memory runs it with its weights") from error
     for layer in resolved:
@@ -250,7 +249,7 @@ def stream(
             )
     model = copy.deepcopy(dense)
     built = run_pipeline(model, plan, resolved, discovery)
-    _install_checked(model, plan, resolved, discovery, built, inputs, verify=False)
+    install_checked(model, plan, resolved, discovery, built, inputs, verify=False)
     return model, StreamedTensors(model, dense, source, discovery, resolved)
 
 

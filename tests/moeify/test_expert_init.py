@@ -13,7 +13,7 @@ from torch import nn
 
 import moeify as mf
 from moeify import expert_split
-from moeify.api import _prepare
+from moeify.api import prepare
 from moeify.calibration import mlp_inputs
 from moeify.errors import MoeifyError, PlanError, UnsupportedModuleError
 from moeify.expert_split import balanced_clusters
@@ -267,7 +267,7 @@ def test_padding_is_not_looked_at():
     model, x, mask = Padded(), inputs(2, 6), torch.ones(2, 6)
     mask[1, 2:] = 0
     given = {"x": x, "attention_mask": mask}
-    example, discovery, resolved = _prepare(model, Plan.of(plan_of(2, router="prompts")), given)
+    example, discovery, resolved = prepare(model, Plan.of(plan_of(2, router="prompts")), given)
     (found,) = mlp_inputs(model, discovery, resolved, example).values()
     assert found.batch.tolist() == [0] * 6 + [1] * 2
     torch.testing.assert_close(found.rows, model.body[0](x)[mask.bool()].detach())
@@ -278,7 +278,7 @@ def test_calibration_leaves_no_trace():
     model.train()
     state = torch.get_rng_state()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    _, discovery, resolved = _prepare(model, Plan.of(plan_of(2, router="hidden")), x)
+    _, discovery, resolved = prepare(model, Plan.of(plan_of(2, router="hidden")), x)
     mlp_inputs(model, discovery, resolved, x)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -311,7 +311,7 @@ def test_on_meta_only_shapes_are_made():
 )
 def test_experts_can_be_made_alone_from_their_site_alone(init):
     model, x = model_of("gated with biases"), inputs()
-    _, discovery, resolved = _prepare(model, Plan.of(plan_of(4, 2, "add", **init)), x)
+    _, discovery, resolved = prepare(model, Plan.of(plan_of(4, 2, "add", **init)), x)
     (layer,) = resolved
     found = find_site(discovery, layer)
     whole = build_block(model, layer, found)
@@ -331,7 +331,7 @@ def test_experts_can_be_made_alone_from_their_site_alone(init):
 )
 def test_what_needs_the_whole_model_says_so(init):
     model, x = model_of(), inputs()
-    _, discovery, (layer,) = _prepare(model, Plan.of(plan_of(4, **init)), x)
+    _, discovery, (layer,) = prepare(model, Plan.of(plan_of(4, **init)), x)
     assert layer.init.needs_activations
     with pytest.raises(MoeifyError, match="needs the whole model"):
         build_block(model, layer, find_site(discovery, layer))

@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import moeify as mf
-from moeify.api import _prepare
+from moeify.api import prepare
 from moeify.errors import CheckpointError, MoeifyError, PlanError
 from moeify.expert_models import averaged, sources_for
 from moeify.passes.blocks import find_site
@@ -112,7 +112,7 @@ def test_a_saved_one_needs_the_checkpoints_no_more(models, place, tmp_path):
 
 def test_one_expert_at_a_time_with_everything_on_meta_but_its_site(models, place):
     plan = Plan.load(plan_in(place))
-    _, discovery, (layer,) = _prepare(models[0], plan, None)
+    _, discovery, (layer,) = prepare(models[0], plan, None)
     model, found = copy.deepcopy(models[0]).to("meta"), find_site(discovery, layer)
     model.tie_weights()
     model.model.layers[1].mlp = models[0].model.layers[1].mlp
@@ -165,7 +165,7 @@ def test_after_an_error_the_model_is_bit_for_bit_what_it_was(
         def late(*args, **options):
             raise CheckpointError("late")
 
-        monkeypatch.setattr("moeify.api._install_checked", late)
+        monkeypatch.setattr("moeify.api.install_checked", late)
     else:
         damage(tmp_path / "tuned-2")
     model = copy.deepcopy(models[0])
