@@ -31,6 +31,15 @@ _HOMES = {
     "aux_loss": "moeify.losses",
     "router_stats": "moeify.losses",
     "RouterCallback": "moeify.callbacks",
+    "report": "moeify.report_page",
+    "RunLog": "moeify.run_log",
+    "AlphaSchedule": "moeify.distill_schedule",
+    "DistillationLoss": "moeify.distill_loss",
+    "DistillationTrainer": "moeify.distill_trainer",
+    "TeacherCache": "moeify.distill_cache",
+    "distill": "moeify.distilling",
+    "drop_layers": "moeify.students",
+    "student": "moeify.students",
     "save": "moeify.checkpoint",
     "load": "moeify.checkpoint",
     "MoE": "moeify.layer",
@@ -59,6 +68,11 @@ if TYPE_CHECKING:
     from moeify.clipping import clip_grad_norm_ as clip_grad_norm_
     from moeify.dense_again import demoeify as demoeify
     from moeify.discovery import find_mlps as find_mlps
+    from moeify.distill_cache import TeacherCache as TeacherCache
+    from moeify.distill_loss import DistillationLoss as DistillationLoss
+    from moeify.distill_schedule import AlphaSchedule as AlphaSchedule
+    from moeify.distill_trainer import DistillationTrainer as DistillationTrainer
+    from moeify.distilling import distill as distill
     from moeify.errors import CaptureError as CaptureError
     from moeify.errors import CheckpointError as CheckpointError
     from moeify.errors import DispatchError as DispatchError
@@ -75,14 +89,18 @@ if TYPE_CHECKING:
     from moeify.optimizing import optimizer as optimizer
     from moeify.optimizing import param_groups as param_groups
     from moeify.plan import Plan as Plan
+    from moeify.report_page import report as report
     from moeify.resolve import LayerPlan as LayerPlan
     from moeify.resolve import ResolvedPlan as ResolvedPlan
+    from moeify.run_log import RunLog as RunLog
     from moeify.sharded_checkpoint import latest as latest
     from moeify.sharded_checkpoint import load_sharded as load_sharded
     from moeify.sharded_checkpoint import save_sharded as save_sharded
     from moeify.sharded_convert import to_sharded as to_sharded
     from moeify.sharded_convert import to_single as to_single
     from moeify.sites import Site as Site
+    from moeify.students import drop_layers as drop_layers
+    from moeify.students import student as student
 
 
 def __getattr__(name: str) -> object:

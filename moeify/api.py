@@ -43,7 +43,7 @@ from moeify.passes.find_mlps import FindMlps
 from moeify.passes.gather_partitions import GatherPartitions
 from moeify.passes.lower_kernels import LowerKernels
 from moeify.passes.manager import PassManager
-from moeify.passes.observers import observers_from_env
+from moeify.passes.observers import Observer, observers_from_env
 from moeify.passes.records import record_of
 from moeify.passes.replace_mlps import ReplaceMlps
 from moeify.plan import Plan
@@ -175,6 +175,7 @@ def run_pipeline(
     world: World | None = None,
     before: Sequence[Pass] = (),
     inputs: Mapping[str, Calibration] | None = None,
+    observers: Sequence[Observer] = (),
 ) -> Built:
     """Run the graph passes, some before the MLPs are replaced; the model is only read."""
     inputs = inputs or {}
@@ -198,7 +199,7 @@ def run_pipeline(
         ours = [*ours[:-1], replace(replaced, shares=shares), *parallel_passes()]
     # Gathers hide calls of experts, which lower-kernels looks for.
     last: list[Pass] = [LowerKernels(), *([] if world is None else [GatherPartitions()])]
-    manager = PassManager([*ours, *passes, *last], observers=observers_from_env())
+    manager = PassManager([*ours, *passes, *last], observers=[*observers_from_env(), *observers])
     gm = manager.run(gm, ctx).graph_module
     for report in manager.reports:
         log.debug("%s", report)

@@ -9,12 +9,14 @@ Shapes: E experts.
 from __future__ import annotations
 
 import inspect
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from moeify.losses import live_routers
+from moeify.run_log import LayerNumbers, RunLog
 
 __all__ = ["RouterCallback"]
 
@@ -44,10 +46,11 @@ class _Sums:
             pair = torch.stack([loss, torch.ones_like(loss)])
             self.losses = pair if self.losses is None else self.losses + pair
 
-    def read(self) -> dict[str, float]:
-        """Return the values over all ranks; every rank must call it."""
+    def read(self) -> tuple[dict[str, float], dict[str, LayerNumbers]]:
+        """Return the values over all ranks, and each layer's; every rank must call it."""
+        layers: dict[str, LayerNumbers] = {}
         if self.losses is None:
-            return {}
+            return {}, layers
         names, device = list(self.layers), self.losses.device
         parts = [self.losses, *(sums.to(device) for sums in self.layers.values())]
         packed = torch.cat(parts)
@@ -59,11 +62,18 @@ class _Sums:
         for name, sums in zip(names, host[1:], strict=True):
             counts, (entropy, dropped, tokens) = sums[:-3], sums[-3:].tolist()
             even = max(float(counts.mean()), 1.0 / counts.numel())
+            entropy, dropped = entropy / max(tokens, 1.0), dropped / max(tokens, 1.0)
             values[f"router/{name}/load_max"] = float(counts.max()) / even
             values[f"router/{name}/load_min"] = float(counts.min()) / even
-            values[f"router/{name}/entropy"] = entropy / max(tokens, 1.0)
-            values[f"router/{name}/dropped"] = dropped / max(tokens, 1.0)
-        return values
+            values[f"router/{name}/entropy"] = entropy
+            values[f"router/{name}/dropped"] = dropped
+            layers[name] = {
+                "counts": counts.tolist(),
+                "entropy": entropy,
+                "dropped": dropped,
+                "tokens": tokens,
+            }
+        return values, layers
 
 
 def _before_reporters(callback: Any, handler_class: Any, first: type) -> None:
@@ -103,10 +113,15 @@ def _make() -> type:
         - `router/<layer>/dropped`: fraction of the routes that found their expert full;
 
         and `router/aux_loss`, the mean of `moeify.aux_loss(model)` over the micro-batches.
+
+        Args:
+            run_log: File for a `RunLog`, which the first rank writes at every log: the load of
+                every expert, and the numbers that are logged. None writes none.
         """
 
-        def __init__(self) -> None:
+        def __init__(self, run_log: str | os.PathLike[str] | None = None) -> None:
             self._sums = _Sums()
+            self._log = None if run_log is None else RunLog(run_log)
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self._sums = _Sums()
@@ -123,15 +138,35 @@ def _make() -> type:
             self._sums.add(model)
 
         def on_log(
-            self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any
+            self,
+            args: Any,
+            state: Any,
+            control: Any,
+            logs: Any = None,
+            model: Any = None,
+            **kwargs: Any,
         ) -> None:
-            if logs is None or "loss" not in logs:  # an evaluation's, or the last summary
+            if logs is None or "train_runtime" in logs:  # the last summary
                 return
-            values = self._sums.read()
+            numbers = {k: v for k, v in logs.items() if isinstance(v, int | float)}
+            if "loss" not in logs:  # an evaluation's
+                self._write(state, None, numbers, {})
+                return
+            values, layers = self._sums.read()
             self._sums = _Sums()
+            if "router/aux_loss" in values:
+                numbers["router/aux_loss"] = values["router/aux_loss"]
+            self._write(state, model, numbers, layers)
             logs.update(values)
             if state.log_history:
                 state.log_history[-1].update(values)
+
+        def _write(
+            self, state: Any, model: Any, numbers: dict[str, Any], layers: dict[str, LayerNumbers]
+        ) -> None:
+            if self._log is not None and state.is_world_process_zero:
+                known = {k: v for k, v in numbers.items() if k != "step"}
+                self._log.write(state.global_step, model, layers=layers, **known)
 
     RouterCallback.__qualname__ = "RouterCallback"
     return RouterCallback

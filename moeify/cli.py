@@ -316,6 +316,36 @@ def simulate(
 
 
 @app.command()
+def report(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL_OR_RUN",
+            help=f"A folder that moeify wrote; {MODEL_HELP[0].lower()}{MODEL_HELP[1:-1]} with "
+            "--plan; or a run log, or a trainer_state.json.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Page to write; replaced if it is there.")],
+    run: Annotated[
+        Path | None, typer.Option("--run", help="Run log or trainer_state.json of this model.")
+    ] = None,
+    plan: Annotated[str | None, typer.Option("--plan", metavar="PLAN", help=PLAN_HELP)] = None,
+    settings: Settings = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a page with a model's layers, its plan, its training and its graphs."""
+    if settings and plan is None:
+        raise typer.BadParameter("changes a preset: give --plan", param_hint="--set")
+    chosen = None if plan is None else _plan(plan, settings)
+    from moeify.cli_output import make_console, write_json
+    from moeify.cli_report import report_on
+
+    data = report_on(source, out, run, chosen, make_console(quiet=as_json))
+    if as_json:
+        write_json(data)
+
+
+@app.command()
 def demo(
     out: Annotated[
         Path, typer.Option("--out", help="Folder for the converted model; replaced if it is one.")

@@ -25,7 +25,7 @@ from moeify.checkpoint import load
 from moeify.checkpoint_build import build, default_device_cpu, describable
 from moeify.checkpoint_files import Folder
 from moeify.checkpoint_json import parse_json
-from moeify.checkpoint_manifest import MAX_BYTES, Manifest, ModelRecord
+from moeify.checkpoint_manifest import MAX_BYTES, Manifest, ModelRecord, read_manifest
 from moeify.checkpoint_shards import dtype_name
 from moeify.checkpoint_state import tensors_of
 from moeify.content import Content, Output, Spec, Stored, Written, copied, describe
@@ -353,3 +353,16 @@ def _main_dtype(outputs: list[Output]) -> str:
         if output.spec.dtype.is_floating_point:
             counts[output.spec.dtype] = counts.get(output.spec.dtype, 0) + output.nbytes
     return dtype_name(max(counts, key=lambda dtype: counts[dtype], default=torch.float32))
+
+
+def dense_on_meta(directory: str | os.PathLike[str]) -> nn.Module:
+    """Build the dense model that a converted folder comes from, without its weights.
+
+    Raises:
+        CheckpointError: The folder is damaged, or not of a Hugging Face model.
+    """
+    with Folder(directory) as folder:
+        export = read_export_manifest(folder)
+        if export is not None:
+            return _exported(export, folder.path)
+        return _saved(folder, read_manifest(folder))
