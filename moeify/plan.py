@@ -25,6 +25,7 @@ from moeify.presets import PRESETS, preset_data
 from moeify.selection import LISTED, Count, Schedule, Select, Strict
 from moeify.specs import InitSpec, ParallelSpec, RouterSpec, ZeroSpec
 from moeify.strict_yaml import Lines, Where
+from moeify.student_spec import DistillSpec, DropSpec, StudentSpec
 from moeify.zero_plan import check_spec
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ class Plan(Strict):
         init: Start of every MoE layer, unless a rule overrides it.
         parallel: Layout over the ranks.
         zero: Partitioning.
+        student: The model with fewer layers that learns from this one; none if null.
 
     Raises:
         PlanError: If the data is no plan.
@@ -117,6 +119,7 @@ class Plan(Strict):
     init: InitSpec = InitSpec()
     parallel: ParallelSpec = ParallelSpec()
     zero: ZeroSpec = ZeroSpec()
+    student: StudentSpec | None = None
 
     _file: str | None = PrivateAttr(default=None)
     _lines: Lines = PrivateAttr(default_factory=dict)
@@ -303,9 +306,11 @@ class Plan(Strict):
         """Gives the plan as data.
 
         Returns:
-            What a plan file holds: only stated fields in the rules, everything elsewhere.
+            What a plan file holds: only stated fields in the rules, everything elsewhere; `student`
+            only if there is one.
         """
-        data = self.model_dump(mode="json", by_alias=True)
+        none = {"student"} if self.student is None else None
+        data = self.model_dump(mode="json", by_alias=True, exclude=none)
         rules = self.model_dump(mode="json", by_alias=True, include={"layers"}, exclude_unset=True)
         return data | rules
 
@@ -399,5 +404,8 @@ _KEYS = {
     "init": _keys(InitSpec),
     "parallel": _keys(ParallelSpec),
     "zero": _keys(ZeroSpec),
+    "student": _keys(StudentSpec),
+    "student.drop": _keys(DropSpec),
+    "student.distill": _keys(DistillSpec),
 }
 """Allowed keys of every mapping in a plan, by dotted path without positions."""

@@ -12,6 +12,7 @@ import pytest
 
 EXPECTED = {
     "custom_pass": ["+    clamp = torch.clamp(hidden, -0.05, 0.05)", "plain numbers again: True"],
+    "distill": ["student, 3 layers, not trained yet", "staged:", "alpha 0)"],
     "export_graph": ["moeify.experts.default", "equal after pickling: True", "own router"],
     "gpt2_pr_moe": ["whole model", "largest difference", "kernel = 'cpu'"],
     "plan_from_yaml": ["layers.5", "largest difference", "did you mean `residual`?"],
@@ -46,6 +47,16 @@ def test_custom_pass(repo):
     assert all(text in out for text in EXPECTED["custom_pass"]), out
     clamped, free = (float(x) for x in re.findall(r"(?:returns|pass): +(\S+)", out))
     assert clamped <= 0.05 < free
+
+
+def test_distill(repo):
+    out = run("distill", repo)
+    assert all(text in out for text in EXPECTED["distill"]), out
+    teacher, untrained, *trained = (float(x) for x in re.findall(r"loss (\S+)", out))
+    assert untrained > teacher
+    assert len(trained) == 3
+    assert all(loss < untrained for loss in trained)
+    assert [float(a) for a in re.findall(r"alpha (\S+)\)", out)] == [0, 1, 0]
 
 
 def test_train_loop(repo):

@@ -249,7 +249,15 @@ def test_json_schema_is_json_and_names_every_part() -> None:
     schema = json.loads(json.dumps(Plan.json_schema()))
     assert schema["required"] == ["layers"]
     assert schema["additionalProperties"] is False
-    assert set(schema["properties"]) == {"version", "layers", "router", "init", "parallel", "zero"}
+    assert set(schema["properties"]) == {
+        "version",
+        "layers",
+        "router",
+        "init",
+        "parallel",
+        "zero",
+        "student",
+    }
     assert "from" in schema["$defs"]["Schedule"]["properties"]
 
 
