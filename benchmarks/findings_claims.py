@@ -42,6 +42,13 @@ CLAIMS = (
     Claim("PR-MoE has fewer parameters", DS, "pr-moe", "copy", "parameters"),
     Claim("Staged KD beats KD to the end", DS, "student staged", "student KD"),
     Claim("Staged KD beats no KD", DS, "student staged", "student"),
+    Claim(
+        "A student with staged KD is on par with its teacher",
+        DS,
+        "student staged",
+        "pr-moe",
+        par=True,
+    ),
     Claim("Random selection beats position", "DeepSpeed", "tight random", "tight position"),
     Claim("Straight-through starts lower", "moeify", "copy", "probability", "first_loss"),
     Claim("Straight-through ends lower", "moeify", "copy", "probability"),

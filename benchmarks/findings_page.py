@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -43,12 +44,13 @@ def page(results: dict[str, Any], file: Path) -> str:
     step = f"{size.tokens_per_step:,}"
     tokens = f"{size.steps * size.tokens_per_step:,}"
     before = f"{size.dense_steps * size.tokens_per_step:,}"
-    return f"""# The papers' findings, measured
+    return _wrapped(f"""# The papers' findings, measured
 
 Made by `python -m benchmarks.findings --page {file.name}` from
 [the results](../benchmarks/results/{file.name}); nothing here is written by hand. The study itself:
 
 ```sh
+pip install '.[study]'
 python -m benchmarks.findings --size {size.name} --seeds {seeds} --out FOLDER
 ```
 
@@ -100,10 +102,10 @@ alone on the machine.
   have seen enough of their own tokens to differ. Findings may turn with scale.
 {_tuned(size)}- All contestants have one learning rate and one batch, which may suit some better.
 - Optimizers start anew after conversion, also the dense model's; the one of `scratch` does not.
-- Students go on from the teacher's kept layers and see as many tokens more as the teacher had after
-  conversion: they compare with each other, not with the teacher.
+- Students start from the kept layers of the converted dense model and see the tokens that their
+  teacher saw after conversion; the paper's start from nothing. Their teacher is fully trained.
 - The tight runs train at a capacity that drops routes and are evaluated without dropping.
-"""
+""")
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -113,18 +115,16 @@ def draw(results: dict[str, Any], path: Path) -> None:
     runs: dict[str, list[dict[str, Any]]] = {}
     for run in results["jobs"]:
         runs.setdefault(run["job"], []).append(run)
-    figure = Figure(figsize=(13, 11), layout="constrained")
-    axes = figure.subplots(3, 3).flat
+    figure = Figure(figsize=(17, 8), layout="constrained")
+    axes = list(figure.subplots(2, 4).flat)
     size = Size(**results["size"])
     for axis, (title, names) in zip(axes, PANELS.items(), strict=False):
         for name in names:
             shift = -size.dense_steps if name == "scratch" else 0
-            shift += size.steps if name.startswith("student") else 0
             _line(axis, runs.get(name, []), 1.0, shift)
         axis.set(title=title, xlabel="steps after the dense model's")
-    last = list(axes)
     budgets = (("flops", 1e-12 * size.tokens_per_step, "TFLOPs of training"), ("seconds", 1, "s"))
-    for axis, (metric, unit, label) in zip(last, budgets, strict=False):
+    for axis, (metric, unit, label) in zip(axes[len(PANELS) :], budgets, strict=False):
         for name in (BASELINE, *WHERE):
             cost = results["costs"].get(name, {}).get(metric)
             if cost:
@@ -138,7 +138,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axis.set_ylabel("held-out loss, nats per byte")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=80)
 
 
 def _line(axis: Any, runs: Sequence[dict[str, Any]], scale: float, shift: int) -> None:
@@ -155,6 +155,22 @@ def _line(axis: Any, runs: Sequence[dict[str, Any]], scale: float, shift: int) -
     )
     low, high = [min(losses[i]) for i in kept], [max(losses[i]) for i in kept]
     axis.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+
+
+def _wrapped(text: str) -> str:
+    """Wrap paragraphs and the points of lists; all else stays as it is."""
+    parts = []
+    for part in text.split("\n\n"):
+        if part.startswith("- "):
+            points = part.rstrip().removeprefix("- ").split("\n- ")
+            part = "\n".join(
+                f"- {textwrap.fill(' '.join(p.split()), 100, subsequent_indent='  ')}"
+                for p in points
+            )
+        elif part[0] not in "#`|!":
+            part = textwrap.fill(part, 100, break_long_words=False, break_on_hyphens=False)
+        parts.append(part)
+    return "\n\n".join(parts).rstrip() + "\n"
 
 
 def _findings(rows: list[dict[str, Any]]) -> str:

@@ -121,8 +121,9 @@ class Contestant:
         what: What it is, in a line.
         plan: The plan; None stays dense.
         start: `dense`: the trained model of the seed; `fresh`: nothing is trained, and the run is
-            as long as both of the others' parts; `teacher`: the trained model of `after`.
-        after: The contestant that must have run before, beside the dense model.
+            as long as both of the others' parts; `taught`: the dense model, converted, and with
+            layers left out.
+        after: The contestant whose trained model teaches it.
         budget: What it spends as much of as `continued` does; its run is shorter where a step
             costs more, with a learning rate that falls over what it has.
     """
@@ -130,7 +131,7 @@ class Contestant:
     name: str
     what: str
     plan: PlanData | None = field(hash=False)
-    start: Literal["dense", "fresh", "teacher"] = "dense"
+    start: Literal["dense", "fresh", "taught"] = "dense"
     after: str | None = None
     budget: Literal["tokens", "flops", "seconds"] = "tokens"
 
@@ -200,19 +201,19 @@ def contestants(size: Size) -> Mapping[str, Contestant]:
             plan(e),
             budget="seconds",
         ),
-        Contestant("student", f"{student}, no distillation", _student(e, None), "teacher", TEACHER),
+        Contestant("student", f"{student}, no distillation", _student(e, None), "taught", TEACHER),
         Contestant(
             "student KD",
             f"{student}, distilled to the end",
             _student(e, {"schedule": "constant"}),
-            "teacher",
+            "taught",
             TEACHER,
         ),
         Contestant(
             "student staged",
             f"{student}, distilled for the first {KD_STOP:.0%}",
             _student(e, {"schedule": "staged", "stop": KD_STOP}),
-            "teacher",
+            "taught",
             TEACHER,
         ),
     )

@@ -242,21 +242,18 @@ def run(job: Job, size: Size, corpus: Corpus, folder: Path, costs: Costs) -> dic
     contestant = None if job.name == DENSE else contestants(size)[job.name]
     first = size.dense_steps
     teacher, plan = None, None
-    if contestant is not None and contestant.start == "teacher":
+    model = dense_model(size, job.seed)
+    if contestant is None or contestant.start == "fresh":
+        first = 0
+    else:
+        _load_dense(model, folder, job.seed)
+    if contestant is not None:
+        model = converted(contestant, model, job.seed)
+    if contestant is not None and contestant.start == "taught":
         plan = Plan.of(contestant.plan or {})
         teacher = mf.load(folder / "models" / Job(str(contestant.after), job.seed).file)
         teacher.to(size.device).requires_grad_(False).eval()
-        model = mf.student(teacher, plan)
-        model.requires_grad_(True)
-        first += size.steps
-    else:
-        model = dense_model(size, job.seed)
-        if contestant is None or contestant.start == "fresh":
-            first = 0
-        else:
-            _load_dense(model, folder, job.seed)
-        if contestant is not None:
-            model = converted(contestant, model, job.seed)
+        model = mf.student(model, plan)
     one = Run(model, size, corpus, job.seed, teacher=teacher, plan=plan)
     steps = job.steps(size, costs)
     whole = steps > size.steps or contestant is None
@@ -287,7 +284,7 @@ def step_timer(name: str, size: Size, corpus: Corpus) -> tuple[float, Callable[[
     contestant = contestants(size)[name]
     dense = dense_model(size, 0)
     teacher, plan = None, None
-    if contestant.start == "teacher":
+    if contestant.start == "taught":
         plan = Plan.of(contestant.plan or {})
         teacher = converted(contestant, dense, 0).requires_grad_(False).eval()
         model = mf.student(teacher, plan).requires_grad_(True)

@@ -184,14 +184,16 @@ MOE: Final[Mapping[str, Unmapped]] = {
         "mf.optimizer(model) does it; groups alone: mf.param_groups(model)", _OFF
     ),
     "ds_inference": Unmapped("a converted model needs no engine; call model.eval()", _OFF),
-    "mos": Unmapped("mixture of students: the distillation loss is up to your loop", _OFF),
-    "kd": Unmapped("the distillation loss is up to your loop", _OFF),
+    "mos": Unmapped(
+        "mixture of students: give the plan a `student:` section, see mf.student", _OFF
+    ),
+    "kd": Unmapped("distillation: the plan's `student: {distill: ...}`, see mf.distill", _OFF),
     "pipeline_model_parallel_size": Unmapped("there is no pipeline parallelism", (1,)),
     "ep_group": Unmapped("groups come from the plan's `parallel`"),
     "expert_group": Unmapped("groups come from the plan's `parallel`"),
     "ep_mp_group": Unmapped("groups come from the plan's `parallel`"),
     **_keys(
-        "the distillation loss is up to your loop",
+        "distillation: the plan's `student: {distill: ...}`, see mf.distill",
         (),
         "kd_alpha_ce kd_beta_ce kd_temp num_experts_teacher num_layers_teacher load_teacher "
         "hidden_size_teacher num_attention_heads_teacher reset_iteration",

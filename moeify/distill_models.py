@@ -5,6 +5,7 @@ Shapes: V words.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
@@ -62,6 +63,11 @@ def shifts(student: nn.Module) -> bool:
     if not is_hf(own):
         return False
     if getattr(own, "loss_type", None) is None:
+        # GPT-2's name says nothing; where a model asks for its loss, transformers then gives it
+        # that of a causal language model.
+        code = getattr(inspect.unwrap(type(own).forward), "__code__", None)
+        if "loss_function" in getattr(code, "co_names", ()):
+            return not getattr(own.config, "is_encoder_decoder", False)
         raise MoeifyError(
             f"{type(own).__name__} does not say what kind of loss it has: give shift=True if "
             "position t predicts label t + 1, as in a causal language model, else shift=False"

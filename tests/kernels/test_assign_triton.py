@@ -42,6 +42,7 @@ def check(ids, priority, experts, capacity):
     ("tokens", "experts", "top_k"),
     [(0, 4, 2), (1, 3, 3), (9, 4, 2), (50, 1, 1), (97, 15, 4), (300, 600, 3)],
 )
+@pytest.mark.thin(3)
 def test_equals_the_reference(monkeypatch, tokens, experts, top_k, kind, many):
     if many:
         monkeypatch.setattr(assign_triton, "SMALL", 0)

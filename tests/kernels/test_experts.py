@@ -112,6 +112,7 @@ def test_the_reference_is_a_loop_over_tokens(name, gated):
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("name", FUSED)
+@pytest.mark.thin(3)
 def test_gradcheck(name, gated, biased, capacity):
     case = Case(
         tokens=5, d_in=3, d_ff=2, d_out=2, experts=3, capacity=capacity, activation=name,
@@ -141,6 +142,7 @@ def test_opcheck(dtype, kernel):
 
 @pytest.mark.parametrize("needs", list(itertools.product([True, False], repeat=3)), ids=str)
 @pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.thin(3)
 def test_opcheck_of_the_backward(kernel, needs):
     case = replace(SMALL, weighted=needs != (False, True, False), down_bias=needs[0], capacity=5)
     given = problem(case, torch.float32)

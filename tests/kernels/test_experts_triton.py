@@ -93,6 +93,7 @@ SHAPES = {
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.thin(2)
 def test_equals_the_reference(name, dtype, gated):
     check(make(**SHAPES[name], gated=gated), dtype, gated=gated)
 

@@ -76,7 +76,7 @@ def convert(model, **options):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.thin(2)
+@pytest.mark.thin(3)
 def test_zoo(name):
     model, inputs = built(name)
     before, kinds = state_of(model), kinds_of(model)
@@ -100,7 +100,7 @@ def test_zoo(name):
 @pytest.mark.parametrize("residual", RESIDUALS)
 @pytest.mark.parametrize("granularity", [0, 2, 4])
 @pytest.mark.parametrize("name", ["gpt2", "phi3", "bert", "convnext"])
-@pytest.mark.thin(3)
+@pytest.mark.thin(5)
 def test_residuals_and_slices(name, granularity, residual, caplog):
     model, inputs = built(name)
     before = state_of(model)

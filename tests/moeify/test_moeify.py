@@ -122,7 +122,7 @@ def test_nothing_global_is_drawn_and_seeds_decide():
 @pytest.mark.parametrize("top_k", [1, 2])
 @pytest.mark.parametrize("init", ["copy", "granular"])
 @pytest.mark.parametrize("name", ["phi3", "gpt2", "bert"])
-@pytest.mark.thin(3)
+@pytest.mark.thin(5)
 def test_step_zero_is_exact_where_promised(name, residual, top_k, init):
     if init == "granular":
         top_k *= 2
@@ -194,7 +194,7 @@ class Breaks(Exception):
 
 @pytest.mark.parametrize("where", ["ledger", "numbers", "compare", "pass", "install"])
 @pytest.mark.parametrize("name", ["gpt2", "bert", "nn.TransformerEncoder"])
-@pytest.mark.thin(2)
+@pytest.mark.thin(3)
 def test_a_failure_leaves_the_dense_model(where, name, monkeypatch):
     case = ZOO[name]
     model = case.build().train()
