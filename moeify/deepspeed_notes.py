@@ -187,13 +187,13 @@ MOE: Final[Mapping[str, Unmapped]] = {
     "mos": Unmapped(
         "mixture of students: give the plan a `student:` section, see mf.student", _OFF
     ),
-    "kd": Unmapped("distillation: the plan's `student: {distill: ...}`, see mf.distill", _OFF),
+    "kd": Unmapped("distillation: the plan's `student` has `distill`, see mf.distill", _OFF),
     "pipeline_model_parallel_size": Unmapped("there is no pipeline parallelism", (1,)),
     "ep_group": Unmapped("groups come from the plan's `parallel`"),
     "expert_group": Unmapped("groups come from the plan's `parallel`"),
     "ep_mp_group": Unmapped("groups come from the plan's `parallel`"),
     **_keys(
-        "distillation: the plan's `student: {distill: ...}`, see mf.distill",
+        "distillation: the plan's `student` has `distill`, see mf.distill",
         (),
         "kd_alpha_ce kd_beta_ce kd_temp num_experts_teacher num_layers_teacher load_teacher "
         "hidden_size_teacher num_attention_heads_teacher reset_iteration",

@@ -173,6 +173,7 @@ RESIDUAL = [{"select": {"first": 1}, "residual": "coefficient"}]
         {"all_to_all": "allgather", "router": CAPACITY, "more": RESIDUAL},
     ],
 )
+@pytest.mark.thin(2)
 def test_experts_over_all_ranks(changes):
     check_equal(2, (6, 6), expert=2, **changes)
 

@@ -110,8 +110,8 @@ def test_mos_of_the_tutorial() -> None:
     plan = read(TEMPLATE, MOS)
     resolved = resolve(plan, make_sites(21))
     assert [layer.experts for layer in resolved] == MOS["num_experts"]
-    assert "loop" in noted(plan, "MoE.mos")
-    assert "loop" in noted(plan, "MoE.num_experts_teacher")
+    assert "mf.student" in noted(plan, "MoE.mos")
+    assert "mf.distill" in noted(plan, "MoE.num_experts_teacher")
     with pytest.raises(PlanError, match=r"MoE\.num_experts: 10 counts for 12 MoE layers"):
         read(TEMPLATE, {**MOS, "num_layers": 24})
 
