@@ -80,6 +80,7 @@ def test_train_trainer(repo):
     assert all(0 < least <= 1 <= most < 4 for least, most in loads)
 
 
+@pytest.mark.slow  # the same losses on any number of ranks are in tests/distributed
 def test_train_expert_parallel(repo):
     torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
     alone, over_ranks = (run("train_expert_parallel", repo, how) for how in ((), torchrun))

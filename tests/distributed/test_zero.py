@@ -130,6 +130,7 @@ def trained(
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.thin(2)
 def test_numbers_and_bytes(scheme):
     stages = [{"stage": stage} for stage in range(0 if scheme == "E+D+Z" else 1, 4)]
     stages += [{"stage": stage, "engine": "graph"} for stage in (2, 3)]

@@ -114,6 +114,7 @@ def test_a_process_that_fails_is_told(tmp_path):
 @pytest.mark.skipif(
     importlib.util.find_spec(demo_data.PACKAGE) is None, reason="the demo extra is not installed"
 )
+@pytest.mark.slow  # .ci/run runs the command itself, with Inductor
 def test_the_whole_demo(tmp_path):
     # With aot_eager: what Inductor makes of it is in test_training.py.
     options = ["--out", str(tmp_path / "out"), "--json", "--no-compile", "--steps", "4"]

@@ -64,7 +64,7 @@ def ops_of(gm):
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.thin(2)
+@pytest.mark.thin(3)
 def test_same_numbers_at_other_sizes(name, training):
     model = converted(name, training)
     gm = exported(name, model)
