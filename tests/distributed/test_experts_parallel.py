@@ -233,7 +233,7 @@ def test_eight_ranks():
         ({"more": PYRAMID, "top_k": 1}, False),
     ],
 )
-@pytest.mark.thin(4)
+@pytest.mark.thin(7)
 def test_tensor_groups(changes, experts_in_tp, coordinated):
     tensor = {"tensor": 2, "experts_in_tp": experts_in_tp, "coordinated": coordinated}
     check_equal(4, (5, 5), expert=2, **tensor, **changes)
@@ -257,7 +257,7 @@ def test_tensor_groups_of_unequal_batches():
         {"more": RESIDUAL},
     ],
 )
-@pytest.mark.thin(2)
+@pytest.mark.thin(3)
 def test_two_stages(changes):
     check_equal(4, (5, 5, 5, 5), expert=4, node=2, all_to_all="hierarchical", **changes)
 
@@ -277,7 +277,7 @@ def test_two_stages_among_eight_ranks():
         {"node": 2, "all_to_all": "hierarchical", "expert": 4},
     ],
 )
-@pytest.mark.thin(2)
+@pytest.mark.thin(3)
 def test_pieces_give_the_same_numbers(changes):
     expert = changes.pop("expert", 2)
     counts = (
