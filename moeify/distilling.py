@@ -71,8 +71,8 @@ def distill(
         cache: Teacher logits on disk: a `TeacherCache`, or a folder for one. What is not there is
             computed by the teacher and added.
         top_k: Of a `cache` that is a folder: words kept per position; None keeps all.
-        spec: Where what is not given comes from: a plan, its `student:` section, that section's
-            `distill:`, or a mapping of the latter's form.
+        spec: Where what is not given comes from: a plan (also as data or as a file), its
+            `student:` section, or that section's `distill:`.
         shift: Position t predicts label t + 1. None takes it from a Hugging Face model's kind of
             loss; any other model is taken to have labels that fit its logits.
         vocab: Words that both models share, the first ones; found from their sizes if None.
@@ -321,11 +321,15 @@ def _spec_of(spec: Any) -> DistillSpec:
         return DistillSpec()
     if isinstance(spec, DistillSpec):
         return spec
-    if isinstance(spec, Mapping):
-        try:
-            return DistillSpec.model_validate(dict(spec))
-        except ValueError as error:
-            raise PlanError(str(error), path="student.distill") from error
+    if isinstance(spec, Mapping) and not {"layers", "version"} & spec.keys():
+        student = dict(spec)
+        if not {"drop", "keep", "depth", "distill"} & student.keys():
+            student = {"depth": 1, "distill": student}
+        spec = {"layers": [{"select": "all", "experts": 1}], "student": student}
+    if isinstance(spec, Mapping | str | os.PathLike):
+        from moeify.plan import Plan
+
+        spec = Plan.of(spec)
     if hasattr(spec, "student"):
         if spec.student is None:
             raise PlanError("the plan has no student", path="student")

@@ -553,3 +553,22 @@ def test_words_are_shifted_only_where_the_model_does(teacher):
     with pytest.raises(mf.MoeifyError, match="shift=True"):
         mf.distill(strange, teacher)
     assert mf.distill(strange, teacher, shift=True).loss.shift
+
+
+def test_a_spec_is_a_plan_or_a_part_of_one(tmp_path):
+    distill = {"alpha": 0.25, "temperature": 3.0, "schedule": "linear", "stop": 7}
+    section = {"depth": 2, "distill": distill}
+    plan = mf.Plan.of({**PLAN, "student": section})
+    plan.save(tmp_path / "plan.yaml")
+    specs = [plan, plan.data(), tmp_path / "plan.yaml", section, plan.student, distill]
+    for spec in [*specs, plan.student.distill]:
+        kd = mf.distill(nn.Embedding(5, 5), nn.Embedding(5, 5), spec=spec)
+        assert (kd.schedule.kind, kd.schedule.alpha, kd.schedule.stop) == ("linear", 0.25, 7)
+        assert kd.loss.temperature == 3.0
+    for spec, reason in (
+        ({"alhpa": 1.0}, "did you mean `alpha`"),
+        ({**section, "detph": 2}, "unknown key `detph`"),
+        (PLAN, "the plan has no student"),
+    ):
+        with pytest.raises(mf.PlanError, match=reason):
+            mf.distill(nn.Embedding(5, 5), nn.Embedding(5, 5), spec=spec)
