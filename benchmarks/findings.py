@@ -61,9 +61,9 @@ def jobs(names: Sequence[str], seeds: int) -> list[Job]:
 def one(job: Job, size: findings_study.Size, folder: Path) -> float:
     """Run a job, write its file, and return its seconds."""
     torch.set_num_threads(1 if size.workers > 1 else 2)
-    costs = json.loads((folder / COSTS).read_text())
+    costs = json.loads((folder / COSTS).read_text())["costs"]
     found = findings_train.run(job, size, _corpus(), folder, costs)
-    write(folder / f"{job.file}.json", found | {"settings": asdict(size)})
+    write(folder / f"{job.file}.json", found | _terms(size))
     return float(found["seconds"])
 
 
@@ -77,11 +77,20 @@ def write(path: Path, content: Any) -> None:
 def done(job: Job, size: findings_study.Size, folder: Path) -> bool:
     """Return whether a job has run; SystemExit if it ran with other settings."""
     path = folder / f"{job.file}.json"
-    if not path.exists():
-        return False
-    if json.loads(path.read_text())["settings"] != asdict(size):
-        raise SystemExit(f"{path} is of other settings: use another --out")
-    return True
+    return path.exists() and bool(_read(path, size))
+
+
+def _terms(size: findings_study.Size) -> dict[str, Any]:
+    """Return what all files of a folder must agree in."""
+    return {"settings": asdict(size), "text": _corpus().facts["sha256"]}
+
+
+def _read(path: Path, size: findings_study.Size) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text())
+    terms = _terms(size)
+    if {name: content.get(name) for name in terms} != terms:
+        raise SystemExit(f"{path} is of other settings or another text: use another --out")
+    return content
 
 
 def study(todo: Sequence[Job], size: findings_study.Size, folder: Path, minutes: float) -> bool:
@@ -117,7 +126,7 @@ def costs(
     """
     path = folder / COSTS
     if path.exists():
-        known: findings_train.Costs = json.loads(path.read_text())
+        known: findings_train.Costs = _read(path, size)["costs"]
         missing = [name for name in names if name not in known]
         if missing:
             raise SystemExit(f"{path} has no {missing[0]!r}, timed with the others: another --out")
@@ -130,7 +139,7 @@ def costs(
         name: {"seconds": [row[name] for row in table[1:]], "flops": [flops]}
         for name, (flops, _) in timers.items()
     }
-    write(path, found)
+    write(path, {"costs": found} | _terms(size))
     return found
 
 

@@ -25,6 +25,7 @@ from benchmarks.findings_text import Corpus, batches, held_out_windows
 from moeify.cli_models import transformers_offline
 from moeify.conversion import routers_of
 from moeify.plan import Plan
+from moeify.student_size import describe
 
 Costs: TypeAlias = Mapping[str, Mapping[str, list[float]]]
 """By contestant: `seconds` of a step in each timed round, and `flops` of a token's training."""
@@ -57,13 +58,8 @@ def dense_model(size: Size, seed: int) -> Any:
 
 def parameters(model: nn.Module) -> tuple[int, int]:
     """Return how many parameters a model has, and how many work on one token."""
-    total = sum(p.numel() for p in model.parameters())
-    idle = 0.0
-    for name, router in routers_of(model):
-        block: Any = model.get_submodule(name)
-        held = sum(p.numel() for p in block.experts.parameters())
-        idle += held * (1 - router.top_k / router.experts)
-    return total, total - round(idle)
+    size = describe(model)
+    return size.parameters, size.active
 
 
 def flops_per_token(model: nn.Module, size: Size) -> float:

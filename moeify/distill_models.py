@@ -7,38 +7,33 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, Final
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moeify.errors import MoeifyError
 from moeify.hf import is_hf
-from moeify.losses import _shifts_labels, aux_loss
+from moeify.losses import aux_loss, shifts_labels
 from moeify.router import Router
-
-_TRACES: Final = ("last_aux_loss", "last_stats", "last_logits", "loss_taken", "_call")
 
 
 @contextmanager
 def asked(teacher: nn.Module) -> Iterator[None]:
     """Put a teacher in evaluation, without gradients; then all is as it was."""
     modes = [module for module in teacher.modules() if module.training]
-    routers = [module for module in teacher.modules() if isinstance(module, Router)]
-    traces = [{name: router.__dict__[name] for name in _TRACES} for router in routers]
     for module in modes:
         module.training = False
-    for router in routers:
-        router._call = 0
     try:
-        with torch.no_grad():
+        with ExitStack() as stack, torch.no_grad():
+            for module in teacher.modules():
+                if isinstance(module, Router):
+                    stack.enter_context(module.aside())
             yield
     finally:
         for module in modes:
             module.training = True
-        for router, trace in zip(routers, traces, strict=True):
-            router.__dict__.update(trace)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -72,7 +67,7 @@ def shifts(student: nn.Module) -> bool:
             f"{type(own).__name__} does not say what kind of loss it has: give shift=True if "
             "position t predicts label t + 1, as in a causal language model, else shift=False"
         )
-    return _shifts_labels(own)
+    return shifts_labels(own)
 
 
 def logits_of(output: Any, who: str) -> Tensor:

@@ -161,7 +161,7 @@ class ForwardWithRouterLosses:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.shifts = _shifts_labels(model)
+        self.shifts = shifts_labels(model)
         # A model with routers of its own gives its own logits.
         self.gives_logits = "output_router_logits" in self.__signature__.parameters
         self.warned = False
@@ -242,7 +242,7 @@ class ForwardWithRouterLosses:
                 router.loss_taken = False
 
 
-def _shifts_labels(model: nn.Module) -> bool:
+def shifts_labels(model: nn.Module) -> bool:
     """Tell whether `Trainer` counts a model's labels without the first of each row."""
     losses = sys.modules.get("transformers.loss.loss_utils")
     causal = getattr(losses, "ForCausalLMLoss", None)

@@ -258,10 +258,10 @@ def _whole(value: object) -> int:
 
 
 def _count(facts: Facts, model: nn.Module) -> None:
-    parameters = list(model.parameters())
-    facts.total = sum(p.numel() for p in parameters)
-    facts.size = sum(p.numel() * p.element_size() for p in parameters)
-    facts.active = facts.total - sum(row.after - row.active for row in facts.rows)
+    from moeify.student_size import describe
+
+    size = describe(model)
+    facts.total, facts.active, facts.size = size.parameters, size.active, size.bytes
     facts.dense = facts.total - sum(row.after - row.before for row in facts.rows)
 
 

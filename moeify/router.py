@@ -10,7 +10,7 @@ Shapes: T tokens, D model width, E experts, K top-k.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
 from typing import Any, TypedDict
@@ -27,6 +27,12 @@ from moeify.losses_over_ranks import over_ranks
 record_under_compiled_checkpointing()
 
 NOISES = ("none", "jitter", "rsample", "gumbel", "jitter+gumbel")
+
+
+_NO_FORWARD: Mapping[str, Any] = {
+    "last_aux_loss": None, "last_stats": None, "last_logits": (), "loss_taken": True, "_call": 0,
+}  # fmt: skip
+"""What belongs to the last forward, as it is before there was one."""
 
 
 class RouterStats(TypedDict):
@@ -259,8 +265,17 @@ class Router(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave what belongs to the last forward behind: a loss with a graph cannot be copied."""
-        left = {"last_aux_loss": None, "last_stats": None, "last_logits": (), "_call": 0}
-        return {**self.__dict__, **left, "loss_taken": True}
+        return {**self.__dict__, **_NO_FORWARD}
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Run forwards that leave no trace: then losses and statistics are as they were."""
+        before = {name: self.__dict__[name] for name in _NO_FORWARD}
+        self._call = 0
+        try:
+            yield
+        finally:
+            self.__dict__.update(before)
 
     def _draw_noise(self, tokens: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Return the factor on the tokens [T, D] and the Gumbel noise [T, E], or None."""

@@ -5,6 +5,7 @@ from concurrent.futures import Future
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import (
     findings,
@@ -96,9 +97,36 @@ def test_a_part_of_the_study_at_one_step(tmp_path, monkeypatch, capsys):
 def test_a_study_of_other_settings_is_not_gone_on_with(tmp_path):
     size = findings_study.tiny()
     job = findings_train.Job("dense", 0)
-    findings.write(tmp_path / f"{job.file}.json", {"settings": {"name": "small"}})
+    for name in (job.file, "costs"):
+        findings.write(tmp_path / f"{name}.json", {"settings": {"name": "small"}})
     with pytest.raises(SystemExit, match="other settings"):
         findings.done(job, size, tmp_path)
+    with pytest.raises(SystemExit, match="other settings"):
+        findings.costs(["copy"], size, 1, tmp_path)
+
+
+def test_budgets_and_flops():
+    size = findings_study.tiny()
+    costs = {
+        "continued": {"seconds": [1.0, 2.0, 9.0], "flops": [3.0]},
+        "copy, equal time": {"seconds": [4.0], "flops": [3.0]},
+        "copy, equal FLOPs": {"seconds": [4.0], "flops": [9.0]},
+    }
+    steps = {name: findings_train.Job(name, 0).steps(size, costs) for name in [*costs, "scratch"]}
+    assert steps == {
+        "continued": size.steps,
+        "copy, equal time": size.steps // 2,
+        "copy, equal FLOPs": size.steps // 3,
+        "scratch": size.steps + size.dense_steps,
+    }
+    model = findings_train.dense_model(size, 0)
+    model.set_attn_implementation("eager")  # the counter knows no fused attention on a CPU
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=torch.zeros(1, size.context, dtype=torch.long))
+    # The counter has all scores where half are masked, and no norms and biases.
+    masked = 2 * size.layers * size.context * size.width
+    counted = counter.get_total_flops() / size.context - masked
+    assert findings_train.flops_per_token(model, size) == pytest.approx(counted, rel=0.02)
 
 
 class Here:
