@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from moeify.deepspeed_notes import MOE
 from moeify.deepspeed_reading import Section, Source, show
-from moeify.plan import LayerRule
+from moeify.rules import LayerRule
 from moeify.selection import Select
 from moeify.strict_yaml import Where, path_text
 
