@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "moeify": "moeify.api",
-    "demoeify": "moeify.dense_again",
+    "demoeify": "moeify.api",
     "export": "moeify.exporting",
     "find_mlps": "moeify.discovery",
     "optimizer": "moeify.optimizing",
@@ -41,7 +41,7 @@ _HOMES = {
     "drop_layers": "moeify.students",
     "student": "moeify.students",
     "save": "moeify.checkpoint",
-    "load": "moeify.checkpoint",
+    "load": "moeify.api",
     "MoE": "moeify.layer",
     "Plan": "moeify.plan",
     "Site": "moeify.sites",
@@ -58,15 +58,19 @@ _HOMES = {
     "DispatchError": "moeify.errors",
 }
 
+_BODIES = {"resolve_plan": "moeify.api"}
+"""Bodies of methods that a module without torch has and that need torch; not of the face."""
+
 __all__ = sorted(_HOMES)
 
 if TYPE_CHECKING:
+    from moeify.api import demoeify as demoeify
+    from moeify.api import load as load
     from moeify.api import moeify as moeify
+    from moeify.api import resolve_plan as resolve_plan
     from moeify.callbacks import RouterCallback as RouterCallback
-    from moeify.checkpoint import load as load
     from moeify.checkpoint import save as save
     from moeify.clipping import clip_grad_norm_ as clip_grad_norm_
-    from moeify.dense_again import demoeify as demoeify
     from moeify.discovery import find_mlps as find_mlps
     from moeify.distill_cache import TeacherCache as TeacherCache
     from moeify.distill_loss import DistillationLoss as DistillationLoss
@@ -104,7 +108,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> object:
-    home = _HOMES.get(name)
+    home = _HOMES.get(name) or _BODIES.get(name)
     if home is None:
         raise AttributeError(f"module 'moeify' has no attribute {name!r}")
     from importlib import import_module

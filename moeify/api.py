@@ -1,52 +1,30 @@
-"""`moeify(model, plan)`: the one line, from capture to proof; and `demoeify`, the way back."""
+"""The public doors: convert a model, revert it, load a saved one, apply a plan to one.
+
+Nothing below imports this module: what loads a model calls `convert`, and a door attaches what a
+model in a user's hands needs, `moeify.save_hook`.
+"""
 
 from __future__ import annotations
 
-import logging
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-from torch import fx, nn
+import torch
+from torch import nn
 
-from moeify import compat, losses
-from moeify.calibration import mlp_inputs
+from moeify import checkpoint
 from moeify.capture import ExampleInputs
-from moeify.conversion import (
-    ATTRIBUTE,
-    Conversion,
-    ConvertedLayer,
-    Fate,
-    Installer,
-    make_ledger,
-    skeleton,
-)
-from moeify.discovery import Discovery, FoundSite
-from moeify.expert_models import averaging
-from moeify.input_spec import describe_inputs
-from moeify.mesh import World
-from moeify.parallel import (
-    Parallel,
-    agree_on_layers,
-    join,
-    reduce_gradients,
-    sharded_names,
-    together,
-)
+from moeify.convert_model import convert
+from moeify.dense_again import revert
+from moeify.discovery import discover
 from moeify.passes.base import Pass
-from moeify.passes.blocks import block_path, find_site
-from moeify.pipeline import Built, prepare, refuse_wrapped, run_pipeline
 from moeify.plan import Plan
-from moeify.resolve import LayerPlan, ResolvedPlan
-from moeify.site_weights import agree_on_starts
-from moeify.verification import Snapshot, check, check_untouched, coarsest, compare, snapshot
-from moeify.zero import Partitioned, partition
+from moeify.resolve import ResolvedPlan, resolve_sites
+from moeify.save_hook import guard, unguard
+from moeify.tensor_parallel_derive import derive
 
-if TYPE_CHECKING:
-    from moeify.tensor_parallel import PartialSums
-
-log = logging.getLogger("moeify")
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -100,162 +78,106 @@ def moeify(
         >>> type(model[0]).__name__
         'MoEBlock'
     """
-    chosen = together("take model and plan", lambda: _checked(model, plan))
-    world = join(chosen, mesh, model, verify=verify)
-    inputs, discovery, resolved = together(
-        "apply the plan", lambda: prepare(model, chosen, example_inputs)
-    )
-    with ExitStack() as undo:  # an error puts back what the average of checkpoints replaced
-        together("average its checkpoints", lambda: undo.enter_context(averaging(model, resolved)))
-        if world is not None:
-            agree_on_layers(resolved, model, inputs)
-            world.prepare(layer.experts for layer in resolved)
-        slices: list[Pass] = []
-        if world is not None and world.layout.tensor > 1:
-            from moeify.passes.slice_dense import SliceDense
-
-            slices = [SliceDense(discovery, inputs)]
-        rows = together(
-            "look at its MLPs' inputs", lambda: mlp_inputs(model, discovery, resolved, inputs)
-        )
-        built = together(
-            "build its blocks",
-            lambda: run_pipeline(model, chosen, resolved, discovery, passes, world, slices, rows),
-        )
-        if world is not None:
-            agree_on_starts(model, resolved, discovery, rows)
-        install_checked(model, chosen, resolved, discovery, built, inputs, verify, world)
+    convert(model, plan, example_inputs=example_inputs, mesh=mesh, passes=passes, verify=verify)
+    guard(model)
     return model
 
 
-def _checked(model: nn.Module, plan: Plan | Mapping[str, Any] | str | os.PathLike[str]) -> Plan:
-    """Read the plan, and refuse what no plan can do."""
-    refuse_wrapped(model)
-    return Plan.of(plan)
+def demoeify(model: Model) -> Model:
+    """Turn a converted model back into the dense one, in place.
 
+    Exact, bit for bit, if nothing has been trained and the experts are copies (`init: copy`, or
+    `granular` with a power of two; other granularities scale by a number that rounds). Where
+    experts differ, their weights are averaged, the dense branch of a residual block is mixed in
+    with the shares it starts with, and a warning says so: such a step changes what the model
+    computes. Routers, coefficients and what passes of your own added to the blocks are dropped.
 
-def install_checked(
-    model: nn.Module,
-    plan: Plan,
-    resolved: ResolvedPlan,
-    discovery: Discovery,
-    built: Built,
-    example_inputs: ExampleInputs,
-    verify: bool,
-    world: World | None = None,
-) -> None:
-    """Put the blocks in place, compare with the dense model, and keep the record; or undo it all.
+    The dense MLPs follow the device, dtype, training flag and hooks of the blocks they replace.
+    Their parameters are new objects (unless a residual block still held the dense ones, and they
+    are what comes out): make a new optimizer afterwards.
 
     Args:
-        model: The dense model.
-        plan: The plan.
-        resolved: What it became.
-        discovery: What was found in the model, or in another instance of it.
-        built: From `run_pipeline`.
-        example_inputs: To compare on.
-        verify: Compare at all; a model on meta is never compared.
-        world: The ranks; None for one process.
+        model: A model that `moeify` converted, this very object. On `meta` it stays on `meta`.
+
+    Returns:
+        The same object.
+
+    Raises:
+        MoeifyError: The model was not converted.
+        UnsupportedModuleError: A block was replaced or sharded, or has learned something that the
+            dense module has no place for. The model is then unchanged.
+
+    Source:
+        Averaging experts: model soups (Wortsman et al. 2022).
+
+    Example:
+        >>> from moeify import moeify
+        >>> mlp = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+        >>> model, x = nn.Sequential(mlp, nn.LayerNorm(8)), torch.randn(4, 8)
+        >>> before = model(x)
+        >>> plan = {"layers": [{"select": "all", "experts": 4}]}
+        >>> torch.equal(demoeify(moeify(model, plan, example_inputs=x))(x), before)
+        True
     """
-    before = dict(model.named_parameters(remove_duplicate=False))
-    versions = {name: (id(p), p._version) for name, p in before.items()}
-    untouched = _untouched(before, resolved)
-    numeric = verify and not any(p.is_meta for p in before.values())
-    layers: list[ConvertedLayer] = []
-    installer = Installer(model)
-    undo = ExitStack()
-    undo.callback(installer.undo)
-    sums: list[PartialSums | None] = []
-
-    def install() -> Snapshot | None:
-        dense = snapshot(model, example_inputs, untouched) if numeric else None
-        for layer in resolved:
-            found = find_site(discovery, layer)
-            layers.append(_install(installer, layer, found, built.blocks[layer.name]))
-        return dense
-
-    def slice_dense() -> dict[str, tuple[Fate, str]]:
-        ledger = make_ledger(before, model, layers)
-        check_untouched(versions, model)
-        if built.slices is not None and world is not None:
-            from moeify.tensor_parallel import apply
-
-            sliced = apply(model, built.slices, world.dense["tp"])
-            undo.callback(sliced.undo)
-            sums.append(sliced.sums)
-        return ledger
-
-    def partition_state() -> Partitioned:
-        if world is None or not plan.zero.is_active:
-            return Partitioned()
-        if built.zero is None:
-            log.warning("partition-zero is disabled: nothing is partitioned")
-            return Partitioned()
-        paths = {converted.layer.name: converted.block for converted in layers}
-        return partition(model, built.zero, world, resolved, paths, built.slices, undo)
-
-    def prove() -> None:
-        if dense is not None:
-            difference = compare(dense, snapshot(model, example_inputs, untouched), resolved.layers)
-            log.info("step-0 difference: %s", difference)
-            check(difference, coarsest(p.dtype for p in before.values()))
-        for converted in layers:
-            for swap in converted.swaps:
-                swap.original = skeleton(swap.original)
-
-    try:
-        # One after the other on all ranks: blocks that run wait for those of other ranks.
-        dense = together("install its blocks", install)
-        ledger = together("slice its dense layers", slice_dense)
-        together("prove its blocks", prove)
-        partitioned = together("partition its state", partition_state)
-        record = Conversion(plan, layers, ledger, installer.fused, describe_inputs(example_inputs))
-        if world is not None:
-            paths = {converted.layer.name: converted.block for converted in layers}
-            zero = built.zero
-            pieces = zero is not None and zero.stage >= 2  # whose engine reduces gradients
-            which = "none" if pieces else plan.parallel.gradients
-            reducer = reduce_gradients(model, world, resolved, paths, which)
-            record.parallel = Parallel(
-                world.layout,
-                world.rank,
-                reducer,
-                built.slices,
-                None if pieces or not sums else sums[0],
-                zero,
-                partitioned.cuts,
-                partitioned.masters,
-                partitioned.guard,
-            )
-            compat.leave_out_of_ddp(model, sharded_names(model))
-    except BaseException:
-        undo.close()
-        raise
-    undo.pop_all()
-    model.__dict__[ATTRIBUTE] = record
-    losses.attach(model)
-    from moeify import hf
-
-    hf.guard(model)
+    revert(model)
+    unguard(model)
+    return model
 
 
-def _install(
-    installer: Installer, layer: LayerPlan, found: FoundSite | None, block: fx.GraphModule
-) -> ConvertedLayer:
-    path = block_path(found, layer)
-    swaps = installer.install(layer, found, path, block)
-    if found is None:
-        return ConvertedLayer(layer, path, swaps)
-    program = found.region.program
-    return ConvertedLayer(layer, path, swaps, program.swap, program.params)
+def load(
+    directory: str | os.PathLike[str],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    model: nn.Module | None = None,
+    passes: Sequence[Pass] = (),
+    verify: bool = True,
+) -> nn.Module:
+    """Load a saved model, in any process, without the dense weights.
+
+    Args:
+        directory: What `save` wrote.
+        device: Where the tensors go; "meta" reads none, for planning.
+        dtype: Floating-point dtype to cast parameters and buffers to; as saved if None. The
+            buffers of routers keep theirs.
+        model: For a model that is not of transformers: an instance of its dense class, as it was
+            before the conversion. Its weights do not matter and may be on meta; it is converted
+            in place and returned.
+        passes: The graph passes of your own that the model was converted with.
+        verify: Compare every file with its SHA-256.
+
+    Returns:
+        The converted model, in the mode it was saved in, which gives the same outputs bit for bit.
+
+    Raises:
+        CheckpointError: The folder is incomplete or damaged, or does not fit the model. A model
+            that was passed is then as it was.
+        ValueError: `dtype` is no floating-point dtype.
+    """
+    loaded = checkpoint.load(
+        directory, device=device, dtype=dtype, model=model, passes=passes, verify=verify
+    )
+    guard(loaded)
+    return loaded
 
 
-def _untouched(before: Mapping[str, nn.Parameter], resolved: ResolvedPlan) -> list[str]:
-    touched = set()
-    for layer in resolved:
-        for projection in (*layer.site.up, layer.site.down):
-            touched |= {projection.weight, projection.bias}
-        touched |= set(layer.site.inner)
-    return [name for name in before if name not in touched]
+def resolve_plan(plan: Plan, model: nn.Module, example_inputs: Any = None) -> ResolvedPlan:
+    """Apply a plan to a model, changing nothing: the body of `Plan.resolve`."""
+    found = discover(model, example_inputs)
+    resolved = resolve_sites(
+        plan,
+        found.sites,
+        parameters=found.parameters,
+        parameter_bytes=found.parameter_bytes,
+        linears=found.linears,
+        near_misses=[str(miss) for miss in found.near_misses],
+    )
+    if plan.parallel.tensor == 1:
+        return resolved
+    slices = derive(
+        found, resolved, plan.parallel.tensor, model=model, example_inputs=example_inputs
+    )
+    return dataclasses.replace(resolved, notes=tuple(slices.lines()))
 
 
-__all__ = ["moeify"]
+__all__ = ["demoeify", "load", "moeify", "resolve_plan"]

@@ -21,8 +21,8 @@ from moeify import compat, strict_yaml
 from moeify.checkpoint_build import (
     build,
     config_texts,
+    convert_again,
     default_device_cpu,
-    describable,
     describe_model,
 )
 from moeify.checkpoint_files import Folder
@@ -34,7 +34,7 @@ from moeify.checkpoint_manifest import (
     encode,
     read_manifest,
 )
-from moeify.checkpoint_replay import check_conversion, convert_again, layer_records, versions
+from moeify.checkpoint_replay import layer_records, versions
 from moeify.checkpoint_shards import (
     DTYPES,
     Shard,
@@ -57,6 +57,7 @@ from moeify.content_writer import write_content
 from moeify.conversion import Conversion, require_conversion, require_one_process
 from moeify.errors import CheckpointError, MoeifyError
 from moeify.hf import is_hf
+from moeify.input_spec import describable
 from moeify.passes.base import Pass
 from moeify.pipeline import refuse_wrapped
 
@@ -185,27 +186,7 @@ def load(
     passes: Sequence[Pass] = (),
     verify: bool = True,
 ) -> nn.Module:
-    """Load a saved model, in any process, without the dense weights.
-
-    Args:
-        directory: What `save` wrote.
-        device: Where the tensors go; "meta" reads none, for planning.
-        dtype: Floating-point dtype to cast parameters and buffers to; as saved if None. The
-            buffers of routers keep theirs.
-        model: For a model that is not of transformers: an instance of its dense class, as it was
-            before the conversion. Its weights do not matter and may be on meta; it is converted
-            in place and returned.
-        passes: The graph passes of your own that the model was converted with.
-        verify: Compare every file with its SHA-256.
-
-    Returns:
-        The converted model, in the mode it was saved in, which gives the same outputs bit for bit.
-
-    Raises:
-        CheckpointError: The folder is incomplete or damaged, or does not fit the model. A model
-            that was passed is then as it was.
-        ValueError: `dtype` is no floating-point dtype.
-    """
+    """Load a saved model; arguments and errors as of `moeify.load`, which is this for users."""
     place = torch.device(device)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype: {dtype!r} is no floating-point dtype such as torch.bfloat16")
@@ -222,8 +203,7 @@ def load(
         target = model if model is not None else _build(folder, manifest, texts)
         rollback = Rollback(target)
         try:
-            convert_again(target, manifest, passes, folder.path)
-            check_conversion(target, manifest, folder.path)
+            convert_again(target, manifest, folder.path, passes=passes)
             check_places(target, manifest.tensors, manifest.names(), folder.path)
             tensors = _read_tensors(folder, manifest, shards, place, dtype, verify)
             assign(target, tensors, manifest.tensors, manifest.names())

@@ -8,13 +8,11 @@ buffers are computed as ever, because some (rotary frequencies) are in no file.
 from __future__ import annotations
 
 import importlib
-import json
-import math
 import random
 import re
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -23,15 +21,17 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from moeify.checkpoint_manifest import Manifest, ModelRecord
+from moeify.checkpoint_replay import LayerFacts, Recorded, replay
+from moeify.checkpoint_shards import DTYPES
+from moeify.checkpoint_state import to_meta
+from moeify.conversion import Conversion
 from moeify.errors import CheckpointError
 from moeify.hf import is_hf
 from moeify.hf_dense import config_json, dense_class
-from moeify.input_spec import make_inputs
+from moeify.passes.base import Pass
 
 _OWN: Final = re.compile(r"transformers\.models\.[A-Za-z0-9_.]+\.[A-Za-z0-9_]+")
 _KINDS: Final = ("attention", "experts")
-MAX_ELEMENTS: Final = 1 << 28
-"""Most elements that example inputs may have."""
 
 
 def describe_model(model: nn.Module, modes: tuple[bool, list[str]]) -> ModelRecord:
@@ -110,49 +110,63 @@ def build(
     return model
 
 
-def inputs_of(manifest: Manifest, where: str) -> Any:
-    """Make example inputs as described; None where moeify is to make them from the config.
+def convert_again(
+    model: nn.Module,
+    manifest: Manifest,
+    where: str,
+    *,
+    passes: Sequence[Pass] = (),
+    prove: bool = True,
+) -> Conversion:
+    """Convert a dense model on meta as a saved one was converted.
+
+    Args:
+        model: Its weights do not matter; changed in place.
+        manifest: Of the saved model.
+        where: The folder, for messages.
+        passes: The user's own graph passes.
+        prove: Check that the same came out; False where it was made for other ranks.
 
     Raises:
-        CheckpointError: The description is damaged.
+        CheckpointError: The plan is damaged, does not fit this model, or gives something else.
     """
-    if manifest.inputs is None:
-        return None
-    try:
-        _check_inputs(manifest.inputs)
-        return make_inputs(manifest.inputs)
-    except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:
-        raise CheckpointError(f"{where}: inputs: {error}") from error
+    to_meta(model, _dense_dtypes(manifest))
+    then = Recorded(
+        where=where,
+        fields=f"{where}/moeify.json: ",
+        plan=manifest.plan,
+        plan_sha256=manifest.plan_sha256,
+        inputs=manifest.inputs,
+        layers=[LayerFacts.of(record) for record in manifest.layers] if prove else None,
+        ledger=manifest.ledger if prove else None,
+        versions=manifest.versions,
+    )
+    return replay(model, then, passes=passes)
 
 
-def describable(description: Any) -> bool:
-    """Tell whether inputs of this description can be made again, from JSON."""
-    try:
-        _check_inputs(description)
-        json.dumps(description, allow_nan=False)
-    except (ValueError, TypeError, LookupError, RecursionError):
-        return False
-    return True
+def _dense_dtypes(manifest: Manifest) -> dict[str, torch.dtype]:
+    """Return the dtypes that the dense model had when it was converted, by name.
 
-
-def _check_inputs(description: Any) -> None:
-    if not isinstance(description, dict) or len(description) != 1:
-        raise ValueError("a description has one key")
-    kind, content = next(iter(description.items()))
-    if kind == "tensor":
-        shape, dtype = content["shape"], getattr(torch, str(content["dtype"]), None)
-        if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"{content['dtype']!r:.40} is no dtype")
-        if not all(type(n) is int and n >= 0 for n in shape) or math.prod(shape) > MAX_ELEMENTS:
-            raise ValueError(f"{shape!r:.80} is no shape for an example")
-    elif kind == "dict":
-        for part in dict(content).values():
-            _check_inputs(part)
-    elif kind == "tuple":
-        for part in list(content):
-            _check_inputs(part)
-    elif kind != "value" or not (content is None or isinstance(content, bool | int | float | str)):
-        raise ValueError(f"{kind!r:.40}: {content!r:.80} cannot be made again")
+    What was copied into experts is known from the plan of its layer. The model may have been cast
+    after the conversion: what became of the experts became of the rest.
+    """
+    names = manifest.names()
+    before = {layer.block: str(layer.plan.get("dtype")) for layer in manifest.layers}
+    cast = {}
+    for name, tensor in manifest.tensors.items():
+        block = name.partition(".experts.")[0]
+        if block in before and tensor.role == "parameter":
+            cast[tensor.dtype] = before[block]
+    found = {}
+    for name, stored in names.items():
+        dtype = manifest.tensors[stored].dtype
+        found[name] = cast.get(dtype, dtype)
+    for name, (fate, place) in manifest.ledger.items():
+        if fate == "copied" and place in before:
+            found[name] = before[place]
+        elif fate == "moved" and place in found:
+            found[name] = found[place]
+    return {name: DTYPES[dtype] for name, dtype in found.items() if dtype in DTYPES}
 
 
 def _class(name: str) -> Any:

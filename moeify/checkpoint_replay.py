@@ -1,27 +1,218 @@
-"""Converts a model as a saved one was converted, and proves that it was the same conversion."""
+"""Convert a model again as it once was, and prove that it became the same.
+
+A folder keeps the plan, the form of the example inputs and a few facts of every converted layer.
+Whatever loads one converts a dense model without values by that plan, and holds what came out
+against these facts: a checkpoint, a model of generated code, and the way back to a dense folder.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 from torch import nn
 
 from moeify import __version__
-from moeify.api import moeify as convert
-from moeify.checkpoint_build import inputs_of
-from moeify.checkpoint_manifest import LayerRecord, Manifest
-from moeify.checkpoint_shards import DTYPES
-from moeify.checkpoint_state import graph_digests, tensors_of, to_meta
+from moeify.checkpoint_manifest import LayerRecord
+from moeify.checkpoint_state import graph_digests
 from moeify.conversion import Conversion, require_conversion
-from moeify.errors import CaptureError, CheckpointError, MoeifyError
+from moeify.convert_model import convert_without_values
+from moeify.errors import CheckpointError, MoeifyError
+from moeify.input_spec import check_description, make_inputs
 from moeify.passes.base import Pass
 from moeify.plan import Plan
 
 log = logging.getLogger("moeify")
+
+_ADVICE = "the library changed, or another model was given"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFacts:
+    """What was kept of one converted layer; None stands for what was not.
+
+    Attributes:
+        plan: Facts of `LayerPlan.to_dict()`, the name among them.
+        block: Path of its block.
+        swaps: Paths of the modules that were replaced.
+        graph: Digest of what the block computes.
+        inner: Digest of the graphs inside it.
+    """
+
+    plan: Mapping[str, Any]
+    block: str | None = None
+    swaps: Sequence[str] | None = None
+    graph: str | None = None
+    inner: str | None = None
+
+    @classmethod
+    def of(cls, record: LayerRecord) -> LayerFacts:
+        """Return the facts in a manifest's record of a layer."""
+        return cls(record.plan, record.block, record.swaps, record.graph, record.inner)
+
+    @property
+    def name(self) -> str:
+        """The layer's name."""
+        return str(self.plan.get("name"))
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """What was kept of a conversion: enough to do it again, and to tell whether it is the same.
+
+    Attributes:
+        where: The folder or file, for messages.
+        fields: What stands before the name of a field in messages, such as "out/moeify.json: ".
+        plan: The plan's data.
+        plan_sha256: Its digest.
+        inputs: Description of the example inputs; None where they are made from the config.
+        layers: What must come out, in order; None where nothing is known of it.
+        ledger: Where every dense parameter must go; None where that was not kept.
+        versions: Versions of the packages that wrote it.
+        passes: What to do if a block computes something else, as it does with passes of one's own.
+    """
+
+    where: str
+    fields: str
+    plan: Mapping[str, Any]
+    plan_sha256: str
+    inputs: Any
+    layers: Sequence[LayerFacts] | None
+    ledger: Mapping[str, Sequence[str]] | None = None
+    versions: Mapping[str, str] | None = None
+    passes: str = "if the model was converted with passes of your own, give them again as passes="
+
+
+def replay(
+    model: nn.Module,
+    then: Recorded,
+    *,
+    passes: Sequence[Pass] = (),
+    rebuild: Callable[[], None] | None = None,
+) -> Conversion:
+    """Convert a dense model whose values do not matter as it once was, and prove it.
+
+    Args:
+        model: Changed in place; its parameters may be on meta.
+        then: What was kept.
+        passes: The user's own graph passes.
+        rebuild: See `convert_without_values`.
+
+    Returns:
+        The record of the conversion.
+
+    Raises:
+        CheckpointError: What was kept is damaged, does not fit this model, or something else came
+            out; names the layer.
+    """
+    plan, inputs = _plan(then), _inputs(then)
+    try:
+        convert_without_values(model, plan, inputs, passes=passes, rebuild=rebuild)
+    except MoeifyError as error:
+        raise CheckpointError(
+            f"{then.where}: the saved plan does not fit this {type(model).__name__}: {error}"
+        ) from error
+    conversion = require_conversion(model)
+    if then.layers is not None:
+        now = [LayerFacts.of(record) for record in layer_records(model, conversion)]
+        _check_layers(then.layers, now, then)
+    if then.ledger is not None:
+        _check_ledger(then.ledger, conversion, then)
+    return conversion
+
+
+def _plan(then: Recorded) -> Plan:
+    try:
+        plan = Plan.of(then.plan)
+    except MoeifyError as error:
+        raise CheckpointError(f"{then.fields}plan: {error}") from error
+    if plan.digest() != then.plan_sha256:
+        raise CheckpointError(f"{then.fields}plan_sha256: is not the digest of the plan")
+    return plan
+
+
+def _inputs(then: Recorded) -> Any:
+    if then.inputs is None:
+        return None
+    try:
+        check_description(then.inputs)
+        return make_inputs(then.inputs)
+    except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:
+        raise CheckpointError(f"{then.fields}inputs: cannot be made again: {error}") from error
+
+
+# -- the proof
+
+
+def _check_layers(old: Sequence[LayerFacts], new: Sequence[LayerFacts], then: Recorded) -> None:
+    names = [[layer.name for layer in layers] for layers in (old, new)]
+    if names[0] != names[1]:
+        raise CheckpointError(
+            f"{then.fields}layers: were {names[0]}, and are now {names[1]}: {_ADVICE}"
+        )
+    for before, now in zip(old, new, strict=True):
+        _check_facts(before, now, then)
+        _check_graphs(before, now, then)
+
+
+def _check_facts(old: LayerFacts, new: LayerFacts, then: Recorded) -> None:
+    """Compare what the plan made of a layer and where it stands."""
+    facts = {**old.plan, "block": old.block, "swaps": old.swaps}
+    now = {**new.plan, "block": new.block, "swaps": new.swaps}
+    for key, value in facts.items():
+        if value is not None and now.get(key, value) != value:
+            raise CheckpointError(
+                f"{then.where}: {old.name}: {key} was {value!r} and is now {now[key]!r}: {_ADVICE}"
+            )
+
+
+def _check_graphs(old: LayerFacts, new: LayerFacts, then: Recorded) -> None:
+    """Compare what a block computes.
+
+    Graphs may be written differently by another release, which is worth a warning and no more.
+    """
+    here = versions()
+    # The block's own graph is moeify's doing, the graphs inside it come from all of them.
+    outer = ["moeify"] if old.graph not in (None, new.graph) else []
+    inner = list(here) if old.inner not in (None, new.inner) else []
+    if not outer and not inner:
+        return
+    wrote = then.versions or {}
+    if any(wrote.get(key, here[key]) != here[key] for key in (*outer, *inner)):
+        log.warning(
+            "%s: %s: the graph of its block is not the one that %s wrote: compare outputs",
+            then.where,
+            old.name,
+            wrote,
+        )
+        return
+    if outer:
+        raise CheckpointError(
+            f"{then.where}: {old.name}: its block computes something else: {then.passes}"
+        )
+    raise CheckpointError(
+        f"{then.where}: {old.name}: the dense MLP computes something else between its projections: "
+        "another model was given"
+    )
+
+
+def _check_ledger(old: Mapping[str, Sequence[str]], conversion: Conversion, then: Recorded) -> None:
+    """Compare where every dense parameter went."""
+    was = {name: list(fate) for name, fate in old.items()}
+    now = {name: list(fate) for name, fate in conversion.ledger.items()}
+    for name in sorted(was.keys() | now.keys()):
+        if was.get(name) != now.get(name):
+            raise CheckpointError(
+                f"{then.where}: {name}: went to {was.get(name)}, now to {now.get(name)}: {_ADVICE}"
+            )
+
+
+# -- what is kept
 
 
 def layer_records(model: nn.Module, conversion: Conversion) -> list[LayerRecord]:
@@ -41,136 +232,18 @@ def layer_records(model: nn.Module, conversion: Conversion) -> list[LayerRecord]
     return records
 
 
-def convert_again(model: nn.Module, manifest: Manifest, passes: Sequence[Pass], where: str) -> None:
-    """Convert a model whose weights do not matter by the saved plan, on meta.
-
-    Raises:
-        CheckpointError: The plan is damaged, or does not fit this model.
-    """
-    try:
-        plan = Plan.of(manifest.plan)
-    except MoeifyError as error:
-        raise CheckpointError(f"{where}/moeify.json: plan: {error}") from error
-    if plan.digest() != manifest.plan_sha256:
-        raise CheckpointError(f"{where}/moeify.json: plan_sha256: is not the digest of the plan")
-    to_meta(model, _dtypes(manifest))
-    inputs = inputs_of(manifest, f"{where}/moeify.json")
-    try:
-        try:
-            convert(model, plan, example_inputs=inputs, passes=passes, verify=False)
-        except CaptureError:
-            # It reads values on the way, so that fake tensors will not do: zeros may.
-            for item in list(tensors_of(model)):
-                if item.role == "parameter" and item.tensor.is_meta:
-                    zeros = torch.zeros_like(item.tensor, device="cpu")
-                    setattr(item.module, item.key, nn.Parameter(zeros, item.tensor.requires_grad))
-            convert(model, plan, example_inputs=inputs, passes=passes, verify=False)
-    except MoeifyError as error:
-        raise CheckpointError(
-            f"{where}: the saved plan does not fit this {type(model).__name__}: {error}"
-        ) from error
-
-
-def _dtypes(manifest: Manifest) -> dict[str, torch.dtype]:
-    """Return the dtypes that the dense model had when it was converted, by name.
-
-    What was copied into experts is known from the plan of its layer. The model may have been cast
-    after the conversion: what became of the experts became of the rest.
-    """
-    names = manifest.names()
-    before = {layer.block: str(layer.plan.get("dtype")) for layer in manifest.layers}
-    cast = {}
-    for name, tensor in manifest.tensors.items():
-        block = name.partition(".experts.")[0]
-        if block in before and tensor.role == "parameter":
-            cast[tensor.dtype] = before[block]
-    found = {}
-    for name, stored in names.items():
-        dtype = manifest.tensors[stored].dtype
-        found[name] = cast.get(dtype, dtype)
-    for name, (fate, place) in manifest.ledger.items():
-        if fate == "copied" and place in before:
-            found[name] = before[place]
-        elif fate == "moved" and place in found:
-            found[name] = found[place]
-    return {name: DTYPES[dtype] for name, dtype in found.items() if dtype in DTYPES}
-
-
-def check_conversion(model: nn.Module, manifest: Manifest, where: str) -> None:
-    """Check that the plan did to this model what it did to the saved one.
-
-    Raises:
-        CheckpointError: It did not; the message names the layer.
-    """
-    conversion = require_conversion(model)
-    advice = "the library changed, or another model was given"
-    now = layer_records(model, conversion)
-    for old, new in zip(manifest.layers, now, strict=False):
-        name = old.plan["name"]
-        differ = [k for k, value in old.plan.items() if new.plan.get(k, value) != value]
-        if differ:
-            key = differ[0]
-            raise CheckpointError(
-                f"{where}: {name}: {key} was {old.plan[key]!r} and is now {new.plan[key]!r}: "
-                f"{advice}"
-            )
-        if (old.block, old.swaps) != (new.block, new.swaps):
-            raise CheckpointError(
-                f"{where}: {name}: replaced {old.swaps}, now {new.swaps}: {advice}"
-            )
-        _check_graphs(old, new, manifest, where)
-    if len(now) != len(manifest.layers):
-        odd = (manifest.layers if len(manifest.layers) > len(now) else now)[
-            min(len(now), len(manifest.layers))
-        ]
-        raise CheckpointError(
-            f"{where}: {odd.plan['name']}: {len(manifest.layers)} layers were converted, and now "
-            f"{len(now)}: {advice}"
-        )
-    ledger = {name: list(fate) for name, fate in conversion.ledger.items()}
-    for name in sorted(ledger.keys() | manifest.ledger.keys()):
-        if ledger.get(name) != manifest.ledger.get(name):
-            raise CheckpointError(
-                f"{where}: {name}: went to {manifest.ledger.get(name)}, now to "
-                f"{ledger.get(name)}: {advice}"
-            )
-
-
-def _check_graphs(old: LayerRecord, new: LayerRecord, manifest: Manifest, where: str) -> None:
-    """Check that a block computes what it did.
-
-    Graphs may be written differently by another release, which is worth a warning and no more.
-
-    Raises:
-        CheckpointError: It does not, though it was saved by the same release.
-    """
-    name, here = old.plan["name"], versions()
-    ours = [key for key in ("moeify",) if old.graph != new.graph]
-    theirs = [key for key in here if old.inner != new.inner]
-    if not ours and not theirs:
-        return
-    if any(manifest.versions.get(key, here[key]) != here[key] for key in (*ours, *theirs)):
-        log.warning(
-            "%s: %s: the graph of its block is not the one that %s wrote: compare outputs",
-            where,
-            name,
-            manifest.versions,
-        )
-        return
-    if ours:
-        raise CheckpointError(
-            f"{where}: {name}: its block computes something else: if the model was converted with "
-            "passes of your own, give them again as passes="
-        )
-    raise CheckpointError(
-        f"{where}: {name}: the dense MLP computes something else between its projections: "
-        "another model was given"
-    )
-
-
 def versions() -> dict[str, str]:
     """Return the versions of the packages that a saved model depends on."""
     found = {"moeify": __version__, "torch": str(torch.__version__)}
     with contextlib.suppress(PackageNotFoundError):
         found["transformers"] = version("transformers")
     return found
+
+
+__all__ = [
+    "LayerFacts",
+    "Recorded",
+    "layer_records",
+    "replay",
+    "versions",
+]

@@ -1,4 +1,4 @@
-"""`demoeify(model)`: the way back to the dense model, exact where nothing has trained.
+"""Revert a conversion: back to the dense model, exactly where nothing has trained.
 
 What the experts and the dense branch hold is merged into one MLP, written in the layout in which
 the dense model stored it, and put into the skeletons that the conversion kept. Everything is
@@ -12,12 +12,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from moeify import compat, hf, losses
+from moeify import compat, losses
 from moeify.block import DenseMLP, LinearExperts, ResidualMix, StoredLinear
 from moeify.conversion import (
     ATTRIBUTE,
@@ -31,80 +31,55 @@ from moeify.conversion import (
 from moeify.errors import UnsupportedModuleError
 from moeify.expert_merge import joined_columns, joined_rows, merged, same_bits, widened
 from moeify.experts import Experts
+from moeify.hf_dense import become_dense
 from moeify.sites import Projection
 
 log = logging.getLogger("moeify")
-Model = TypeVar("Model", bound=nn.Module)
 
 
-def demoeify(model: Model) -> Model:
-    """Turn a converted model back into the dense one, in place.
-
-    Exact, bit for bit, if nothing has been trained and the experts are copies (`init: copy`, or
-    `granular` with a power of two; other granularities scale by a number that rounds). Where
-    experts differ, their weights are averaged, the dense branch of a residual block is mixed in
-    with the shares it starts with, and a warning says so: such a step changes what the model
-    computes. Routers, coefficients and what passes of your own added to the blocks are dropped.
-
-    The dense MLPs follow the device, dtype, training flag and hooks of the blocks they replace.
-    Their parameters are new objects (unless a residual block still held the dense ones, and they
-    are what comes out): make a new optimizer afterwards.
-
-    Args:
-        model: A model that `moeify` converted, this very object. On `meta` it stays on `meta`.
-
-    Returns:
-        The same object.
+def revert(model: nn.Module) -> None:
+    """Turn a converted model back into the dense one, in place; see `moeify.demoeify`.
 
     Raises:
         MoeifyError: The model was not converted.
-        UnsupportedModuleError: A block was replaced or sharded, or has learned something that the
-            dense module has no place for. The model is then unchanged.
-
-    Source:
-        Averaging experts: model soups (Wortsman et al. 2022).
-
-    Example:
-        >>> from moeify import moeify
-        >>> mlp = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
-        >>> model, x = nn.Sequential(mlp, nn.LayerNorm(8)), torch.randn(4, 8)
-        >>> before = model(x)
-        >>> plan = {"layers": [{"select": "all", "experts": 4}]}
-        >>> torch.equal(demoeify(moeify(model, plan, example_inputs=x))(x), before)
-        True
+        UnsupportedModuleError: A block cannot be reverted; the model is then unchanged.
     """
     conversion = require_conversion(model)
     require_one_process(model, "demoeify")
     with torch.no_grad():
-        rebuilt = [Rebuilt(model, converted) for converted in conversion.layers]
-    inexact = [layer.name for layer in rebuilt if not layer.exact]
-    if inexact:
-        more = f" and {len(inexact) - 3} more" if len(inexact) > 3 else ""
+        layers = [RevertedLayer(model, converted) for converted in conversion.layers]
+    _warn_of_averages([layer.name for layer in layers if not layer.exact])
+    for layer in layers:
+        layer.install()
+    _forget(model, conversion)
+
+
+def _warn_of_averages(names: Sequence[str]) -> None:
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         log.warning(
             "demoeify: the experts of %s%s are no copies of one another: they were averaged, and "
             "the dense model does not compute what the MoE model did",
-            ", ".join(inexact[:3]),
+            ", ".join(names[:3]),
             more,
         )
-    for layer in rebuilt:
-        layer.install()
-    _forget(model, conversion)
-    return model
 
 
 def _forget(model: nn.Module, conversion: Conversion) -> None:
+    """Take away what the conversion left on the model beside its blocks."""
     for path, value in conversion.fused.items():
         compat.restore_fused_encoder(model.get_submodule(path), value)
-    if conversion.parallel is not None and conversion.parallel.reducer is not None:
-        conversion.parallel.reducer.remove()
-    if conversion.parallel is not None and conversion.parallel.guard is not None:
-        conversion.parallel.guard.remove()
+    parallel = conversion.parallel
+    if parallel is not None:
+        for hooks in (parallel.reducer, parallel.guard):
+            if hooks is not None:
+                hooks.remove()
     del model.__dict__[ATTRIBUTE]
     losses.detach(model)
-    hf.unguard(model)
+    become_dense(model)
 
 
-class Rebuilt:
+class RevertedLayer:
     """The dense parts of one layer, ready to be put in place.
 
     Args:

@@ -7,12 +7,12 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from moeify.api import moeify as convert
 from moeify.capture import ExampleInputs
 from moeify.checkpoint_build import quiet_random_state
 from moeify.checkpoint_state import tensors_of
 from moeify.conversion import ATTRIBUTE, skeleton
-from moeify.dense_again import demoeify
+from moeify.convert_model import convert
+from moeify.dense_again import revert
 from moeify.errors import UnsupportedModuleError
 from moeify.plan import Plan
 
@@ -55,7 +55,8 @@ def draw_again(
             dense = type(built)(copy.deepcopy(built.config))
         else:
             dense = skeleton(twin)
-            dense = demoeify(dense) if ATTRIBUTE in dense.__dict__ else dense
+            if ATTRIBUTE in dense.__dict__:
+                revert(dense)
             _reset(dense)
     # A dtype for each parameter, as the twin has it: a model may keep norms in float32.
     dtypes = {item.name: item.tensor.dtype for item in tensors_of(twin)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+from collections.abc import Mapping
 from typing import Any, Final
 
 from torch import nn
@@ -12,6 +13,13 @@ from torch import nn
 from moeify.errors import CheckpointError
 from moeify.hf import is_hf
 
+KEY: Final = "moeify"
+"""Where a config holds the recipe."""
+
+DECOY: Final = "load-with-an-Auto-class-and-trust_remote_code.safetensors"
+"""A file that is not there, where a dense class looks for weights: its own would be random."""
+
+_DECOY_KEY: Final = "transformers_weights"
 _MODULE: Final = re.compile(r"transformers\.models(?:\.[A-Za-z_][A-Za-z0-9_]*)+")
 _CLASS: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -57,8 +65,26 @@ def dense_classes(model: nn.Module) -> tuple[type, type]:
     if not is_hf(model):
         raise CheckpointError(f"{cls.__name__} has no config: use moeify.save(model, directory)")
     config: Any = model.config
-    found: type = next(c for c in type(config).__mro__ if not hasattr(c, "saved_as"))
-    return cls, own_class(found, "the config's class")
+    return cls, own_class(dense_config_class(type(config)), "the config's class")
+
+
+def dense_config_class(cls: type) -> type:
+    """Return the config class of transformers behind one that a custom export generated."""
+    return next(base for base in cls.__mro__ if not hasattr(base, "saved_as"))
+
+
+def become_dense(model: nn.Module) -> None:
+    """Give a model of a generated class, which was converted back, its dense class and config."""
+    dense = getattr(type(model), "dense_class", None)
+    if not isinstance(dense, type):
+        return
+    configs = {id(c): c for m in model.modules() if (c := m.__dict__.get("config")) is not None}
+    for config in configs.values():
+        if hasattr(config, KEY):
+            config.__class__ = dense_config_class(type(config))
+            for key in (KEY, "auto_map", "architectures"):
+                config.__dict__.pop(key, None)
+    model.__class__ = dense
 
 
 def dense_config(model: nn.Module) -> dict[str, Any]:
@@ -83,8 +109,6 @@ def config_json(config: Any) -> str:
 def _dense_data(config: Any, *, use_diff: bool) -> dict[str, Any]:
     data: dict[str, Any] = json.loads(config.to_json_string(use_diff=use_diff))
     if hasattr(config, "saved_as"):
-        from moeify.hf_model import KEY, without_decoys
-
         data = without_decoys(data)
         for key in (KEY, "auto_map", "architectures"):
             data.pop(key, None)
@@ -98,3 +122,22 @@ def generation_config(model: nn.Module) -> dict[str, Any] | None:
         return None
     data: dict[str, Any] = json.loads(found.to_json_string(use_diff=True))
     return data
+
+
+def with_decoys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config's data in which dense classes, also of its parts, find no weights."""
+    parts = {
+        key: {**part, _DECOY_KEY: DECOY}
+        for key, part in config.items()
+        if isinstance(part, dict) and "model_type" in part
+    }
+    return {**config, **parts, _DECOY_KEY: DECOY}
+
+
+def without_decoys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Undo `with_decoys`."""
+    return {
+        key: {k: v for k, v in part.items() if k != _DECOY_KEY} if isinstance(part, dict) else part
+        for key, part in config.items()
+        if key != _DECOY_KEY
+    }

@@ -8,98 +8,19 @@ saved names another, so that nobody takes the folder for the dense model.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Final, Literal
+from typing import Any, ClassVar
 
 import torch
-from pydantic import Field, ValidationError
 from torch import nn
 
-from moeify.api import moeify as convert
-from moeify.checkpoint_build import describable, parameters_on_meta
-from moeify.checkpoint_replay import layer_records, versions
-from moeify.checkpoint_state import tensors_of, to_meta
-from moeify.conversion import Conversion, require_conversion, require_one_process
-from moeify.errors import CaptureError, CheckpointError, MoeifyError
-from moeify.input_spec import make_inputs
-from moeify.plan import Plan
-from moeify.selection import Strict
-from moeify.strict_yaml import path_text
-
-log = logging.getLogger("moeify")
-
-KEY: Final = "moeify"
-"""Where a config holds the recipe."""
-
-DECOY: Final = "load-with-an-Auto-class-and-trust_remote_code.safetensors"
-"""A file that is not there, where a dense class looks for weights: its own would be random."""
-
-_DECOY_KEY: Final = "transformers_weights"
-_Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-
-
-class RecipeLayer(Strict):
-    """What must come out of the conversion for one layer.
-
-    Attributes:
-        name: The layer.
-        block: Path of its block.
-        experts: Number of experts.
-        top_k: Experts per token.
-        graph: Digest of what the block computes.
-        inner: Digest of the graphs inside it.
-    """
-
-    name: str
-    block: str
-    experts: int
-    top_k: int
-    graph: _Digest
-    inner: _Digest
-
-
-class Recipe(Strict):
-    """The content of `config.moeify`.
-
-    Attributes:
-        version: Of this form.
-        versions: Of the packages that wrote it.
-        plan: The plan's data.
-        plan_sha256: Its digest.
-        inputs: Description of the example inputs; None where they are made from the config.
-        layers: What must come out.
-    """
-
-    version: Literal[1]
-    versions: dict[str, str]
-    plan: dict[str, Any]
-    plan_sha256: _Digest
-    inputs: Any
-    layers: list[RecipeLayer]
-
-
-def recipe_of(model: nn.Module, conversion: Conversion) -> dict[str, Any]:
-    """Return the recipe of a converted Hugging Face model, as JSON-able data."""
-    records = layer_records(model, conversion)
-    return Recipe(
-        version=1,
-        versions=versions(),
-        plan=conversion.plan.data(),
-        plan_sha256=conversion.plan.digest(),
-        inputs=conversion.inputs if describable(conversion.inputs) else None,
-        layers=[
-            RecipeLayer(
-                name=converted.layer.name,
-                block=converted.block,
-                experts=converted.layer.experts,
-                top_k=converted.layer.top_k,
-                graph=record.graph,
-                inner=record.inner,
-            )
-            for converted, record in zip(conversion.layers, records, strict=True)
-        ],
-    ).model_dump(mode="json")
+from moeify.checkpoint_build import parameters_on_meta
+from moeify.checkpoint_replay import replay
+from moeify.conversion import require_one_process
+from moeify.errors import CheckpointError, MoeifyError
+from moeify.hf_dense import KEY, dense_config_class, with_decoys, without_decoys
+from moeify.recipe import read_recipe, recorded
+from moeify.save_hook import guard
 
 
 class ConvertedConfig:
@@ -136,30 +57,6 @@ class ConvertedConfig:
         return with_decoys(made | {"model_type": self.saved_as})
 
 
-def dense_config_class(cls: type) -> type:
-    """Return the config class of transformers behind a generated one."""
-    return next(base for base in cls.__mro__ if not issubclass(base, ConvertedConfig))
-
-
-def with_decoys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config's data in which dense classes, also of its parts, find no weights."""
-    parts = {
-        key: {**part, _DECOY_KEY: DECOY}
-        for key, part in config.items()
-        if isinstance(part, dict) and "model_type" in part
-    }
-    return {**config, **parts, _DECOY_KEY: DECOY}
-
-
-def without_decoys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Undo `with_decoys`."""
-    return {
-        key: {k: v for k, v in part.items() if k != _DECOY_KEY} if isinstance(part, dict) else part
-        for key, part in config.items()
-        if key != _DECOY_KEY
-    }
-
-
 class ConvertedModel:
     """Stands before a model class of transformers in a generated one.
 
@@ -173,6 +70,7 @@ class ConvertedModel:
         self.build_dense(config, *args, **kwargs)
         assert isinstance(self, nn.Module)
         convert_for_loading(self)
+        guard(self)
 
     def build_dense(self, config: Any, *args: Any, **kwargs: Any) -> None:
         """Build the dense model, which may ask for the classes that its config's class has."""
@@ -200,105 +98,23 @@ def convert_for_loading(model: nn.Module) -> None:
     """
     config: Any = model.config
     where = f"{getattr(config, 'name_or_path', '') or 'config.json'}: {KEY}"
-    recipe = _read(getattr(config, KEY, None), where)
+    recipe = read_recipe(getattr(config, KEY, None), where)
+    with torch.device("cpu"):
+        replay(model, recorded(recipe, where), rebuild=lambda: _build_again(model))
     try:
-        plan = Plan.of(recipe.plan)
-    except MoeifyError as error:
-        raise CheckpointError(f"{where}.plan: {error}") from error
-    if plan.digest() != recipe.plan_sha256:
-        raise CheckpointError(f"{where}.plan_sha256: is not the digest of the plan")
-    if recipe.inputs is not None and not describable(recipe.inputs):
-        raise CheckpointError(f"{where}.inputs: cannot be made again")
-    try:
-        with torch.device("cpu"):
-            inputs = None if recipe.inputs is None else make_inputs(recipe.inputs)
-            _convert(model, plan, inputs)
         require_one_process(model, "from_pretrained")
     except MoeifyError as error:
-        raise CheckpointError(
-            f"{where}: the plan does not fit this {type(model).__name__}: {error}"
-        ) from error
-    _check(model, recipe, where)
+        raise CheckpointError(f"{where}: {error}") from error
 
 
-def _convert(model: nn.Module, plan: Plan, inputs: Any) -> None:
-    try:
-        convert(model, plan, example_inputs=inputs, verify=False)
-    except CaptureError:
-        # It reads values on the way: build it again with its buffers, and zeros for parameters.
-        if not any(item.tensor.is_meta for item in tensors_of(model)):
-            raise
-        assert isinstance(model, ConvertedModel)
-        with parameters_on_meta():
-            model.build_dense(model.config)
-        for module in model.modules():  # nothing is initialised: values come from a file
-            for part in (module, *module._parameters.values(), *module._buffers.values()):
-                getattr(part, "__dict__", {}).pop("_is_hf_initialized", None)
-        for item in list(tensors_of(model)):
-            if item.role == "parameter" and item.tensor.is_meta:
-                zeros = torch.zeros_like(item.tensor, device="cpu")
-                setattr(item.module, item.key, nn.Parameter(zeros, item.tensor.requires_grad))
-        convert(model, plan, example_inputs=inputs, verify=False)
-        to_meta(model)
+def _build_again(model: nn.Module) -> None:
+    """Build the dense model once more, with its buffers real; values come from a file later."""
+    assert isinstance(model, ConvertedModel)
+    with parameters_on_meta():
+        model.build_dense(model.config)
+    for module in model.modules():  # what is marked as initialised would not be loaded
+        for part in (module, *module._parameters.values(), *module._buffers.values()):
+            getattr(part, "__dict__", {}).pop("_is_hf_initialized", None)
 
 
-def _read(data: Any, where: str) -> Recipe:
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{where}: is missing: the config is of no converted model")
-    try:
-        return Recipe.model_validate(data)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise CheckpointError(f"{where}.{path_text(first['loc'])}: {first['msg']}") from None
-
-
-def _check(model: nn.Module, recipe: Recipe, where: str) -> None:
-    """Compare what was converted with what the recipe says.
-
-    Raises:
-        CheckpointError: It is something else, though by the same releases.
-    """
-    conversion = require_conversion(model)
-    now = Recipe.model_validate(recipe_of(model, conversion))
-    if [layer.name for layer in now.layers] != [layer.name for layer in recipe.layers]:
-        raise CheckpointError(
-            f"{where}.layers: were {[layer.name for layer in recipe.layers]}, and are now "
-            f"{[layer.name for layer in now.layers]}: the library changed"
-        )
-    for old, new in zip(recipe.layers, now.layers, strict=True):
-        for key in ("block", "experts", "top_k"):
-            if getattr(old, key) != getattr(new, key):
-                raise CheckpointError(
-                    f"{where}.layers: {old.name}: {key} was {getattr(old, key)!r} and is now "
-                    f"{getattr(new, key)!r}: the library changed"
-                )
-        if (old.graph, old.inner) == (new.graph, new.inner):
-            continue
-        if recipe.versions != now.versions:
-            log.warning(
-                "%s: %s: the graph of its block is not the one that %s wrote: compare outputs",
-                where,
-                old.name,
-                recipe.versions,
-            )
-            continue
-        raise CheckpointError(
-            f"{where}.layers: {old.name}: its block computes something else: passes of your own, "
-            "and dense modules that were changed, do not travel with this format; use moeify.save"
-        )
-
-
-def become_dense(model: nn.Module) -> None:
-    """Give a model of a generated class, which was converted back, its dense class and config."""
-    if not isinstance(model, ConvertedModel):
-        return
-    configs = {id(c): c for m in model.modules() if (c := m.__dict__.get("config")) is not None}
-    for config in configs.values():
-        if hasattr(config, KEY):
-            config.__class__ = dense_config_class(type(config))
-            for key in (KEY, "auto_map", "architectures"):
-                config.__dict__.pop(key, None)
-    model.__class__ = model.dense_class
-
-
-__all__ = ["ConvertedConfig", "ConvertedModel", "become_dense", "convert_for_loading", "recipe_of"]
+__all__ = ["ConvertedConfig", "ConvertedModel", "convert_for_loading"]

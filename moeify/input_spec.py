@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
+
+MAX_ELEMENTS: Final = 1 << 28
+"""Most elements that example inputs may have."""
 
 
 def describe_inputs(value: Any) -> Any:
@@ -43,3 +48,38 @@ def make_inputs(description: Any) -> Any:
     if kind == "value":
         return content
     raise ValueError(f"the example inputs hold a {content}, which cannot be made again")
+
+
+def describable(description: Any) -> bool:
+    """Tell whether inputs of this description can be made again, from JSON."""
+    try:
+        check_description(description)
+        json.dumps(description, allow_nan=False)
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return False
+    return True
+
+
+def check_description(description: Any) -> None:
+    """Check that a description is well formed and its inputs are of a sensible size.
+
+    Raises:
+        ValueError, TypeError, LookupError: It is not.
+    """
+    if not isinstance(description, dict) or len(description) != 1:
+        raise ValueError("a description has one key")
+    kind, content = next(iter(description.items()))
+    if kind == "tensor":
+        shape, dtype = content["shape"], getattr(torch, str(content["dtype"]), None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{content['dtype']!r:.40} is no dtype")
+        if not all(type(n) is int and n >= 0 for n in shape) or math.prod(shape) > MAX_ELEMENTS:
+            raise ValueError(f"{shape!r:.80} is no shape for an example")
+    elif kind == "dict":
+        for part in dict(content).values():
+            check_description(part)
+    elif kind == "tuple":
+        for part in list(content):
+            check_description(part)
+    elif kind != "value" or not (content is None or isinstance(content, bool | int | float | str)):
+        raise ValueError(f"{kind!r:.40}: {content!r:.80} cannot be made again")

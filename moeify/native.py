@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from moeify import strict_yaml
-from moeify.checkpoint_build import describable
 from moeify.content import Content, Stored
 from moeify.conversion import Conversion, require_conversion, require_one_process
 from moeify.errors import MoeifyError
 from moeify.export_manifest import manifest_of
 from moeify.hf_dense import dense_class, dense_config, generation_config
+from moeify.input_spec import describable
 from moeify.native_facts import Facts, facts_of
 from moeify.native_targets import TARGETS, Target, config_of, misfits
 from moeify.native_tensors import Tensors, names_of, tensors_of

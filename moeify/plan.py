@@ -7,7 +7,6 @@ that cannot be right is a `PlanError` with its file, line and place. Importable 
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import hashlib
 import json
@@ -15,14 +14,17 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, PrivateAttr, Tag, ValidationError
+from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError
 from pydantic_core import PydanticCustomError
 
+import moeify
 from moeify import strict_yaml
 from moeify.errors import PlanError
+from moeify.from_deepspeed import plan_data
 from moeify.plan_errors import plan_error
 from moeify.presets import PRESETS, preset_data
-from moeify.selection import LISTED, Count, Schedule, Select, Strict
+from moeify.rules import LayerRule
+from moeify.selection import LISTED, Schedule, Select, Strict
 from moeify.specs import InitSpec, ParallelSpec, RouterSpec, ZeroSpec
 from moeify.strict_yaml import Lines, Where
 from moeify.student_spec import DistillSpec, DropSpec, StudentSpec
@@ -34,52 +36,6 @@ if TYPE_CHECKING:
     from moeify.resolve import ResolvedPlan
 
 _SUFFIXES = (".yaml", ".yml", ".json")
-
-
-def _kind_of_select(value: Any) -> str:
-    return "<by>" if isinstance(value, Mapping | Select) else "<all>"
-
-
-def _kind_of_experts(value: Any) -> str:
-    if isinstance(value, str):
-        return "<word>"
-    return "<schedule>" if isinstance(value, Mapping | Schedule) else "<count>"
-
-
-class LayerRule(Strict):
-    """One rule: which sites, and what they become. Fields it does not state it leaves alone.
-
-    Attributes:
-        select: Which sites.
-        experts: How many experts each; a schedule over the selected sites; `dense` takes back what
-            earlier rules selected; `keep` (the default) for what an earlier rule said.
-        top_k: Experts per token.
-        residual: How the dense MLP stays beside the experts: not at all, mixed by a learned
-            two-way softmax (`coefficient`), added, or behind a sigmoid gate.
-        expert: What an expert is: the site's `mlp`, or a square `linear` in front of a linear layer
-            that `select: {name: ...}` gives by its module path.
-        kernel: What runs the experts: `auto` decides by device, dtype and sizes, or one of
-            `reference` (plain torch), `cpu`, `triton`, `grouped_mm`; it holds where it can run.
-        router: Overrides of the plan's `router`.
-        init: Overrides of the plan's `init`.
-    """
-
-    select: Annotated[
-        Annotated[Literal["all"], Tag("<all>")] | Annotated[Select, Tag("<by>")],
-        Discriminator(_kind_of_select),
-    ]
-    experts: Annotated[
-        Annotated[Count, Tag("<count>")]
-        | Annotated[Literal["dense", "keep"], Tag("<word>")]
-        | Annotated[Schedule, Tag("<schedule>")],
-        Discriminator(_kind_of_experts),
-    ] = "keep"
-    top_k: Count = 1
-    residual: Literal["none", "coefficient", "add", "sigmoid"] = "none"
-    expert: Literal["mlp", "linear"] = "mlp"
-    kernel: Literal["auto", "reference", "cpu", "triton", "grouped_mm"] = "auto"
-    router: RouterSpec = RouterSpec()
-    init: InitSpec = InitSpec()
 
 
 def _check_version(value: Any) -> Any:
@@ -226,8 +182,6 @@ class Plan(Strict):
         Raises:
             PlanError: If the config cannot be read or contradicts itself.
         """
-        from moeify.from_deepspeed import plan_data
-
         data, notes = plan_data(config, moe, layers)
         plan = cls.of(data)
         plan._notes = notes
@@ -355,26 +309,8 @@ class Plan(Strict):
             PlanError: If the plan does not fit the model.
             CaptureError: If the model cannot be run.
         """
-        from moeify.discovery import discover
-        from moeify.resolve import resolve_sites
-
-        found = discover(model, example_inputs)
-        resolved = resolve_sites(
-            self,
-            found.sites,
-            parameters=found.parameters,
-            parameter_bytes=found.parameter_bytes,
-            linears=found.linears,
-            near_misses=[str(miss) for miss in found.near_misses],
-        )
-        if self.parallel.tensor == 1:
-            return resolved
-        from moeify.tensor_parallel_derive import derive
-
-        slices = derive(
-            found, resolved, self.parallel.tensor, model=model, example_inputs=example_inputs
-        )
-        return dataclasses.replace(resolved, notes=tuple(slices.lines()))
+        # A plan is read without torch, a model is not run without it: `moeify.api` has the body.
+        return moeify.resolve_plan(self, model, example_inputs)
 
     def __eq__(self, other: object) -> bool:
         # Not pydantic's: where a plan was read from is no part of it, what its rules state is.

@@ -184,7 +184,7 @@ def of_folder(folder: Path, plan: Plan | None) -> Facts:
         facts.active = facts.total - sum(row.after - row.active for row in facts.rows)
         facts.dense = facts.total - sum(row.after - row.before for row in facts.rows)
     try:
-        from moeify.checkpoint_build import describable
+        from moeify.input_spec import describable
         from moeify.plan import Plan
         from moeify.reverse import dense_on_meta
 
@@ -271,7 +271,7 @@ def _dense_twin(facts: Facts, model: nn.Module) -> nn.Module | None:
 
     from moeify.checkpoint_state import to_meta
     from moeify.conversion import conversion_of
-    from moeify.dense_again import demoeify
+    from moeify.dense_again import revert
 
     inner = next(m for m in model.modules() if conversion_of(m) is not None and _own(m))
     # Copied on meta at once: the weights are not held twice.
@@ -282,7 +282,8 @@ def _dense_twin(facts: Facts, model: nn.Module) -> nn.Module | None:
     try:
         twin = copy.deepcopy(inner, memo)
         to_meta(twin)
-        return demoeify(twin)
+        revert(twin)
+        return twin
     except Exception as error:  # what hangs on a user's model copies as it likes
         log.debug("no dense twin", exc_info=True)
         facts.missing.append(f"dense layers and graphs: the model cannot be copied: {error}")

@@ -1,8 +1,8 @@
-"""Back to a dense folder, one layer at a time.
+"""Revert a folder: the dense model behind it, one layer at a time.
 
 The dense model is built on meta and converted there as it once was, which says where everything
 went. What was kept is copied under its old name; of a converted layer, its block alone is given its
-tensors when the first of its dense ones is to be written, and `dense_again` makes them all.
+tensors when the first of its dense ones is to be written, and `moeify.dense_again` makes them all.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
@@ -20,22 +20,20 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from moeify.api import moeify as convert
 from moeify.checkpoint import load
-from moeify.checkpoint_build import build, default_device_cpu, describable
+from moeify.checkpoint_build import build, default_device_cpu
 from moeify.checkpoint_files import Folder
 from moeify.checkpoint_json import parse_json
 from moeify.checkpoint_manifest import MAX_BYTES, Manifest, ModelRecord, read_manifest
+from moeify.checkpoint_replay import LayerFacts, Recorded, replay
 from moeify.checkpoint_shards import dtype_name
 from moeify.checkpoint_state import tensors_of
 from moeify.content import Content, Output, Spec, Stored, Written, copied, describe
 from moeify.conversion import Conversion, ConvertedLayer, require_conversion
-from moeify.dense_again import Rebuilt
-from moeify.errors import CheckpointError, MoeifyError
+from moeify.dense_again import RevertedLayer
+from moeify.errors import CheckpointError
 from moeify.export_manifest import ExportManifest, manifest_of, read_export_manifest
 from moeify.hf_dense import dense_class, dense_config, generation_config
-from moeify.input_spec import make_inputs
-from moeify.plan import Plan
 from moeify.source_names import places_of, renaming
 from moeify.stored_folder import FolderTensors
 from moeify.stored_native import NativeTensors
@@ -78,10 +76,6 @@ def dense_content(directory: str | os.PathLike[str]) -> Content:
         layers.output(name) if name in layers.specs else copied(stored, kept[name], name)
         for name in start.names
     ]
-    config = dense_config(model) | {"dtype": _main_dtype(outputs)}
-    texts = {"config.json": config}
-    if (generation := generation_config(model)) is not None:
-        texts["generation_config.json"] = generation
     make = manifest_of(
         "dense",
         architecture=dense_class(model).__name__,
@@ -97,16 +91,30 @@ def dense_content(directory: str | os.PathLike[str]) -> Content:
     return Content(
         kind="dense",
         tensors=tuple(outputs),
-        texts={
-            n: json.dumps(t, indent=2, sort_keys=True).encode() + b"\n" for n, t in texts.items()
-        },
+        texts=_texts(model, outputs),
         manifest=manifest,
-        notes=tuple(
-            f"{c.layer.name}: its experts were not the same from the start "
-            f"({c.layer.init.experts}): their mean is no MLP that was ever trained"
-            for c in conversion.layers
-            if c.layer.init.experts not in _ALIKE
-        ),
+        notes=_notes(conversion),
+    )
+
+
+def _texts(model: nn.Module, outputs: Sequence[Output]) -> dict[str, bytes]:
+    """Return the config files of the dense model."""
+    texts = {"config.json": dense_config(model) | {"dtype": _main_dtype(outputs)}}
+    if (generation := generation_config(model)) is not None:
+        texts["generation_config.json"] = generation
+    return {
+        name: json.dumps(text, indent=2, sort_keys=True).encode() + b"\n"
+        for name, text in texts.items()
+    }
+
+
+def _notes(conversion: Conversion) -> tuple[str, ...]:
+    """Name the layers whose experts were not copies of one another from the start."""
+    return tuple(
+        f"{c.layer.name}: its experts were not the same from the start ({c.layer.init.experts}): "
+        "their mean is no MLP that was ever trained"
+        for c in conversion.layers
+        if c.layer.init.experts not in _ALIKE
     )
 
 
@@ -150,10 +158,11 @@ def _start(directory: str | os.PathLike[str]) -> _Start:
                 f"{where}: transformers would load {name} as {other}: load the model and use "
                 "moeify.demoeify and save_pretrained"
             )
+    model = dense
     if export is None:
-        model = load(directory, device="meta", model=dense)
+        load(directory, device="meta", model=model)
     else:
-        model = _converted(dense, export, where)
+        replay(model, _recorded(export, where))
     files = [record.model_dump(mode="json") for record in stored.manifest.shards]
     source = {"folder": os.path.basename(os.path.realpath(directory)), "files": files}
     return _Start(where, stored, tuple(specs), aliases, model, source)
@@ -198,28 +207,17 @@ def _exported(export: ExportManifest, where: str) -> nn.Module:
     return build(record, config, generation, where)
 
 
-def _converted(dense: nn.Module, export: ExportManifest, where: str) -> nn.Module:
-    """Convert the dense model of an export, on meta, and check that it became what it was."""
-    inputs = export.details.get("inputs")
-    if inputs is not None and not describable(inputs):
-        raise CheckpointError(f"{where}/moeify.json: details: inputs: cannot be made again")
-    try:
-        plan = Plan.of(export.plan)
-        made = None if inputs is None else make_inputs(inputs)
-        convert(dense, plan, example_inputs=made, verify=False)
-    except MoeifyError as error:
-        raise CheckpointError(
-            f"{where}: its plan does not fit a {type(dense).__name__}: {error}"
-        ) from error
-    now = [converted.layer.to_dict() for converted in require_conversion(dense).layers]
-    then = export.layers
-    facts = [[{k: layer.get(k) for k in _KEYS} for layer in layers] for layers in (now, then)]
-    if facts[0] != facts[1] or plan.digest() != export.plan_sha256:
-        raise CheckpointError(
-            f"{where}: the plan gives other layers than moeify.json lists: the library changed, or "
-            "the file was"
-        )
-    return dense
+def _recorded(export: ExportManifest, where: str) -> Recorded:
+    """Return what an export says of its conversion."""
+    return Recorded(
+        where=where,
+        fields=f"{where}/moeify.json: ",
+        plan=export.plan,
+        plan_sha256=export.plan_sha256,
+        inputs=export.details.get("inputs"),
+        layers=[LayerFacts({key: layer.get(key) for key in _KEYS}) for layer in export.layers],
+        versions=export.versions,
+    )
 
 
 def _fill(model: nn.Module, stored: Stored, where: str) -> dict[str, str]:
@@ -301,7 +299,7 @@ class _Layers:
         self.specs: dict[str, Spec] = {}
         for converted in require_conversion(model).layers:
             with torch.no_grad():
-                rebuilt = Rebuilt(model, converted)
+                rebuilt = RevertedLayer(model, converted)
             for name, parameter in rebuilt.parameters.items():
                 self._layer[name] = converted
                 self.specs[name] = Spec(tuple(parameter.shape), parameter.dtype)
@@ -321,7 +319,7 @@ class _Layers:
 
     def _make(self, layer: ConvertedLayer) -> dict[str, Tensor]:
         with self._real(layer), torch.no_grad():
-            rebuilt = Rebuilt(self._model, layer)
+            rebuilt = RevertedLayer(self._model, layer)
         if not rebuilt.exact:
             log.warning(
                 "%s: its experts are no copies of one another: they were averaged, and the dense "
@@ -346,7 +344,7 @@ class _Layers:
             yield
 
 
-def _main_dtype(outputs: list[Output]) -> str:
+def _main_dtype(outputs: Sequence[Output]) -> str:
     """Return the dtype of most floating-point elements."""
     counts: dict[torch.dtype, int] = {}
     for output in outputs:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from moeify import strict_yaml
-from moeify.checkpoint_build import build, default_device_cpu
+from moeify.checkpoint_build import build, convert_again, default_device_cpu
 from moeify.checkpoint_files import Folder, _resolved, _tag, new_file, replace_folder
 from moeify.checkpoint_json import parse_json
 from moeify.checkpoint_manifest import (
@@ -29,9 +29,8 @@ from moeify.checkpoint_manifest import (
     encode,
     read_manifest,
 )
-from moeify.checkpoint_replay import convert_again, layer_records
+from moeify.checkpoint_replay import layer_records
 from moeify.checkpoint_shards import DTYPES, check_shard, parse_size, read_shard
-from moeify.conversion import require_conversion
 from moeify.errors import CheckpointError
 from moeify.plan import Plan
 from moeify.sharded_checkpoint import _found
@@ -276,8 +275,8 @@ def _in_one_process(
     if model is None:
         config = texts.get("source_config.json", {})
         model = build(single.model, config, texts.get("generation_config.json"), where)
-    convert_again(model, single, (), where)
-    layers: list[LayerRecord] = layer_records(model, require_conversion(model))
+    conversion = convert_again(model, single, where, prove=False)  # it was made for other ranks
+    layers: list[LayerRecord] = layer_records(model, conversion)
     return single.model_copy(update={"layers": layers})
 
 

@@ -6,12 +6,13 @@ from typing import Any
 
 from torch import nn
 
-from moeify.checkpoint_build import config_texts, describable, describe_model
+from moeify.checkpoint_build import config_texts, describe_model
 from moeify.checkpoint_manifest import ModelRecord
 from moeify.checkpoint_replay import layer_records, versions
 from moeify.checkpoint_shards import dtype_name
 from moeify.checkpoint_state import describe_modes
 from moeify.conversion import require_conversion
+from moeify.input_spec import describable
 from moeify.sharded_manifest import (
     DataFile,
     OptimizerRecord,

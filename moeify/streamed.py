@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from moeify.api import install_checked
 from moeify.checkpoint_state import collect, tensors_of
 from moeify.cli_models import build_on_meta, model_folder
 from moeify.content import Spec, Stored
@@ -25,6 +24,7 @@ from moeify.conversion import ConvertedLayer, require_conversion
 from moeify.discovery import Discovery
 from moeify.errors import CaptureError, MoeifyError
 from moeify.expert_models import rest_of, sources_for
+from moeify.install import Installation
 from moeify.passes.blocks import find_site
 from moeify.passes.replace_mlps import build_block, expert_weights
 from moeify.pipeline import prepare, refuse_wrapped, run_pipeline
@@ -250,7 +250,7 @@ def stream(
             )
     model = copy.deepcopy(dense)
     built = run_pipeline(model, plan, resolved, discovery)
-    install_checked(model, plan, resolved, discovery, built, inputs, verify=False)
+    Installation(model, plan, resolved, discovery, built, inputs, verify=False).run()
     return model, StreamedTensors(model, dense, source, discovery, resolved)
 
 

@@ -11,17 +11,16 @@ import copy
 from collections.abc import Sequence
 from typing import Any, Final
 
-import torch
 from torch import nn
 
-from moeify.api import moeify as convert
 from moeify.capture import ExampleInputs
 from moeify.checkpoint_build import parameters_on_meta, quiet_random_state
 from moeify.checkpoint_state import tensors_of
 from moeify.conversion import Conversion, ConvertedLayer, Swap, conversion_of, skeleton
-from moeify.dense_again import demoeify
+from moeify.convert_model import convert_without_values
+from moeify.dense_again import revert
 from moeify.drop_config import Cut, same_tree, shorten_modules
-from moeify.errors import CaptureError, UnsupportedModuleError, VerificationError
+from moeify.errors import UnsupportedModuleError, VerificationError
 from moeify.hf import is_hf
 from moeify.hf_dense import dense_class
 from moeify.plan import Plan
@@ -34,7 +33,7 @@ def dense_twin(model: nn.Module, record: Conversion | None, cuts: list[Cut]) -> 
     """Return the dense model behind a model, on meta and shortened."""
     twin = skeleton(model)
     if record is not None:
-        twin = demoeify(twin)
+        revert(twin)
     shorten_modules(twin, cuts)
     return twin
 
@@ -62,15 +61,9 @@ def built_twin(model: nn.Module, dense: nn.Module, cuts: list[Cut]) -> nn.Module
 
 def converted_twin(dense: nn.Module, plan: Plan, inputs: ExampleInputs) -> nn.Module:
     """Return a copy of a dense model on meta, converted by a plan."""
-    dense = skeleton(dense)
-    try:
-        return convert(dense, plan, example_inputs=inputs, verify=False)
-    except CaptureError:  # it reads values on the way: zeros may do
-        for item in list(tensors_of(dense)):
-            if item.role == "parameter" and item.tensor.is_meta:
-                zeros = torch.zeros_like(item.tensor, device="cpu")
-                setattr(item.module, item.key, nn.Parameter(zeros, item.tensor.requires_grad))
-        return convert(dense, plan, example_inputs=inputs, verify=False)
+    twin = skeleton(dense)
+    convert_without_values(twin, plan, inputs)
+    return twin
 
 
 def explicit_plan(record: Conversion, cuts: Sequence[Cut]) -> Plan:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import moeify as mf
-from moeify import api
+from moeify import install
 from moeify.conversion import conversion_of
 from moeify.errors import MoeifyError, UnsupportedModuleError
 from moeify.sharding import is_sharded, whole
@@ -235,7 +235,7 @@ def undone(rank: int, zero: dict[str, Any]) -> dict[str, Any]:
     held = dict(net.named_parameters(remove_duplicate=False))
     classes = [type(module) for module in net.modules()]
     handed: dict[str, bool] = {}
-    former = api.partition  # type: ignore[attr-defined]
+    former = install.partition  # type: ignore[attr-defined]
 
     def fails(model: nn.Module, *args: Any) -> Any:
         made = former(model, *args)
@@ -244,14 +244,14 @@ def undone(rank: int, zero: dict[str, Any]) -> dict[str, Any]:
             raise MemoryError("on rank 1")
         return made
 
-    api.partition = fails  # type: ignore[attr-defined]
+    install.partition = fails  # type: ignore[attr-defined]
     raised = ""
     try:
         converted(plan(expert=2) | {"zero": zero}, net)
     except (MemoryError, MoeifyError) as error:
         raised = f"{type(error).__name__}: {error}"
     finally:
-        api.partition = former  # type: ignore[attr-defined]
+        install.partition = former  # type: ignore[attr-defined]
     now = dict(net.named_parameters(remove_duplicate=False))
     said = {
         "raised": raised.split(":")[0] + (" of rank 1" if "on rank 1" in raised else ""),

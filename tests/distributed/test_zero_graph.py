@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 import moeify as mf
-from moeify import parallel, zero_gather, zero_graph
+from moeify import install, zero_gather, zero_graph
 from moeify.errors import MoeifyError
 from moeify.sharding import whole
 from tests.distributed import test_models_parallel as models
@@ -272,15 +272,14 @@ def undone(rank: int) -> list[Any]:
 
     net, x = dense(), batches(EVEN)[rank]
     before, y = dict(net.named_parameters()), net(x)
-    former, parallel.reduce_gradients = parallel.reduce_gradients, fails
-    mf.api.reduce_gradients = fails  # type: ignore[attr-defined]
+    former, install.reduce_gradients = install.reduce_gradients, fails  # type: ignore[attr-defined]
     try:
         converted({**plan(expert=2), **graph(3, precision="bf16")}, net)
         raise AssertionError("it did not fail")
     except MoeifyError:
         pass
     finally:
-        parallel.reduce_gradients = former
+        install.reduce_gradients = former  # type: ignore[attr-defined]
     after = dict(net.named_parameters())
     same = after.keys() == before.keys() and all(after[n] is before[n] for n in before)
     hooks = len(net._forward_hooks) + len(net._forward_pre_hooks)

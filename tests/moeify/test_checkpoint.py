@@ -747,7 +747,7 @@ DAMAGES: dict[str, tuple[Any, str]] = {
     ),
     "other layers": (
         lambda f: rewrite(f, lambda d: d["layers"].append(d["layers"][0])),
-        "2 layers were converted",
+        r"layers: were \[.*, .*\], and are now \[",
     ),
     "other ledger": (lambda f: rewrite(f, lambda d: d["ledger"].pop("out.bias")), "out.bias"),
     "input bomb": (

@@ -165,7 +165,7 @@ def test_after_an_error_the_model_is_bit_for_bit_what_it_was(
         def late(*args, **options):
             raise CheckpointError("late")
 
-        monkeypatch.setattr("moeify.api.install_checked", late)
+        monkeypatch.setattr("moeify.convert_model.Installation", late)
     else:
         damage(tmp_path / "tuned-2")
     model = copy.deepcopy(models[0])

@@ -230,9 +230,9 @@ def test_router_buffers_come_back(tmp_path):
 
 
 def test_models_that_read_values_on_the_way(folder, model, monkeypatch):
-    from moeify import hf_model
+    from moeify import convert_model
 
-    real, calls = hf_model.convert, []
+    real, calls = convert_model.convert, []
 
     def convert(model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         calls.append(any(p.is_meta for p in model.parameters()))
@@ -240,7 +240,7 @@ def test_models_that_read_values_on_the_way(folder, model, monkeypatch):
             raise CaptureError("reads a value")
         return real(model, *args, **kwargs)
 
-    monkeypatch.setattr(hf_model, "convert", convert)
+    monkeypatch.setattr(convert_model, "convert", convert)
     assert torch.equal(logits(loaded(folder)), logits(model))
     assert calls == [True, False]
 
