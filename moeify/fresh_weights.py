@@ -51,13 +51,7 @@ def draw_again(
         )
     with quiet_random_state():
         torch.manual_seed(seed)
-        if built is not None:
-            dense = type(built)(copy.deepcopy(built.config))
-        else:
-            dense = skeleton(twin)
-            if ATTRIBUTE in dense.__dict__:
-                revert(dense)
-            _reset(dense)
+        dense = _drawn(twin) if built is None else type(built)(copy.deepcopy(built.config))
     # A dtype for each parameter, as the twin has it: a model may keep norms in float32.
     dtypes = {item.name: item.tensor.dtype for item in tensors_of(twin)}
     for item in list(tensors_of(dense)):
@@ -68,6 +62,15 @@ def draw_again(
     if plan is not None:
         convert(dense, plan, example_inputs=inputs, verify=False)
     return {item.name: item.tensor.detach() for item in tensors_of(dense)}
+
+
+def _drawn(twin: nn.Module) -> nn.Module:
+    """Return the dense model behind a model on meta, with weights drawn by its own modules."""
+    dense = skeleton(twin)
+    if ATTRIBUTE in dense.__dict__:
+        revert(dense)
+    _reset(dense)
+    return dense
 
 
 def _reset(model: nn.Module) -> None:

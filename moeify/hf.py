@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from moeify.errors import CaptureError
+from moeify.hf_inputs import make_inputs
 
 
 def is_hf(model: nn.Module) -> bool:
@@ -28,6 +29,4 @@ def example_inputs_for(model: nn.Module) -> dict[str, Any]:
             f"{type(model).__name__} is no Hugging Face model: give example_inputs, a dict of "
             "keyword arguments, a tuple of positional ones, or a tensor"
         )
-    from moeify.hf_inputs import make_inputs
-
     return make_inputs(model)

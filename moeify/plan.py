@@ -110,7 +110,7 @@ class Plan(Strict):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
-        """Reads a plan.
+        """Read a plan.
 
         Args:
             path: A `.yaml`, `.yml` or `.json` file.
@@ -127,7 +127,7 @@ class Plan(Strict):
 
     @classmethod
     def loads(cls, text: str, *, file: str | None = None) -> Plan:
-        """Parses a plan.
+        """Parse a plan.
 
         Args:
             text: YAML, or JSON if `file` says so.
@@ -145,7 +145,7 @@ class Plan(Strict):
 
     @classmethod
     def preset(cls, name: str, **options: Any) -> Plan:
-        """Makes a plan by name.
+        """Make a plan by name.
 
         Args:
             name: One of `moeify.presets.PRESETS`, such as "pr-moe".
@@ -167,7 +167,7 @@ class Plan(Strict):
         moe: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
         layers: Any = None,
     ) -> Plan:
-        """Reads what DeepSpeed is told, with DeepSpeed's meanings.
+        """Read what DeepSpeed is told, with DeepSpeed's meanings.
 
         Args:
             config: A ds_config: a dict, a path, JSON text, or that in URL-safe base64.
@@ -200,7 +200,7 @@ class Plan(Strict):
 
     @classmethod
     def of(cls, value: Plan | Mapping[str, Any] | str | os.PathLike[str]) -> Plan:
-        """Takes whatever stands for a plan.
+        """Take whatever stands for a plan.
 
         Args:
             value: A plan, its data, a preset's name, or a path.
@@ -234,7 +234,7 @@ class Plan(Strict):
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the plan, all or nothing.
+        """Write the plan, all or nothing.
 
         Args:
             path: A `.yaml`, `.yml` or `.json` file; replaced if it exists.
@@ -248,7 +248,7 @@ class Plan(Strict):
 
     @classmethod
     def json_schema(cls) -> dict[str, Any]:
-        """Describes the format.
+        """Describe the format.
 
         Returns:
             A JSON Schema of plan files, for editors and other tools.
@@ -257,7 +257,7 @@ class Plan(Strict):
         return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
     def data(self) -> dict[str, Any]:
-        """Gives the plan as data.
+        """Return the plan as data.
 
         Returns:
             What a plan file holds: only stated fields in the rules, everything elsewhere; `student`
@@ -269,7 +269,7 @@ class Plan(Strict):
         return data | rules
 
     def digest(self) -> str:
-        """Identifies the plan's content.
+        """Identify the plan's content.
 
         Returns:
             SHA-256, in hex, of its canonical JSON; equal plans have equal digests.
@@ -278,7 +278,7 @@ class Plan(Strict):
         return hashlib.sha256(text.encode()).hexdigest()
 
     def fault(self, where: Where, message: str) -> PlanError:
-        """Makes an error about a place in this plan.
+        """Make an error about a place in this plan.
 
         Args:
             where: Keys and positions, such as `("layers", 1, "select")`.
@@ -295,7 +295,7 @@ class Plan(Strict):
         )
 
     def resolve(self, model: nn.Module, example_inputs: Any = None) -> ResolvedPlan:
-        """Applies the plan to a model, changing nothing.
+        """Apply the plan to a model, changing nothing.
 
         Args:
             model: The dense model.

@@ -12,7 +12,6 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +30,7 @@ from moeify.pipeline import prepare, refuse_wrapped, run_pipeline
 from moeify.plan import Plan
 from moeify.resolve import LayerPlan, ResolvedPlan
 from moeify.selection import shorten
-
-if TYPE_CHECKING:
-    from moeify.source_names import Source
+from moeify.source_names import Source, open_source
 
 
 class StreamedTensors:
@@ -231,8 +228,6 @@ def stream(
     Raises:
         MoeifyError: The folder or the plan does not do, or the whole model is needed in memory.
     """
-    from moeify.source_names import open_source
-
     place = model_folder(folder)
     dense = build_on_meta(place, dtype)
     source = open_source(place, dense)
