@@ -14,7 +14,7 @@ from moeify.kernels.weigh import (
     combine_weights_backward_reference,
     combine_weights_reference,
 )
-from moeify.kernels.wire import wire_reference
+from moeify.kernels.wire import send_layout_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
@@ -131,10 +131,10 @@ def test_what_is_not_served_is_left_to_the_reference():
 
 
 @pytest.mark.parametrize(("capacity", "parts"), [(2, 1), (9, 1), (40, 2), (-1, 3)])
-def test_rows_laid_out_for_the_wire(capacity, parts):
+def test_rows_laid_out_for_sending(capacity, parts):
     ids = torch.rand(21, 4).topk(2).indices.int()
     packed, _, ends = assign_reference(ids, None, 4, 21 if capacity < 0 else capacity)
-    order, slots, _ = wire_reference(packed, ends, capacity, parts)
+    order, slots, _ = send_layout_reference(packed, ends, capacity, parts)
     order, slots = order.to(DEVICE), slots.to(DEVICE)
     hidden, weights = rows_of(order, 5, F32), torch.rand(21, 2, device=DEVICE)
     grad = torch.randn(21, 5, device=DEVICE)
