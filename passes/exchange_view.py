@@ -202,7 +202,10 @@ def _calls(graph: fx.Graph, target: Callable[..., Any]) -> list[fx.Node]:
 
 def _only(found: Sequence[fx.Node], what: str) -> fx.Node:
     if len(found) != 1:
-        raise PassError(f"{what}: {len(found)}, not 1: this is not an exchange as passes know it")
+        raise PassError(
+            f"{what}: {len(found)}, not 1: another pass has changed the exchange; run it after "
+            "the passes that rewrite exchanges"
+        )
     return found[0]
 
 
