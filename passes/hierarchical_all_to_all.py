@@ -134,20 +134,18 @@ class _Stage:
 
     def carry(self, graph: fx.Graph, rows: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
         """Add the way there; return the rows that arrive, and how those that left were sorted."""
-        name, there = self.name, self.where[0]
+        name, group, where = self.name, self.group.name, self.where[0]
         total = node(graph, exchange.rows_of, (rows,), f"{name}_total")
         layout = node(graph, ops.receive_layout, (self.segments, total, -1), f"{name}_layout")
         order, slots = items(graph, layout, f"{name}_order", f"{name}_slots")
         rows = node(graph, ops.dispatch, (rows, order, slots), f"{name}_sorted")
-        group = self.group.name
-        rows = send(graph, rows, self.receive, self.send, group, there, f"{name}_rows")
+        rows = send(graph, rows, self.receive, self.send, group, where, f"{name}_rows")
         return rows, [order, slots]
 
     def bring_back(self, graph: fx.Graph, results: fx.Node, sorting: list[fx.Node]) -> fx.Node:
         """Add the way back; return the results in the order of the rows before the sort."""
-        name, back = self.name, self.where[1]
-        group = self.group.name
-        rows = send(graph, results, self.send, self.receive, group, back, f"{name}_results")
+        name, group, where = self.name, self.group.name, self.where[1]
+        rows = send(graph, results, self.send, self.receive, group, where, f"{name}_results")
         return node(graph, ops.combine, (rows, None, *sorting), f"{name}_returned")
 
 
@@ -196,12 +194,12 @@ def _stages(
     names = ("local_send", "local_recv", "node_send", "node_recv")
     local_send, local_recv, node_send, node_recv = items(graph, splits, *names)
     args = (trip.send_counts, capacity, nodes, places)
-    here = node(graph, exchange.segments, args, "local_segments")
+    local_segments = node(graph, exchange.segments, args, "local_segments")
     args = (local_counts, capacity, places, nodes)
-    there = node(graph, exchange.segments, args, "node_segments")
+    node_segments = node(graph, exchange.segments, args, "node_segments")
     send_splits = node(graph, operator.getitem, (splits, 4), "send_splits")
     where = groups.where("tokens on the node", "results on the node")
-    first = _Stage("local", groups.local, where, here, local_send, local_recv)
+    first = _Stage("local", groups.local, where, local_segments, local_send, local_recv)
     where = groups.where("tokens to experts over nodes", "tokens from experts over nodes")
-    second = _Stage("node", groups.node, where, there, node_send, node_recv)
+    second = _Stage("node", groups.node, where, node_segments, node_send, node_recv)
     return first, second, send_splits
