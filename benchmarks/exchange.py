@@ -130,9 +130,9 @@ def together(action: Callable[[], T]) -> T:
         reason = f"wrong: {error}"
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-    said: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(said, reason)
-    for rank, failure in enumerate(said):
+    reasons: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(reasons, reason)
+    for rank, failure in enumerate(reasons):
         if failure is not None:
             raise Refused(failure if rank == 0 else f"{failure} (rank {rank})")
     done: T = result

@@ -60,18 +60,18 @@ class Plain(Layer):
         order = flat.argsort(stable=True)
         source = order // case.top_k
         counts = torch.bincount(flat, minlength=case.experts)
-        heard = torch.empty_like(counts)
-        dist.all_to_all_single(heard, counts)
-        both = torch.stack([counts, heard]).view(2, self.ranks, self.each)
+        recv_counts = torch.empty_like(counts)
+        dist.all_to_all_single(recv_counts, counts)
+        both = torch.stack([counts, recv_counts]).view(2, self.ranks, self.each)
         send, receive = both.sum(2).tolist()
 
-        there = _all_to_all(x[source], receive, send)
-        owner = torch.arange(self.each).repeat(self.ranks).repeat_interleave(heard)
+        recv_rows = _all_to_all(x[source], receive, send)
+        owner = torch.arange(self.each).repeat(self.ranks).repeat_interleave(recv_counts)
         by_expert = owner.argsort(stable=True)
-        mine = self.experts(there[by_expert], both[1].sum(0))
-        back = torch.empty_like(mine).index_copy(0, by_expert, mine)
-        home = _all_to_all(back, send, receive)
-        return torch.zeros_like(x).index_add(0, source, home * chosen.flatten()[order, None])
+        hidden = self.experts(recv_rows[by_expert], both[1].sum(0))
+        results = torch.empty_like(hidden).index_copy(0, by_expert, hidden)
+        returned = _all_to_all(results, send, receive)
+        return torch.zeros_like(x).index_add(0, source, returned * chosen.flatten()[order, None])
 
     def experts(self, rows: Tensor, counts: Tensor) -> Tensor:
         """Run rows [R, D], sorted by expert, of which `counts` [L] says how many each gets."""
@@ -125,8 +125,8 @@ class Wire(Layer):
     def forward(self, x: Tensor) -> Tensor:
         even = [self.case.rows // self.ranks] * self.ranks
         rows = x.repeat_interleave(self.case.top_k, 0)[: sum(even)]
-        home = _all_to_all(_all_to_all(rows, even, even), even, even)
-        return F.pad(home, (0, 0, 0, self.case.rows - len(home)))[:: self.case.top_k]
+        returned = _all_to_all(_all_to_all(rows, even, even), even, even)
+        return F.pad(returned, (0, 0, 0, self.case.rows - len(returned)))[:: self.case.top_k]
 
 
 class Moeify(Layer):

@@ -20,41 +20,42 @@ from moeify.kernels.implementations import define, fake
 
 
 def check_counts_reference(
-    heard: Tensor, capacity: int, where: str, ranks: Sequence[int], rank: int
+    recv_counts: Tensor, capacity: int, where: str, ranks: Sequence[int], rank: int
 ) -> Tensor:
     """Return the rows that each rank of the group will send to each local expert.
 
     Args:
-        heard: [N, L + 1] int64, what each rank announced to this one: rows for each of its experts,
-            then their sum, or the capacity in an even layout.
+        recv_counts: [N, L + 1] int64, what each rank announced to this one: rows for each of its
+            experts, then their sum, or the capacity in an even layout.
         capacity: Rows per expert in an even layout, or -1.
         where: The layer, for messages.
         ranks: [N] global ranks of the group.
         rank: This rank.
 
     Returns:
-        [N, L] int64, equal to `heard[:, :-1]`.
+        [N, L] int64, equal to `recv_counts[:, :-1]`.
 
     Raises:
         DispatchError: The announcements do not agree.
     """
-    counts = heard[:, :-1]
-    last = heard[:, -1]
+    counts = recv_counts[:, :-1]
+    last = recv_counts[:, -1]
     if capacity < 0:
         fine = ((counts >= 0).all(1)) & (counts.sum(1) == last)
     else:
         fine = ((counts >= 0) & (counts <= capacity)).all(1) & (last == capacity)
-    if capacity >= 0 and heard.is_cuda:
+    if capacity >= 0 and recv_counts.is_cuda:
         torch._assert_async(fine.all(), f"{where}: ranks announced different capacities")
         return counts.clone(memory_format=torch.contiguous_format)
     if not bool(fine.all()):
         place = int((~fine).nonzero()[0])
-        raise DispatchError(_message(heard[place].tolist(), capacity, where, ranks[place], rank))
+        counted = recv_counts[place].tolist()
+        raise DispatchError(_message(counted, capacity, where, ranks[place], rank))
     return counts.clone(memory_format=torch.contiguous_format)
 
 
-def _message(heard: list[int], capacity: int, where: str, sender: int, rank: int) -> str:
-    counts, last = heard[:-1], heard[-1]
+def _message(counted: list[int], capacity: int, where: str, sender: int, rank: int) -> str:
+    counts, last = counted[:-1], counted[-1]
     head = f"{where}: rank {rank} heard from rank {sender}"
     if capacity < 0:
         return (
@@ -71,11 +72,11 @@ def _message(heard: list[int], capacity: int, where: str, sender: int, rank: int
 
 check_counts = define(
     "check_counts",
-    "(Tensor heard, SymInt capacity, str where, int[] ranks, int rank) -> Tensor",
+    "(Tensor recv_counts, SymInt capacity, str where, int[] ranks, int rank) -> Tensor",
     check_counts_reference,
 )
 
 
 @fake("check_counts")
-def _(heard: Tensor, capacity: int, where: str, ranks: Sequence[int], rank: int) -> Tensor:
-    return heard.new_empty(heard.shape[0], heard.shape[1] - 1)
+def _(recv_counts: Tensor, capacity: int, where: str, ranks: Sequence[int], rank: int) -> Tensor:
+    return recv_counts.new_empty(recv_counts.shape[0], recv_counts.shape[1] - 1)

@@ -1,7 +1,7 @@
 """`moeify::combine`: expert outputs back to tokens, weighted; gathers only, no atomics.
 
 Shapes: T tokens, D model width, K top-k, R rows: T * K, or more or fewer
-behind `wire`, which leaves gaps, and has no room for what is dropped.
+behind `send_layout`, which leaves gaps, and has no room for what is dropped.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`moeify::own_routes`: of the routes of all ranks, those that lead to this rank's experts.
+"""`moeify::local_routes`: of the routes of all ranks, those that lead to this rank's experts.
 
 Shapes: S tokens of all ranks, K top-k, L local experts, R = S * K rows.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 from moeify.kernels.implementations import define, fake
 
 
-def own_routes_reference(ids: Tensor, first: int, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def local_routes_reference(ids: Tensor, first: int, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Give the routes to experts `first`, ..., `first + L - 1` a row each, by expert.
 
     Args:
@@ -38,14 +38,14 @@ def own_routes_reference(ids: Tensor, first: int, experts: int) -> tuple[Tensor,
     )
 
 
-own_routes = define(
-    "own_routes",
+local_routes = define(
+    "local_routes",
     "(Tensor ids, int first, int experts) -> (Tensor, Tensor, Tensor)",
-    own_routes_reference,
+    local_routes_reference,
 )
 
 
-@fake("own_routes")
+@fake("local_routes")
 def _(ids: Tensor, first: int, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     return (
         ids.new_empty(ids.shape),

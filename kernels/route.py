@@ -1,7 +1,7 @@
-"""Routing in one call: gate, drop over capacity, weigh.
+"""Routing in one call: gate, drop over capacity, weight what is left.
 
 `normalized` weights are over the *kept* routes, so the order is fixed: the gate chooses, `assign`
-drops, `weigh` turns the scores of what is left into combine weights.
+drops, `combine_weights` turns the scores of what is left into combine weights.
 
 Shapes: T tokens, D model width, E experts, K top-k, R = T * K rows.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moeify.kernels.assign import DROPS, assign
 from moeify.kernels.gate import BALANCES, LOGIT_NOISES, SCORES, gate
-from moeify.kernels.weigh import COMBINES, weigh
+from moeify.kernels.weigh import COMBINES, combine_weights
 
 __all__ = [
     "BALANCES",
@@ -25,9 +25,9 @@ __all__ = [
     "SCORES",
     "Routing",
     "assign",
+    "combine_weights",
     "gate",
     "route",
-    "weigh",
 ]
 
 IDS: Final = 0
@@ -108,7 +108,7 @@ def route(
         logit_noise: [T, E], added to the logits for the choice only.
         random_priority: [T], uniform priorities of the tokens; needed by `drop="random"`.
         score: "softmax" or "sigmoid".
-        combine: "probability", "normalized", "straight_through" or "sum"; see `weigh`.
+        combine: "probability", "normalized", "straight_through" or "sum"; see `combine_weights`.
         noise: What `logit_noise` moves: "rsample" every choice, "gumbel" all but the first.
         drop: Who stays over capacity: "random", "position" (all first choices before any second)
             or "score".
@@ -154,7 +154,7 @@ def route(
     elif drop == "random" and random_priority is not None:
         priority = random_priority[:, None].expand(ids.shape)
     slots, order, offsets = torch.ops.moeify.assign(ids, priority, weight.shape[0], capacity)
-    weights = torch.ops.moeify.weigh(scores, slots, combine)
+    weights = torch.ops.moeify.combine_weights(scores, slots, combine)
     dropped = ids.numel() - offsets[-1]
     return Routing(
         ids, weights, slots, order, offsets, counts, aux_loss, z_loss, entropy, dropped, logits

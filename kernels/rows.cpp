@@ -74,7 +74,7 @@ EXPORT void assign(const int32_t* ids, const float* priority, i64 token_stride, 
   std::fill(order + rows, order + R, -1);
 }
 
-// ---- weigh ------------------------------------------------------------------------------------
+// ---- combine weights ----------------------------------------------------------------------------
 
 enum { PROBABILITY, NORMALIZED, STRAIGHT_THROUGH, SUM };
 
@@ -85,8 +85,8 @@ static inline float kept_sum(const float* scores, const int32_t* slots, i64 K) {
   return total + EPSILON;
 }
 
-EXPORT void weigh(const float* scores, const int32_t* slots, i64 T, i64 K, i64 combine,
-                  float* weights) {
+EXPORT void combine_weights(const float* scores, const int32_t* slots, i64 T, i64 K,
+                            i64 combine, float* weights) {
   for (i64 t = 0; t < T; t++, scores += K, slots += K, weights += K) {
     if (combine == SUM || (combine == STRAIGHT_THROUGH && K == 1)) {
       for (i64 j = 0; j < K; j++)  // a score that underflowed still weighs 1
@@ -98,8 +98,8 @@ EXPORT void weigh(const float* scores, const int32_t* slots, i64 T, i64 K, i64 c
   }
 }
 
-EXPORT void weigh_backward(const float* grad, const float* scores, const int32_t* slots, i64 T,
-                           i64 K, i64 combine, float* grad_scores) {
+EXPORT void combine_weights_backward(const float* grad, const float* scores, const int32_t* slots,
+                                     i64 T, i64 K, i64 combine, float* grad_scores) {
   for (i64 t = 0; t < T; t++, grad += K, scores += K, slots += K, grad_scores += K) {
     float total = 1, inner = 0;
     if (combine == NORMALIZED) {

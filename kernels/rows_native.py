@@ -1,4 +1,4 @@
-"""`assign`, `weigh`, `dispatch` and `combine` in C++ on the CPU.
+"""`assign`, `combine_weights`, `dispatch` and `combine` in C++ on the CPU.
 
 Integers equal the references' exactly; sums are in float32. Each function has the arguments and
 results of its reference and returns NotImplemented for what it does not serve.
@@ -21,8 +21,8 @@ ROWS = (torch.float32, torch.bfloat16)
 
 ARGUMENTS = {
     "assign": "pp" + "llllll" + "ppp",
-    "weigh": "pp" + "lll" + "p",
-    "weigh_backward": "ppp" + "lll" + "p",
+    "combine_weights": "pp" + "lll" + "p",
+    "combine_weights_backward": "ppp" + "lll" + "p",
     "dispatch": "pp" + "llll" + "p",
     "combine": "ppp" + "lll" + "p",
     "combine_backward": "ppppp" + "llll" + "pp",
@@ -60,9 +60,9 @@ def assign(ids: Tensor, priority: Tensor | None, experts: int, capacity: int) ->
     return slots, order, offsets
 
 
-def weigh(scores: Tensor, slots: Tensor, combine: str) -> Any:
+def combine_weights(scores: Tensor, slots: Tensor, combine: str) -> Any:
     """Serve float32 scores."""
-    kernel = _kernel("weigh")
+    kernel = _kernel("combine_weights")
     if kernel is None or not _serves(scores, slots) or combine not in COMBINES:
         return NotImplemented
     scores, slots = scores.contiguous(), slots.contiguous()
@@ -74,9 +74,9 @@ def weigh(scores: Tensor, slots: Tensor, combine: str) -> Any:
     return weights
 
 
-def weigh_backward(grad: Tensor, scores: Tensor, slots: Tensor, combine: str) -> Any:
+def combine_weights_backward(grad: Tensor, scores: Tensor, slots: Tensor, combine: str) -> Any:
     """Serve float32 gradients and scores."""
-    kernel = _kernel("weigh_backward")
+    kernel = _kernel("combine_weights_backward")
     if (
         kernel is None
         or not _serves(scores, slots)

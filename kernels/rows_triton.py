@@ -1,4 +1,4 @@
-"""Moving rows in Triton: `dispatch`, `combine`, `weigh` and their backwards.
+"""Moving rows in Triton: `dispatch`, `combine`, `combine_weights` and their backwards.
 
 Gathers only, so that nothing depends on scheduling: where the gradient of a gather would scatter,
 the index of the other direction is read instead.
@@ -138,7 +138,7 @@ def _kept_scores(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def weigh_kernel(
+def combine_weights_kernel(
     scores,
     slots,
     out,
@@ -160,7 +160,7 @@ def weigh_kernel(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def weigh_backward_kernel(
+def combine_weights_backward_kernel(
     grad,
     scores,
     slots,
@@ -264,10 +264,10 @@ def combine_backward(
     return grad_hidden, grad_weights
 
 
-def weigh(scores: Tensor, slots: Tensor, combine: str) -> Any:
-    """Do what `weigh_reference` does, in float32.
+def combine_weights(scores: Tensor, slots: Tensor, combine: str) -> Any:
+    """Do what `combine_weights_reference` does, in float32.
 
-    Args, Returns, Source: as of `moeify.kernels.weigh.weigh_reference`.
+    Args, Returns, Source: as of `moeify.kernels.weigh.combine_weights_reference`.
     """
     if combine not in COMBINES or scores.dtype != torch.float32:
         return NotImplemented
@@ -275,7 +275,7 @@ def weigh(scores: Tensor, slots: Tensor, combine: str) -> Any:
     if out.numel():
         rows, top_k = scores.shape
         block_t, block_k = _choices(top_k)
-        weigh_kernel[(triton.cdiv(rows, block_t),)](
+        combine_weights_kernel[(triton.cdiv(rows, block_t),)](
             scores.contiguous(),
             slots.contiguous(),
             out,
@@ -288,10 +288,10 @@ def weigh(scores: Tensor, slots: Tensor, combine: str) -> Any:
     return out
 
 
-def weigh_backward(grad: Tensor, scores: Tensor, slots: Tensor, combine: str) -> Any:
-    """Do what `weigh_backward_reference` does, in float32.
+def combine_weights_backward(grad: Tensor, scores: Tensor, slots: Tensor, combine: str) -> Any:
+    """Do what `combine_weights_backward_reference` does, in float32.
 
-    Args, Returns: as of `moeify.kernels.weigh.weigh_backward_reference`.
+    Args, Returns: as of `moeify.kernels.weigh.combine_weights_backward_reference`.
     """
     if combine not in COMBINES or {grad.dtype, scores.dtype} != {torch.float32}:
         return NotImplemented
@@ -299,7 +299,7 @@ def weigh_backward(grad: Tensor, scores: Tensor, slots: Tensor, combine: str) ->
     if out.numel():
         rows, top_k = scores.shape
         block_t, block_k = _choices(top_k)
-        weigh_backward_kernel[(triton.cdiv(rows, block_t),)](
+        combine_weights_backward_kernel[(triton.cdiv(rows, block_t),)](
             grad.contiguous(),
             scores.contiguous(),
             slots.contiguous(),
@@ -352,9 +352,9 @@ def aot_cases() -> list[AotCase]:
         note = f"K={top_k}"
         weighing = blocks | {"COMBINE": mode}
         cases += [
-            AotCase(kernel=weigh_kernel, types=types, constants=weighing, note=note),
+            AotCase(kernel=combine_weights_kernel, types=types, constants=weighing, note=note),
             AotCase(
-                kernel=weigh_backward_kernel,
+                kernel=combine_weights_backward_kernel,
                 types=types,
                 constants=blocks | {"NORMALIZED": True},
                 note=note,

@@ -1,4 +1,4 @@
-"""`moeify::weigh`: combine weights from the chosen scores and what dropping left of them.
+"""`moeify::combine_weights`: combine weights from the chosen scores and what dropping left of them.
 
 Shapes: T tokens, K top-k.
 """
@@ -16,7 +16,7 @@ from moeify.kernels.implementations import define, fake
 COMBINES = ("probability", "normalized", "straight_through", "sum")
 
 
-def weigh_reference(scores: Tensor, slots: Tensor, combine: str) -> Tensor:
+def combine_weights_reference(scores: Tensor, slots: Tensor, combine: str) -> Tensor:
     """Return the combine weight of every route; dropped routes weigh exactly 0.
 
     Args:
@@ -48,22 +48,24 @@ def weigh_reference(scores: Tensor, slots: Tensor, combine: str) -> Tensor:
     raise ValueError(f"combine: {combine!r} is unknown; use one of {', '.join(COMBINES)}")
 
 
-weigh = define(
-    "weigh",
+combine_weights = define(
+    "combine_weights",
     "(Tensor scores, Tensor slots, str combine) -> Tensor",
-    weigh_reference,
-    cpu="moeify.kernels.rows_native:weigh",
-    cuda="moeify.kernels.rows_triton:weigh",
+    combine_weights_reference,
+    cpu="moeify.kernels.rows_native:combine_weights",
+    cuda="moeify.kernels.rows_triton:combine_weights",
 )
 
 
-@fake("weigh")
+@fake("combine_weights")
 def _(scores: Tensor, slots: Tensor, combine: str) -> Tensor:
     return scores.new_empty(scores.shape)
 
 
-def weigh_backward_reference(grad: Tensor, scores: Tensor, slots: Tensor, combine: str) -> Tensor:
-    """Return the gradient of `weigh` for scores [T, K]; zero for dropped routes."""
+def combine_weights_backward_reference(
+    grad: Tensor, scores: Tensor, slots: Tensor, combine: str
+) -> Tensor:
+    """Return the gradient of `combine_weights` for scores [T, K]; zero for dropped routes."""
     dropped = slots < 0
     if combine != "normalized":
         return grad.masked_fill(dropped, 0)
@@ -73,16 +75,16 @@ def weigh_backward_reference(grad: Tensor, scores: Tensor, slots: Tensor, combin
     return ((grad - inner) / total).masked_fill(dropped, 0)
 
 
-weigh_backward = define(
-    "weigh_backward",
+combine_weights_backward = define(
+    "combine_weights_backward",
     "(Tensor grad, Tensor scores, Tensor slots, str combine) -> Tensor",
-    weigh_backward_reference,
-    cpu="moeify.kernels.rows_native:weigh_backward",
-    cuda="moeify.kernels.rows_triton:weigh_backward",
+    combine_weights_backward_reference,
+    cpu="moeify.kernels.rows_native:combine_weights_backward",
+    cuda="moeify.kernels.rows_triton:combine_weights_backward",
 )
 
 
-@fake("weigh_backward")
+@fake("combine_weights_backward")
 def _(grad: Tensor, scores: Tensor, slots: Tensor, combine: str) -> Tensor:
     return scores.new_empty(scores.shape)
 
@@ -94,7 +96,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     scores, slots = ctx.saved_tensors
-    return torch.ops.moeify.weigh_backward(grad, scores, slots, ctx.combine), None, None
+    return torch.ops.moeify.combine_weights_backward(grad, scores, slots, ctx.combine), None, None
 
 
-torch.library.register_autograd("moeify::weigh", _backward, setup_context=_setup_context)
+torch.library.register_autograd("moeify::combine_weights", _backward, setup_context=_setup_context)

@@ -1,4 +1,4 @@
-"""`moeify::wire` and `moeify::arrivals`: the row layouts on both sides of an all-to-all.
+"""`moeify::send_layout`, `moeify::receive_layout`: the rows on both sides of an all-to-all.
 
 A sender lays its rows out by part, then by expert, that is, by the rank they go to; a receiver gets
 one such block from each rank, and sorts the rows by expert. Both are index arithmetic without a
@@ -7,7 +7,7 @@ gradient; `dispatch` and `combine` move the rows.
 *Even* layouts give each expert `capacity` rows whether they are used or not: every size is known
 before the routing is, and nothing waits for the device. *Uneven* ones (capacity -1) have no gaps.
 
-Shapes: T tokens, E experts, K top-k, P parts, S sources, W rows on the wire.
+Shapes: T tokens, E experts, K top-k, P parts, S sources, W rows sent or received.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def part_capacity(capacity: Any, parts: int) -> Any:
     return (capacity + parts - 1) // parts
 
 
-def wire_reference(
+def send_layout_reference(
     slots: Tensor, offsets: Tensor, capacity: int, parts: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Lay the rows of a routing out for sending.
@@ -85,14 +85,14 @@ def wire_reference(
     return order[:rows].clone(), torch.where(used, row, -1).view(slots.shape).int(), counts
 
 
-wire = define(
-    "wire",
+send_layout = define(
+    "send_layout",
     "(Tensor slots, Tensor offsets, SymInt capacity, int parts) -> (Tensor, Tensor, Tensor)",
-    wire_reference,
+    send_layout_reference,
 )
 
 
-@fake("wire")
+@fake("send_layout")
 def _(slots: Tensor, offsets: Tensor, capacity: int, parts: int) -> tuple[Tensor, Tensor, Tensor]:
     experts = offsets.shape[0]
     rows = part_rows(slots.shape[0] * slots.shape[1], experts, capacity, parts) * parts
@@ -103,7 +103,9 @@ def _(slots: Tensor, offsets: Tensor, capacity: int, parts: int) -> tuple[Tensor
     )
 
 
-def arrivals_reference(counts: Tensor, rows: int, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
+def receive_layout_reference(
+    counts: Tensor, rows: int, capacity: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Say how received rows, by source and then by expert, lie once sorted by expert.
 
     Within an expert they stay in the order of their sources. With A x B counts of segments instead
@@ -138,14 +140,14 @@ def arrivals_reference(counts: Tensor, rows: int, capacity: int) -> tuple[Tensor
     return order[:rows].clone(), torch.where(used, slot, -1).int()[:, None], ends.int()
 
 
-arrivals = define(
-    "arrivals",
+receive_layout = define(
+    "receive_layout",
     "(Tensor counts, SymInt rows, SymInt capacity) -> (Tensor, Tensor, Tensor)",
-    arrivals_reference,
+    receive_layout_reference,
 )
 
 
-@fake("arrivals")
+@fake("receive_layout")
 def _(counts: Tensor, rows: int, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
     return (
         counts.new_empty(rows, dtype=torch.int32),

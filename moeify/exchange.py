@@ -21,22 +21,22 @@ from moeify.kernels.wire import part_capacity
 
 __all__ = [
     "cut",
-    "notice",
     "padded",
     "pieces",
     "rows_of",
     "segments",
+    "send_capacity",
+    "send_counts",
     "splits",
     "staged_splits",
-    "turned",
-    "wire_capacity",
+    "transposed",
 ]
 
 _check: Any = torch._check  # untyped in torch
 
 
-def notice(counts: Tensor, capacity: int | torch.SymInt, ranks: int) -> Tensor:
-    """Return what to announce to each rank before rows are sent.
+def send_counts(counts: Tensor, capacity: int | torch.SymInt, ranks: int) -> Tensor:
+    """Return the counts to announce to each rank before rows are sent.
 
     Args:
         counts: [N * L] int64, rows for each expert.
@@ -53,14 +53,14 @@ def notice(counts: Tensor, capacity: int | torch.SymInt, ranks: int) -> Tensor:
 
 
 def splits(
-    sent: Tensor, counts: Tensor, capacity: int | torch.SymInt
+    announced: Tensor, counts: Tensor, capacity: int | torch.SymInt
 ) -> tuple[list[int], list[int]]:
     """Return how many rows go to each rank of the group, and how many come from each.
 
     In an uneven layout the host has to wait for the device here.
 
     Args:
-        sent: [N, L + 1] int64, what was announced.
+        announced: [N, L + 1] int64, what `send_counts` returned.
         counts: [N, L] int64, what `check_counts` returned.
         capacity: Rows of each expert in an even layout, or -1.
     """
@@ -68,7 +68,7 @@ def splits(
     if isinstance(capacity, torch.SymInt) or capacity >= 0:
         each: Any = experts * capacity
         return [each] * ranks, [each] * ranks
-    values = torch.cat([sent[:, :-1].sum(1), counts.sum(1)]).tolist()
+    values = torch.cat([announced[:, :-1].sum(1), counts.sum(1)]).tolist()
     for value in values:
         _check(value >= 0)
     return values[:ranks], values[ranks:]
@@ -79,29 +79,30 @@ def pieces(rows: Tensor, count: int) -> tuple[Tensor, ...]:
     return rows.view(count, -1, rows.shape[1]).unbind(0)
 
 
-def turned(said: Tensor, outer: int, inner: int) -> Tensor:
+def transposed(counts: Tensor, outer: int, inner: int) -> Tensor:
     """Return blocks [outer * inner, ...] as [inner * outer, ...], transposed."""
-    return said.view(outer, inner, -1).transpose(0, 1).reshape(outer * inner, -1)
+    return counts.view(outer, inner, -1).transpose(0, 1).reshape(outer * inner, -1)
 
 
-def segments(said: Tensor, capacity: int | torch.SymInt, outer: int, inner: int) -> Tensor:
+def segments(announced: Tensor, capacity: int | torch.SymInt, outer: int, inner: int) -> Tensor:
     """Return the rows of each of `outer` x `inner` neighbouring blocks, [outer, inner] int64.
 
     Args:
-        said: [outer * inner, L + 1] int64, rows for each expert and their sum, or the capacity.
+        announced: [outer * inner, L + 1] int64, rows for each expert and their sum, or the
+            capacity.
         capacity: Rows of each expert in an even layout, or -1.
         outer: Slow index of the blocks.
         inner: Fast one.
     """
-    rows = said[:, :-1]
+    rows = announced[:, :-1]
     if isinstance(capacity, torch.SymInt) or capacity >= 0:
         return torch.full_like(rows[:, 0], rows.shape[1] * cast(int, capacity)).view(outer, inner)
     return rows.sum(1).view(outer, inner)
 
 
 def staged_splits(
-    said: Tensor,
-    middle: Tensor,
+    announced: Tensor,
+    local_counts: Tensor,
     counts: Tensor,
     capacity: int | torch.SymInt,
     nodes: int,
@@ -110,8 +111,9 @@ def staged_splits(
     """Return the splits of both stages of a hierarchical all-to-all.
 
     Args:
-        said: [nodes * places, L + 1] int64, announced by this rank, by destination.
-        middle: [places * nodes, L + 1] int64, heard on the node, by source and target node.
+        announced: [nodes * places, L + 1] int64, what `send_counts` returned, by destination.
+        local_counts: [places * nodes, L + 1] int64, received on the node, by source and target
+            node.
         counts: [nodes * places, L] int64, what `check_counts` returned, by source.
         capacity: Rows of each expert in an even layout, or -1.
         nodes: Nodes.
@@ -125,8 +127,8 @@ def staged_splits(
         each: Any = experts * capacity
         near, far = [each * nodes] * places, [each * places] * nodes
         return near, near, far, far, near
-    out = segments(said, capacity, nodes, places)
-    held = segments(middle, capacity, places, nodes)
+    out = segments(announced, capacity, nodes, places)
+    held = segments(local_counts, capacity, places, nodes)
     parts = [out.sum(0), held.sum(1), held.sum(0), counts.sum(1).view(nodes, places).sum(1)]
     values = torch.cat(parts).tolist()
     for value in values:
@@ -157,7 +159,7 @@ def padded(rows: Tensor, like: Tensor) -> Tensor:
     return torch.cat([rows, rows.new_zeros(missing, rows.shape[1])])
 
 
-def wire_capacity(capacity: int | torch.SymInt, parts: int) -> int | torch.SymInt:
+def send_capacity(capacity: int | torch.SymInt, parts: int) -> int | torch.SymInt:
     """Return the rows of each expert in one of P parts of an even layout; -1 for an uneven one."""
     found: int | torch.SymInt = part_capacity(capacity, parts)
     return found

@@ -1,7 +1,7 @@
 """`export(model)`: the whole rewritten model as one `torch.fx.GraphModule`.
 
 torch.export traces the model once; its guards are left off, its dimensions stay open, and moeify's
-ops are single nodes in the graph: gate, assign, weigh, dispatch, grouped_linear, combine.
+ops are single nodes in the graph: gate, assign, combine_weights, dispatch, grouped_linear, combine.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def export(
     """Return the whole model as one graph that runs at other sizes, trains, pickles and compiles.
 
     The graph is open to passes: change `gm.graph`, then `gm.recompile()`. moeify's ops are the
-    nodes `torch.ops.moeify.{gate,assign,weigh,dispatch,grouped_linear,combine}.default`.
+    nodes `torch.ops.moeify.{gate,assign,combine_weights,dispatch,grouped_linear,combine}.default`.
 
     The mode in which the model is, training or evaluation, is part of the graph: dropout,
     capacity, dropping and noise are those of that mode, whatever `gm.train()` or `gm.eval()` says

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moeify.collectives import wait
 from moeify.kernels import check_counts as _check_counts  # noqa: F401  registers the op
-from moeify.kernels import own_routes as _own_routes  # noqa: F401
+from moeify.kernels import own_routes as _local_routes  # noqa: F401
 
 __all__ = ["gather", "kept_ids", "most_tokens", "scatter_sum"]
 
@@ -48,11 +48,11 @@ def most_tokens(
     count = tokens.shape[0]
     own = torch.full((1, 2), count, dtype=torch.int64, device=tokens.device)
     op = torch.ops._c10d_functional.all_gather_into_tensor
-    heard = wait(op(own, len(ranks), group), f"{where}: numbers of tokens")
+    token_counts = wait(op(own, len(ranks), group), f"{where}: numbers of tokens")
     if isinstance(capacity, torch.SymInt) or capacity >= 0:
-        torch.ops.moeify.check_counts(heard, count, where, ranks, rank)
+        torch.ops.moeify.check_counts(token_counts, count, where, ranks, rank)
         return count
-    counts = torch.ops.moeify.check_counts(heard, -1, where, ranks, rank)
+    counts = torch.ops.moeify.check_counts(token_counts, -1, where, ranks, rank)
     values: list[int] = counts.flatten().tolist()
     most: int = values[0]
     for value in values[1:]:

@@ -92,7 +92,8 @@ class Router(nn.Module):
         experts: Number of experts E.
         top_k: Experts per token.
         score: "softmax" or "sigmoid".
-        combine: "probability", "normalized", "straight_through" or "sum"; see `kernels.weigh`.
+        combine: "probability", "normalized", "straight_through" or "sum"; see
+            `kernels.combine_weights`.
         noise: In training: "jitter" (input times U(1 - eps, 1 + eps)), "rsample" (choice by logits
             plus Gumbel noise, K = 1), "gumbel" (the same for all choices but the first, K >= 2),
             "jitter+gumbel", or "none".

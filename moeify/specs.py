@@ -105,8 +105,8 @@ class ParallelSpec(Strict):
             for as many tokens as the example inputs have, at least 2,048.
         coordinated: In a tensor group, which holds the same tokens, each rank sends its share of
             them only; `auto` always does.
-        splits: `auto` gives every expert its capacity on the wire where there is one, so that
-            nothing waits for the routing (ranks then hold equally many tokens); `uneven` always
+        splits: `auto` sends every expert its full capacity where there is one, so that nothing
+            waits for the routing (ranks then hold equally many tokens); `uneven` always
             sends only the rows that there are.
         overlap_chunks: In how many pieces rows travel, so that the exchange of one overlaps the
             experts of another.

@@ -7,19 +7,19 @@ shrinks from O(p) to O(p/L), and the expert gradients count each token once.
 
 Before::
 
-    wire   = torch.ops.moeify.wire(slots, offsets, capacity, 1)
-    packed = torch.ops.moeify.dispatch(tokens, wire_order, wire_slots)
+    send_layout = torch.ops.moeify.send_layout(slots, offsets, capacity, 1)
+    packed      = torch.ops.moeify.dispatch(tokens, send_order, send_slots)
     ...                                                     packed leaves and returns
-    result = torch.ops.moeify.combine(returned, weights, wire_order, wire_slots)
+    result      = torch.ops.moeify.combine(padded, weights, send_order, send_slots)
 
 After::
 
-    wire   = torch.ops.moeify.wire(slots, offsets, capacity, 2)
-    packed = torch.ops.moeify.dispatch(tokens, wire_order, wire_slots)
-    part   = collectives.share(packed, 0, 2, 'tp', ...)
+    send_layout = torch.ops.moeify.send_layout(slots, offsets, capacity, 2)
+    packed      = torch.ops.moeify.dispatch(tokens, send_order, send_slots)
+    part        = collectives.share(packed, 0, 2, 'tp', ...)
     ...                                                     part leaves and returns
-    whole  = collectives.unshare(returned, 0, 2, 'tp', ...)
-    result = torch.ops.moeify.combine(whole, weights, wire_order, wire_slots)
+    whole       = collectives.unshare(padded, 0, 2, 'tp', ...)
+    result      = torch.ops.moeify.combine(whole, weights, send_order, send_slots)
 
 Source:
     DeepSpeed-MoE (Rajbhandari et al. 2022) section 5.3, parallelism coordinated communication.
@@ -33,11 +33,12 @@ from typing import ClassVar
 
 from torch import fx
 
-from moeify import collectives, exchange
+from moeify import collectives
 from moeify.mesh import World
 from moeify.passes.base import Fact, PassResult, PlanContext
 from moeify.passes.blocks import blocks_of
-from moeify.passes.exchange_nodes import Group, node, ops
+from moeify.passes.exchange_nodes import Group, node
+from moeify.passes.exchange_view import Exchange
 
 log = logging.getLogger("moeify")
 
@@ -52,47 +53,50 @@ class CoordinateAllToAll:
     invalidates: ClassVar[frozenset[str]] = frozenset()
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
-        """Rewrite the exchanges of all blocks."""
+        """Rewrite the exchanges of all blocks.
+
+        Raises:
+            PassError: A block's exchange has been cut into pieces before.
+        """
         world: World | None = ctx.mesh
         if world is None or ctx.plan is None or world.layout.tensor == 1:
             return PassResult(gm, False)
-        asked = ctx.plan.parallel.coordinated
-        if asked is False or world.layout.etp > 1:
+        if ctx.plan.parallel.coordinated is False or world.layout.etp > 1:
             return PassResult(gm, False)
+        group = Group.of(world.dense, "tp", world.rank)
         changed = False
         for path, block in blocks_of(gm):
-            wires = block.graph.find_nodes(op="call_function", target=ops.wire)
-            for wire in [w for w in wires if w.args[3] == 1]:
-                group = Group.of(world.dense, "tp", world.rank)
-                _coordinate(block.graph, wire, group, path)
-                log.info("%s: each of %d tensor ranks sends its share", path, group.size)
-                changed = True
+            found = Exchange.find(block.graph, path)
+            if found is None or found.coordinated:
+                continue
+            _check(found)
+            _rewrite(found, group)
+            log.info("%s: each of %d tensor ranks sends its share", path, group.size)
             block.graph.lint()
             block.recompile()
+            changed = True
         return PassResult(gm, changed)
 
 
-def _coordinate(graph: fx.Graph, wire: fx.Node, group: Group, path: str) -> None:
-    parts = group.size
-    wire.update_arg(3, parts)
-    for counts in [user for user in wire.users if user.args[1] == 2]:
-        for announced in list(counts.users):
-            announced.update_arg(1, group.place)
-    for each in graph.find_nodes(op="call_function", target=exchange.wire_capacity):
-        each.update_arg(1, parts)
-    order = next(user for user in wire.users if user.args[1] == 0)
-    rows = next(user for user in order.users if user.target == ops.dispatch)
-    y = next(user for user in order.users if user.target == ops.combine)
-    where = f"{path}: rows of a tensor group"
-    leaving = list(rows.users)
-    with graph.inserting_after(rows):
-        args = (rows, group.place, parts, group.name, where)
-        part = node(graph, collectives.share, args, "part")
-    for user in leaving:
-        user.replace_input_with(rows, part)
-    returned = y.args[0]
+def _check(found: Exchange) -> None:
+    if found.pieces > 1:
+        raise found.refuse(
+            f"its rows travel in {found.pieces} pieces, and only whole rows can be shared out "
+            "over a tensor group; run coordinate-all-to-all before the exchange is cut"
+        )
+
+
+def _rewrite(found: Exchange, group: Group) -> None:
+    graph = found.graph
+    arguments = (group.place, group.size, group.name, f"{found.path}: rows of a tensor group")
+    found.lay_out(group.size)
+    (own,) = found.own_counts
+    own.update_arg(1, group.place)
+    with graph.inserting_after(found.rows):
+        part = node(graph, collectives.share, (found.rows, *arguments), "part")
+    found.rows.replace_all_uses_with(part, delete_user_cb=lambda user: user is not part)
+    returned = found.result.args[0]
     assert isinstance(returned, fx.Node)
-    with graph.inserting_before(y):
-        args = (returned, group.place, parts, group.name, where)
-        whole = node(graph, collectives.unshare, args, "whole")
-    y.replace_input_with(returned, whole)
+    with graph.inserting_before(found.result):
+        whole = node(graph, collectives.unshare, (returned, *arguments), "whole")
+    found.result.replace_input_with(returned, whole)

@@ -1,4 +1,4 @@
-"""The nodes of one exchange: announce, check, send, sort, run, send back."""
+"""Building the nodes of an exchange: announce, check, send, sort, run, send back."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import fx
 
 from moeify import collectives, exchange
 from moeify.errors import PassError
-from moeify.kernels import wire as _wire  # noqa: F401  registers the ops
+from moeify.kernels import route
+from moeify.kernels import wire as _layouts  # noqa: F401  registers the ops
 
 ops = torch.ops.moeify
 
@@ -27,17 +28,22 @@ def node(graph: fx.Graph, target: Callable[..., Any], args: tuple[Any, ...], nam
     return made
 
 
-@dataclass(frozen=True, slots=True)
-class Middle:
-    """The three nodes of a block that a rewrite replaces."""
+def items(graph: fx.Graph, source: fx.Node, *names: str) -> list[fx.Node]:
+    """Add the first results of a node that returns several, one for each name."""
+    return [node(graph, operator.getitem, (source, i), name) for i, name in enumerate(names)]
 
-    rows: fx.Node
+
+@dataclass(frozen=True, slots=True)
+class LocalExperts:
+    """Dispatch, experts, combine on one rank: what a rewrite puts an exchange around."""
+
+    dispatch: fx.Node
     experts: fx.Node
     combine: fx.Node
 
     @classmethod
-    def of(cls, graph: fx.Graph, path: str) -> Middle:
-        """Find them.
+    def of(cls, graph: fx.Graph, path: str) -> LocalExperts:
+        """Find them in the graph of the block at `path`.
 
         Raises:
             PassError: Another pass has changed them.
@@ -55,6 +61,45 @@ class Middle:
             f"{path}: no dispatch, experts, combine to put an exchange around: run passes that "
             "change them after it (require the fact 'dispatched')"
         )
+
+    @property
+    def tokens(self) -> Any:
+        """What is dispatched, [T, D]."""
+        return self.dispatch.args[0]
+
+    @property
+    def slots(self) -> Any:
+        """The row of each route, [T, K]."""
+        return self.dispatch.args[2]
+
+    @property
+    def routing(self) -> Any:
+        """What the router returned."""
+        return self.slots.args[0]
+
+    @property
+    def offsets(self) -> Any:
+        """The end of each expert's rows, [E]."""
+        return self.experts.args[1]
+
+    @property
+    def weights(self) -> Any:
+        """The combine weights, [T, K]."""
+        return self.combine.args[1]
+
+    def capacity(self, splits: str) -> Any:
+        """Add the rows of each expert if the plan's `splits` may be even; else return -1."""
+        if splits != "auto":
+            return -1
+        index = (self.routing, route.CAPACITY)
+        return node(self.combine.graph, operator.getitem, index, "capacity")
+
+    def replace(self, result: fx.Node) -> None:
+        """Let `result` take their place."""
+        self.combine.replace_all_uses_with(result)
+        for dead in (self.combine, self.experts, self.dispatch):
+            dead.graph.erase_node(dead)
+        result.graph.eliminate_dead_code()
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,57 +138,44 @@ def send(
     graph: fx.Graph, rows: Any, receive: Any, out: Any, group: str, where: str, name: str
 ) -> fx.Node:
     """Add an all-to-all and the wait for it; return the latter."""
-    started = node(
-        graph, collectives.all_to_all, (rows, receive, out, group, where), f"{name}_sent"
-    )
+    args = (rows, receive, out, group, where)
+    started = node(graph, collectives.all_to_all, args, f"{name}_started")
     return node(graph, collectives.wait, (started, where), name)
 
 
 def round_trip(
-    graph: fx.Graph,
-    group: Group,
-    path: str,
-    rows: fx.Node,
-    counts: fx.Node,
-    capacity: fx.Node,
+    graph: fx.Graph, group: Group, path: str, rows: fx.Node, counts: fx.Node, capacity: fx.Node
 ) -> fx.Node:
-    """Add everything between the rows that leave and the rows that come home.
+    """Add everything between the rows that leave and the rows that return.
 
     Args:
         graph: With its insertion point.
         group: The ranks that share the experts.
         path: The block, for messages.
-        rows: [R, D] on the wire.
+        rows: [R, D] in the send layout.
         counts: [E] int64, rows for each expert.
         capacity: Rows of each expert in an even layout, or -1.
 
     Returns:
-        The node of the rows that came home, [R, D].
+        The node of the rows that returned, [R, D].
     """
     to, back = f"{path}: tokens to experts", f"{path}: tokens from experts"
-    said = node(graph, exchange.notice, (counts, capacity, group.size), "notice")
+    send_counts = node(graph, exchange.send_counts, (counts, capacity, group.size), "send_counts")
     ones = [1] * group.size
-    heard = send(graph, said, ones, ones, group.name, f"{path}: counts", "heard")
-    checked = node(
-        graph,
-        ops.check_counts,
-        (heard, capacity, path, list(group.ranks), group.rank),
-        "counts",
-    )
-    both = node(graph, exchange.splits, (said, checked, capacity), "splits")
-    out = node(graph, operator.getitem, (both, 0), "send")
-    receive = node(graph, operator.getitem, (both, 1), "receive")
-    leaving = node(graph, exchange.cut, (rows, out), "leaving")
-    there = send(graph, leaving, receive, out, group.name, to, "there")
-    size = node(graph, exchange.rows_of, (there,), "arrived")
-    landed = node(graph, ops.arrivals, (checked, size, capacity), "landed")
-    order, slots, offsets = (
-        node(graph, operator.getitem, (landed, i), f"landed_{name}")
-        for i, name in enumerate(("order", "slots", "offsets"))
-    )
-    mine = node(graph, ops.dispatch, (there, order, slots), "mine")
-    hidden = graph.call_module("experts", (mine, offsets))
+    where = f"{path}: counts"
+    recv_counts = send(graph, send_counts, ones, ones, group.name, where, "recv_counts")
+    args = (recv_counts, capacity, path, list(group.ranks), group.rank)
+    checked = node(graph, ops.check_counts, args, "counts")
+    splits = node(graph, exchange.splits, (send_counts, checked, capacity), "splits")
+    out, receive = items(graph, splits, "send_splits", "recv_splits")
+    send_rows = node(graph, exchange.cut, (rows, out), "send_rows")
+    recv_rows = send(graph, send_rows, receive, out, group.name, to, "recv_rows")
+    total = node(graph, exchange.rows_of, (recv_rows,), "recv_total")
+    layout = node(graph, ops.receive_layout, (checked, total, capacity), "recv_layout")
+    order, slots, offsets = items(graph, layout, "recv_order", "recv_slots", "recv_offsets")
+    by_expert = node(graph, ops.dispatch, (recv_rows, order, slots), "by_expert")
+    hidden = graph.call_module("experts", (by_expert, offsets))
     hidden._rename("computed")
-    done = node(graph, ops.combine, (hidden, None, order, slots), "done")
-    home = send(graph, done, out, receive, group.name, back, "home")
-    return node(graph, exchange.padded, (home, rows), "returned")
+    results = node(graph, ops.combine, (hidden, None, order, slots), "results")
+    returned = send(graph, results, out, receive, group.name, back, "returned")
+    return node(graph, exchange.padded, (returned, rows), "padded")

@@ -3,14 +3,14 @@
 Before::
 
     routing  = self.router(tokens)
-    computed = self.experts(mine, landed_offsets)
+    computed = self.experts(rows, recv_offsets)
 
 After::
 
     router_weight        = zero_graph.gather(self.router, 'weight')
     experts_up_proj, ... = zero_graph.gather(self.experts, 'up_proj'), ...
     routing  = zero_graph.run(self.router, ('weight',), (router_weight,), tokens)
-    computed = zero_graph.run(self.experts, ('up_proj', ...), (experts_up_proj, ...), mine, ...)
+    computed = zero_graph.run(self.experts, ('up_proj', ...), (experts_up_proj, ...), rows, ...)
 
 A gather returns the parameter itself until it has been partitioned, so that a conversion is proven
 on whole parameters. With `prefetch` they all stand in front of the block, experts' last; without,

@@ -12,10 +12,10 @@ After::
     everyone = gathering.gather(tokens, most, ...)
     gates    = gathering.gather(weights, most, ...)
     routes   = gathering.gather(gathering.kept_ids(ids, slots), most, ...)
-    own      = torch.ops.moeify.own_routes(routes, first + 1, experts)
-    packed   = torch.ops.moeify.dispatch(everyone, own_order, own_slots)
-    computed = self.experts(packed, own_offsets)
-    part     = torch.ops.moeify.combine(computed, gates, own_order, own_slots)
+    local    = torch.ops.moeify.local_routes(routes, first + 1, experts)
+    packed   = torch.ops.moeify.dispatch(everyone, local_order, local_slots)
+    computed = self.experts(packed, local_offsets)
+    part     = torch.ops.moeify.combine(computed, gates, local_order, local_slots)
     result   = gathering.scatter_sum(part, tokens, ...)
 """
 
@@ -28,7 +28,7 @@ from torch import fx
 
 from moeify import gathering
 from moeify.kernels import route
-from moeify.passes.exchange_nodes import Group, Middle, node, ops
+from moeify.passes.exchange_nodes import Group, LocalExperts, items, node, ops
 
 
 def gather_tokens(graph: fx.Graph, group: Group, experts: int, path: str, splits: str) -> None:
@@ -41,43 +41,29 @@ def gather_tokens(graph: fx.Graph, group: Group, experts: int, path: str, splits
         path: The block, for messages.
         splits: The plan's `parallel.splits`.
     """
-    middle = Middle.of(graph, path)
-    tokens, _, packed = middle.rows.args
-    weights = middle.combine.args[1]
-    assert isinstance(packed, fx.Node)
-    routing = packed.args[0]
+    local = LocalExperts.of(graph, path)
     each = experts // group.size
-    ranks = list(group.ranks)
 
     def gathered(rows: Any, most: fx.Node, what: str, name: str) -> fx.Node:
         args = (rows, most, group.size, group.name, f"{path}: {what}")
         return node(graph, gathering.gather, args, name)
 
-    with graph.inserting_before(middle.combine):
-        capacity: Any = -1
-        if splits == "auto":
-            index = (routing, route.CAPACITY)
-            capacity = node(graph, operator.getitem, index, "capacity")
-        said = (tokens, capacity, group.name, ranks, group.rank, path)
-        most = node(graph, gathering.most_tokens, said, "most")
-        ids = node(graph, operator.getitem, (routing, route.IDS), "ids")
-        kept = node(graph, gathering.kept_ids, (ids, packed), "kept")
-        everyone = gathered(tokens, most, "tokens to all ranks", "everyone")
-        gates = gathered(weights, most, "weights to all ranks", "gates")
+    with graph.inserting_before(local.combine):
+        capacity = local.capacity(splits)
+        sizes = (local.tokens, capacity, group.name, list(group.ranks), group.rank, path)
+        most = node(graph, gathering.most_tokens, sizes, "most")
+        ids = node(graph, operator.getitem, (local.routing, route.IDS), "ids")
+        kept = node(graph, gathering.kept_ids, (ids, local.slots), "kept")
+        everyone = gathered(local.tokens, most, "tokens to all ranks", "everyone")
+        gates = gathered(local.weights, most, "weights to all ranks", "gates")
         routes = gathered(kept, most, "routes to all ranks", "routes")
         first = group.place * each + 1
-        own = node(graph, ops.own_routes, (routes, first, each), "own")
-        slots, order, offsets = (
-            node(graph, operator.getitem, (own, i), f"own_{name}")
-            for i, name in enumerate(("slots", "order", "offsets"))
-        )
+        found = node(graph, ops.local_routes, (routes, first, each), "local")
+        slots, order, offsets = items(graph, found, "local_slots", "local_order", "local_offsets")
         rows = node(graph, ops.dispatch, (everyone, order, slots), "packed")
         hidden = graph.call_module("experts", (rows, offsets))
         hidden._rename("computed")
         part = node(graph, ops.combine, (hidden, gates, order, slots), "part")
-        back = (part, tokens, group.size, group.name, f"{path}: sums from experts")
-        y = node(graph, gathering.scatter_sum, back, "result")
-    middle.combine.replace_all_uses_with(y)
-    for dead in (middle.combine, middle.experts, middle.rows):
-        graph.erase_node(dead)
-    graph.eliminate_dead_code()
+        back = (part, local.tokens, group.size, group.name, f"{path}: sums from experts")
+        result = node(graph, gathering.scatter_sum, back, "result")
+    local.replace(result)

@@ -6,16 +6,23 @@ ranks of equal place on all nodes, it takes (G - 1) + (p / G - 1), for twice the
 
 Before::
 
-    there = collectives.wait(collectives.all_to_all(leaving, receive, send, 'ep', ...))
+    recv_rows = collectives.wait(collectives.all_to_all(send_rows, recv_splits, send_splits, 'ep'))
+    ...                                                               results of the experts
+    returned  = collectives.wait(collectives.all_to_all(results, send_splits, recv_splits, 'ep'))
 
-After::
+After, where a sort is `receive_layout` and the `dispatch` that it is for::
 
-    turned  = torch.ops.moeify.arrivals(leaving_segments, rows, -1)     by place, then by node
-    local   = collectives.wait(collectives.all_to_all(dispatch(leaving, turned), ..., 'local', ...))
-    turned  = torch.ops.moeify.arrivals(local_segments, rows, -1)       by node, then by place
-    there   = collectives.wait(collectives.all_to_all(dispatch(local, turned), ..., 'node', ...))
+    local_sorted   = sort(send_rows)                                  by place, then by node
+    local_rows     = collectives.wait(collectives.all_to_all(local_sorted, ..., 'local'))
+    node_sorted    = sort(local_rows)                                 by node, then by place
+    node_rows      = collectives.wait(collectives.all_to_all(node_sorted, ..., 'node'))
+    ...                                                               results of the experts
+    node_results   = collectives.wait(collectives.all_to_all(results, ..., 'node'))
+    node_returned  = torch.ops.moeify.combine(node_results, None, ...)       undoes node_sorted
+    local_results  = collectives.wait(collectives.all_to_all(node_returned, ..., 'local'))
+    local_returned = torch.ops.moeify.combine(local_results, None, ...)      undoes local_sorted
 
-The counts that are announced before travel in the same two stages, the results back in reverse.
+The counts that are announced before travel in the same two stages.
 
 Source:
     DeepSpeed-MoE (Rajbhandari et al. 2022) section 5.3, hierarchical all-to-all, figure 7.
@@ -25,16 +32,18 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import fx
 
-from moeify import collectives, exchange
+from moeify import exchange
+from moeify.errors import PassError
 from moeify.mesh import World
 from moeify.passes.base import Fact, PassResult, PlanContext
 from moeify.passes.blocks import blocks_of, layer_at
 from moeify.passes.exchange_choice import chosen_form
-from moeify.passes.exchange_nodes import Group, node, ops, send
+from moeify.passes.exchange_nodes import Group, items, node, ops, send
+from moeify.passes.exchange_view import Exchange, RoundTrip
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +61,12 @@ class HierarchicalAllToAll:
         Raises:
             PlanError: The plan asks for it, and the ranks of a layer are not spread evenly over
                 several nodes.
+            PassError: A block has no exchange to split.
         """
         world: World | None = ctx.mesh
         if world is None or ctx.plan is None or ctx.resolved is None:
             return PassResult(gm, False)
-        parallel, changed = ctx.plan.parallel, False
+        parallel, changed, spread = ctx.plan.parallel, False, False
         for path, block in blocks_of(gm):
             layer = layer_at(gm, path, ctx.resolved)
             if world.layout.ep(layer.experts) == 1:
@@ -66,16 +76,18 @@ class HierarchicalAllToAll:
             mesh = world.staged(layer.experts)
             if mesh is None:
                 continue  # a smaller group of a pyramid may lie on one node
-            stages = _Stages(
-                Group.of(mesh, "local", world.rank), Group.of(mesh, "node", world.rank), path
-            )
-            for splits in block.graph.find_nodes(op="call_function", target=exchange.splits):
-                _rewrite(block.graph, splits, stages)
-                changed = True
-            block.graph.eliminate_dead_code()
+            spread = True
+            found = Exchange.find(block.graph, path)
+            if found is None:
+                raise PassError(f"{path}: its rows travel in no all-to-all that two could replace")
+            if found.staged:
+                continue
+            for trip in found.trips():
+                _rewrite(trip, _Groups.of(mesh, world.rank, path))
             block.graph.lint()
             block.recompile()
-        if parallel.all_to_all == "hierarchical" and not changed and not _staged(gm):
+            changed = True
+        if parallel.all_to_all == "hierarchical" and not spread:
             raise ctx.plan.fault(
                 ("parallel", "all_to_all"),
                 f"hierarchical: no layer's {parallel.expert} expert ranks are spread evenly over "
@@ -85,93 +97,109 @@ class HierarchicalAllToAll:
 
 
 @dataclass(frozen=True, slots=True)
-class _Stages:
+class _Groups:
+    """The ranks of this node, and those of this rank's place on all nodes."""
+
     local: Group
     node: Group
     path: str
 
-    def where(self, what: str) -> str:
-        return f"{self.path}: {what}"
+    @classmethod
+    def of(cls, mesh: Any, rank: int, path: str) -> _Groups:
+        return cls(Group.of(mesh, "local", rank), Group.of(mesh, "node", rank), path)
+
+    def where(self, *texts: str) -> tuple[str, ...]:
+        return tuple(f"{self.path}: {text}" for text in texts)
 
 
-def _staged(gm: fx.GraphModule) -> bool:
-    target = exchange.staged_splits
-    return any(
-        block.graph.find_nodes(op="call_function", target=target) for _, block in blocks_of(gm)
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    """One stage: rows are sorted by the place in a group that they go to, and go there.
+
+    Attributes:
+        name: What the nodes' names begin with.
+        group: The ranks among which they travel.
+        where: The block and this stage, for messages: on the way there, and on the way back.
+        segments: How many rows lie next to each other before they are sorted, [A, B].
+        send: Rows to each rank of the group.
+        receive: Rows from each rank of the group.
+    """
+
+    name: str
+    group: Group
+    where: tuple[str, ...]
+    segments: fx.Node
+    send: fx.Node
+    receive: fx.Node
+
+    def carry(self, graph: fx.Graph, rows: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
+        """Add the way there; return the rows that arrive, and how those that left were sorted."""
+        name, group, where = self.name, self.group.name, self.where[0]
+        total = node(graph, exchange.rows_of, (rows,), f"{name}_total")
+        layout = node(graph, ops.receive_layout, (self.segments, total, -1), f"{name}_layout")
+        order, slots = items(graph, layout, f"{name}_order", f"{name}_slots")
+        rows = node(graph, ops.dispatch, (rows, order, slots), f"{name}_sorted")
+        rows = send(graph, rows, self.receive, self.send, group, where, f"{name}_rows")
+        return rows, [order, slots]
+
+    def bring_back(self, graph: fx.Graph, results: fx.Node, sorting: list[fx.Node]) -> fx.Node:
+        """Add the way back; return the results in the order of the rows before the sort."""
+        name, group, where = self.name, self.group.name, self.where[1]
+        rows = send(graph, results, self.send, self.receive, group, where, f"{name}_results")
+        return node(graph, ops.combine, (rows, None, *sorting), f"{name}_returned")
+
+
+def _rewrite(trip: RoundTrip, groups: _Groups) -> None:
+    """Build a trip in two stages beside one in one, and let it take its place."""
+    graph = trip.graph
+    with graph.inserting_before(trip.recv_counts):
+        local_counts, recv_counts = _exchange_counts(graph, trip, groups)
+    with graph.inserting_before(trip.splits):
+        first, second, send_splits = _stages(graph, trip, local_counts, groups)
+    with graph.inserting_before(trip.recv_rows):
+        local_rows, by_place = first.carry(graph, trip.send_rows)
+        node_rows, by_node = second.carry(graph, local_rows)
+    with graph.inserting_before(trip.returned):
+        node_returned = second.bring_back(graph, trip.results, by_node)
+        local_returned = first.bring_back(graph, node_returned, by_place)
+    trip.replace(
+        recv_counts=recv_counts,
+        send_splits=send_splits,
+        recv_rows=node_rows,
+        returned=local_returned,
     )
 
 
-def _rewrite(graph: fx.Graph, splits: fx.Node, stages: _Stages) -> None:
-    said, checked, capacity = splits.args
-    assert isinstance(said, fx.Node)
-    assert isinstance(checked, fx.Node)
-    places, nodes = stages.local.size, stages.node.size
-    heard = checked.args[0]
-    assert isinstance(heard, fx.Node)
-    with graph.inserting_before(heard):
-        turned = node(graph, exchange.turned, (said, nodes, places), "said_by_place")
-        one = [nodes] * places
-        middle = send(
-            graph, turned, one, one, stages.local.name, stages.where("counts on the node"), "told"
-        )
-        turned = node(graph, exchange.turned, (middle, places, nodes), "told_by_node")
-        one = [places] * nodes
-        arrived = send(
-            graph, turned, one, one, stages.node.name, stages.where("counts over nodes"), "heard"
-        )
-    heard.replace_all_uses_with(arrived)
-    out = next(user for user in splits.users if user.args[1] == 0)
-    receive = next(user for user in splits.users if user.args[1] == 1)
-    to = next(u for u in out.users if u.target is collectives.all_to_all and u.args[2] is out)
-    back = next(u for u in out.users if u.target is collectives.all_to_all and u.args[1] is out)
-    with graph.inserting_before(splits):
-        args = (said, middle, checked, capacity, nodes, places)
-        both = node(graph, exchange.staged_splits, args, "stages")
-        sizes = [node(graph, operator.getitem, (both, i), f"stage_{i}") for i in range(4)]
-        first = node(graph, exchange.segments, (said, capacity, nodes, places), "first_segments")
-        second = node(graph, exchange.segments, (middle, capacity, places, nodes), "then_segments")
-        cut_at = node(graph, operator.getitem, (both, 4), "send")
-    for user in [u for u in out.users if u.target is exchange.cut]:
-        user.replace_input_with(out, cut_at)
-    (there,) = to.users
-    (home,) = back.users
-    leaving, done = to.args[0], back.args[0]
-    with graph.inserting_before(there):
-        one_order, one_slots = _turn(graph, first, leaving, "by_place")
-        rows = node(graph, ops.dispatch, (leaving, one_order, one_slots), "by_place")
-        rows = send(
-            graph, rows, sizes[1], sizes[0], stages.local.name,
-            stages.where("tokens on the node"), "gathered",
-        )  # fmt: skip
-        two_order, two_slots = _turn(graph, second, rows, "by_node")
-        rows = node(graph, ops.dispatch, (rows, two_order, two_slots), "by_node")
-        rows = send(
-            graph, rows, sizes[3], sizes[2], stages.node.name,
-            stages.where("tokens to experts over nodes"), "there",
-        )  # fmt: skip
-    there.replace_all_uses_with(rows)
-    with graph.inserting_before(home):
-        rows = send(
-            graph, done, sizes[2], sizes[3], stages.node.name,
-            stages.where("tokens from experts over nodes"), "results",
-        )  # fmt: skip
-        rows = node(graph, ops.combine, (rows, None, two_order, two_slots), "results_by_place")
-        rows = send(
-            graph, rows, sizes[0], sizes[1], stages.local.name,
-            stages.where("results on the node"), "spread",
-        )  # fmt: skip
-        rows = node(graph, ops.combine, (rows, None, one_order, one_slots), "home")
-    home.replace_all_uses_with(rows)
-    for dead in (home, back, there, to, receive, out, splits, heard, heard.args[0]):
-        assert isinstance(dead, fx.Node)
-        graph.erase_node(dead)
+def _exchange_counts(graph: fx.Graph, trip: RoundTrip, groups: _Groups) -> tuple[fx.Node, fx.Node]:
+    """Add the way of the counts; return those that reach the node, and those that arrive."""
+    local, across = groups.local, groups.node
+    on_node, over_nodes = groups.where("counts on the node", "counts over nodes")
+    args = (trip.send_counts, across.size, local.size)
+    rows = node(graph, exchange.transposed, args, "counts_by_place")
+    each = [across.size] * local.size
+    local_counts = send(graph, rows, each, each, local.name, on_node, "local_counts")
+    args = (local_counts, local.size, across.size)
+    rows = node(graph, exchange.transposed, args, "counts_by_node")
+    each = [local.size] * across.size
+    return local_counts, send(graph, rows, each, each, across.name, over_nodes, "recv_counts")
 
 
-def _turn(graph: fx.Graph, counts: fx.Node, rows: object, name: str) -> tuple[fx.Node, fx.Node]:
-    """Add the transposition of a layout of segments; return its order and slots."""
-    size = node(graph, exchange.rows_of, (rows,), f"{name}_rows")
-    turned = node(graph, ops.arrivals, (counts, size, -1), f"{name}_turned")
-    return (
-        node(graph, operator.getitem, (turned, 0), f"{name}_order"),
-        node(graph, operator.getitem, (turned, 1), f"{name}_slots"),
-    )
+def _stages(
+    graph: fx.Graph, trip: RoundTrip, local_counts: fx.Node, groups: _Groups
+) -> tuple[_Stage, _Stage, fx.Node]:
+    """Add the sizes of both stages; return the stages, and the splits of all rows that leave."""
+    places, nodes, capacity = groups.local.size, groups.node.size, trip.capacity
+    args = (trip.send_counts, local_counts, trip.counts, capacity, nodes, places)
+    splits = node(graph, exchange.staged_splits, args, "stage_splits")
+    names = ("local_send", "local_recv", "node_send", "node_recv")
+    local_send, local_recv, node_send, node_recv = items(graph, splits, *names)
+    args = (trip.send_counts, capacity, nodes, places)
+    local_segments = node(graph, exchange.segments, args, "local_segments")
+    args = (local_counts, capacity, places, nodes)
+    node_segments = node(graph, exchange.segments, args, "node_segments")
+    send_splits = node(graph, operator.getitem, (splits, 4), "send_splits")
+    where = groups.where("tokens on the node", "results on the node")
+    first = _Stage("local", groups.local, where, local_segments, local_send, local_recv)
+    where = groups.where("tokens to experts over nodes", "tokens from experts over nodes")
+    second = _Stage("node", groups.node, where, node_segments, node_send, node_recv)
+    return first, second, send_splits

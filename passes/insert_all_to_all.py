@@ -8,21 +8,21 @@ Before::
 
 After::
 
-    wire     = torch.ops.moeify.wire(slots, offsets, capacity, 1)
-    packed   = torch.ops.moeify.dispatch(tokens, wire_order, wire_slots)
-    notice   = exchange.notice(announced, wire_capacity, 4)
-    heard    = collectives.wait(collectives.all_to_all(notice, ...))
-    counts   = torch.ops.moeify.check_counts(heard, wire_capacity, 'h.1.mlp', ...)
-    splits   = exchange.splits(notice, counts, wire_capacity)
-    leaving  = exchange.cut(packed, send)
-    there    = collectives.wait(collectives.all_to_all(leaving, receive, send, ...))
-    landed   = torch.ops.moeify.arrivals(counts, arrived, wire_capacity)
-    mine     = torch.ops.moeify.dispatch(there, landed_order, landed_slots)
-    computed = self.experts(mine, landed_offsets)
-    done     = torch.ops.moeify.combine(computed, None, landed_order, landed_slots)
-    home     = collectives.wait(collectives.all_to_all(done, send, receive, ...))
-    returned = exchange.padded(home, packed)
-    result   = torch.ops.moeify.combine(returned, weights, wire_order, wire_slots)
+    send_layout = torch.ops.moeify.send_layout(slots, offsets, capacity, 1)
+    packed      = torch.ops.moeify.dispatch(tokens, send_order, send_slots)
+    send_counts = exchange.send_counts(own_counts, send_capacity, 4)
+    recv_counts = collectives.wait(collectives.all_to_all(send_counts, ...))
+    counts      = torch.ops.moeify.check_counts(recv_counts, send_capacity, 'h.1.mlp', ...)
+    splits      = exchange.splits(send_counts, counts, send_capacity)
+    send_rows   = exchange.cut(packed, send_splits)
+    recv_rows   = collectives.wait(collectives.all_to_all(send_rows, recv_splits, send_splits, ...))
+    recv_layout = torch.ops.moeify.receive_layout(counts, recv_total, send_capacity)
+    by_expert   = torch.ops.moeify.dispatch(recv_rows, recv_order, recv_slots)
+    computed    = self.experts(by_expert, recv_offsets)
+    results     = torch.ops.moeify.combine(computed, None, recv_order, recv_slots)
+    returned    = collectives.wait(collectives.all_to_all(results, send_splits, recv_splits, ...))
+    padded      = exchange.padded(returned, packed)
+    result      = torch.ops.moeify.combine(padded, weights, send_order, send_slots)
 
 While a capacity limits the experts all splits are even and known before the routing is; else they
 are exchanged and checked first, and the host waits for them. Where `all_to_all: allgather` is
@@ -34,17 +34,16 @@ from __future__ import annotations
 import logging
 import operator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import fx
 
 from moeify import collectives, exchange, gathering
-from moeify.kernels import route
 from moeify.mesh import World
 from moeify.passes.base import Fact, PassResult, PlanContext
 from moeify.passes.blocks import blocks_of, layer_at
 from moeify.passes.exchange_choice import chosen_form
-from moeify.passes.exchange_nodes import Group, Middle, node, ops, round_trip
+from moeify.passes.exchange_nodes import Group, LocalExperts, items, node, ops, round_trip
 from moeify.passes.gather_tokens import gather_tokens
 
 log = logging.getLogger("moeify")
@@ -95,26 +94,15 @@ def _exchanges(graph: fx.Graph) -> bool:
 
 def _exchange(graph: fx.Graph, group: Group, path: str, splits: str) -> None:
     """Put the exchange around one block's experts."""
-    middle = Middle.of(graph, path)
-    tokens, _, packed = middle.rows.args
-    offsets, weights = middle.experts.args[1], middle.combine.args[1]
-    assert isinstance(packed, fx.Node)
-    with graph.inserting_before(middle.combine):
-        capacity: Any = -1
-        if splits == "auto":
-            index = (packed.args[0], route.CAPACITY)
-            capacity = node(graph, operator.getitem, index, "capacity")
-        wire = node(graph, ops.wire, (packed, offsets, capacity, 1), "wire")
-        order, slots, counts = (
-            node(graph, operator.getitem, (wire, i), f"wire_{name}")
-            for i, name in enumerate(("order", "slots", "counts"))
-        )
-        rows = node(graph, ops.dispatch, (tokens, order, slots), "packed")
-        announced = node(graph, operator.getitem, (counts, 0), "announced")
-        each = node(graph, exchange.wire_capacity, (capacity, 1), "wire_capacity")
-        home = round_trip(graph, group, path, rows, announced, each)
-        y = node(graph, ops.combine, (home, weights, order, slots), "result")
-    middle.combine.replace_all_uses_with(y)
-    for dead in (middle.combine, middle.experts, middle.rows):
-        graph.erase_node(dead)
-    graph.eliminate_dead_code()
+    local = LocalExperts.of(graph, path)
+    with graph.inserting_before(local.combine):
+        capacity = local.capacity(splits)
+        args = (local.slots, local.offsets, capacity, 1)
+        layout = node(graph, ops.send_layout, args, "send_layout")
+        order, slots, counts = items(graph, layout, "send_order", "send_slots", "part_counts")
+        rows = node(graph, ops.dispatch, (local.tokens, order, slots), "packed")
+        own = node(graph, operator.getitem, (counts, 0), "own_counts")
+        each = node(graph, exchange.send_capacity, (capacity, 1), "send_capacity")
+        returned = round_trip(graph, group, path, rows, own, each)
+        result = node(graph, ops.combine, (returned, local.weights, order, slots), "result")
+    local.replace(result)

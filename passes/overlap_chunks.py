@@ -2,9 +2,9 @@
 
 Every piece holds an equal share of every expert's rows. Before::
 
-    there = collectives.wait(collectives.all_to_all(leaving, ...))
-    hidden = self.experts(...)
-    home  = collectives.wait(collectives.all_to_all(done, ...))
+    recv_rows = collectives.wait(collectives.all_to_all(send_rows, ...))
+    computed  = self.experts(...)
+    returned  = collectives.wait(collectives.all_to_all(results, ...))
 
 After, for two pieces, in this order::
 
@@ -13,7 +13,7 @@ After, for two pieces, in this order::
     start piece 1;  wait for piece 0, run its experts, start its way back
                     wait for piece 1, run its experts, start its way back;  wait for piece 0
                                                                             wait for piece 1
-    returned = torch.cat(pieces)
+    whole_rows = torch.cat(pieces)
 
 Source:
     Tutel (Hwang et al. 2022) section 3.2, adaptive pipelining.
@@ -23,15 +23,16 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import fx
 
-from moeify import collectives, exchange
+from moeify import exchange
 from moeify.passes.base import Fact, PassResult, PlanContext
 from moeify.passes.blocks import blocks_of
-from moeify.passes.exchange_nodes import node, ops
+from moeify.passes.exchange_nodes import node
+from moeify.passes.exchange_view import Exchange, RoundTrip
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,91 +45,76 @@ class OverlapChunks:
     invalidates: ClassVar[frozenset[str]] = frozenset()
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
-        """Rewrite the exchanges of all blocks; 1 piece changes nothing."""
+        """Rewrite the exchanges of all blocks; 1 piece changes nothing.
+
+        Raises:
+            PassError: A block's exchange is in two stages already.
+        """
         pieces = 1 if ctx.plan is None else ctx.plan.parallel.overlap_chunks
         changed = False
-        for _, block in blocks_of(gm) if pieces > 1 else ():
-            graph = block.graph
-            wires = graph.find_nodes(op="call_function", target=ops.wire)
-            if not wires or graph.find_nodes(op="call_function", target=exchange.pieces):
+        for path, block in blocks_of(gm) if pieces > 1 else ():
+            found = Exchange.find(block.graph, path)
+            if found is None or found.pieces > 1:
                 continue
-            _cut(graph, wires[0], pieces)
-            graph.lint()
+            _check(found)
+            _rewrite(found, pieces)
+            block.graph.lint()
             block.recompile()
             changed = True
         return PassResult(gm, changed)
 
 
-def _cut(graph: fx.Graph, wire: fx.Node, pieces: int) -> None:
-    parts = wire.args[3]
-    assert isinstance(parts, int)
-    wire.update_arg(3, parts * pieces)
-    for each in graph.find_nodes(op="call_function", target=exchange.wire_capacity):
-        each.update_arg(1, parts * pieces)
-    order = next(user for user in wire.users if user.args[1] == 0)
-    rows = next(user for user in order.users if user.target == ops.dispatch)
-    y = next(user for user in order.users if user.target == ops.combine)
-    last = y.args[0]
-    assert isinstance(last, fx.Node)
-    region = _between(graph, rows, wire, y)
-    there, home = (n for n in region if n.target is collectives.wait and _has_rows(n))
-    first, *stages = _stages(region, there, home)
-    with graph.inserting_before(y):
-        cut = node(graph, exchange.pieces, (rows, pieces), "pieces")
+def _check(found: Exchange) -> None:
+    if found.staged:
+        raise found.refuse(
+            "its rows travel in two stages, and only an exchange in one can be cut into pieces; "
+            "run overlap-chunks before it is split over nodes"
+        )
+
+
+def _rewrite(found: Exchange, pieces: int) -> None:
+    graph, parts = found.graph, found.parts
+    (trip,) = found.trips()
+    announce, *steps = _steps(found, trip)
+    returned, place = found.result.args[0], trip.own_counts.args[1]
+    assert isinstance(returned, fx.Node)
+    assert isinstance(place, int)
+    found.lay_out(parts * pieces)
+    with graph.inserting_before(found.result):
+        cut = node(graph, exchange.pieces, (found.rows, pieces), "pieces")
         copies: list[dict[fx.Node, fx.Node]] = []
         for piece in range(pieces):
             own = node(graph, operator.getitem, (cut, piece), f"piece_{piece}")
-            copies.append({rows: own})
-        for piece, known in enumerate(copies):  # small, and a group is a queue: before any rows
-            _copy(graph, first, known, piece * parts, wire)
-        for step in range(pieces + len(stages) - 1):
-            for depth, stage in enumerate(stages):
-                piece = step - depth
-                if 0 <= piece < pieces:
-                    _copy(graph, stage, copies[piece], piece * parts, wire)
-        whole = graph.call_function(torch.cat, ([known[last] for known in copies],))
+            copies.append({found.rows: own})
+        for piece, copied in enumerate(copies):  # small, and a group is a queue: before any rows
+            index = (found.part_counts, place + piece * parts)
+            copied[trip.own_counts] = node(graph, operator.getitem, index, "own_counts")
+            _copy(graph, announce, copied)
+        for turn in range(pieces + len(steps) - 1):
+            for late, step in enumerate(steps):
+                if 0 <= turn - late < pieces:
+                    _copy(graph, step, copies[turn - late])
+        whole = graph.call_function(torch.cat, ([copied[returned] for copied in copies],))
         whole._rename("whole_rows")
-    y.replace_input_with(last, whole)
-    for dead in reversed(region):
-        graph.erase_node(dead)
+    found.result.replace_input_with(returned, whole)
+    graph.eliminate_dead_code()
 
 
-def _has_rows(wait: fx.Node) -> bool:
-    """Tell whether rows are waited for, whose splits are nodes, and not the counts before them."""
-    (started,) = wait.all_input_nodes
-    return isinstance(started.args[1], fx.Node)
-
-
-def _between(graph: fx.Graph, rows: fx.Node, wire: fx.Node, y: fx.Node) -> list[fx.Node]:
-    """Return the nodes that read the rows or their counts, up to `y`, in order."""
-    counts = {user for user in wire.users if user.args[1] == 2}
-    reached: dict[fx.Node, None] = {}
-    for each in graph.nodes:
-        if each is y:
+def _steps(found: Exchange, trip: RoundTrip) -> list[list[fx.Node]]:
+    """Cut a trip before it sends and where it waits: announce, start, run, finish."""
+    begins = {trip.send_rows: 1, trip.recv_rows: 2, trip.returned: 3}
+    sources = (found.rows, trip.own_counts)
+    step = dict.fromkeys(sources, 0)
+    for each in found.graph.nodes:
+        if each is found.result:
             break
-        if any(
-            source is rows or source in counts or source in reached
-            for source in each.all_input_nodes
-        ):
-            reached[each] = None
-    return list(reached)
+        earlier = [step[source] for source in each.all_input_nodes if source in step]
+        if earlier:
+            step[each] = max(begins.get(each, 0), *earlier)
+    return [[n for n in step if step[n] == place and n not in sources] for place in range(4)]
 
 
-def _stages(region: list[fx.Node], there: fx.Node, home: fx.Node) -> list[list[fx.Node]]:
-    """Cut a region where it waits: announcing, sending, computing, coming home."""
-    depth: dict[fx.Node, int] = {}
-    for each in region:
-        own = {there: 2, home: 3}.get(each, int(each.target is exchange.cut))
-        depth[each] = max([own, *(depth.get(source, 0) for source in each.all_input_nodes)])
-    return [[n for n in region if depth[n] == stage] for stage in range(4)]
-
-
-def _copy(
-    graph: fx.Graph, stage: list[fx.Node], known: dict[fx.Node, fx.Node], shift: int, wire: fx.Node
-) -> None:
-    for old in stage:
-        new = graph.node_copy(old, lambda source: known.get(source, source))
-        counts: Any = old.args[0] if old.args else None
-        if old.target is operator.getitem and counts in wire.users and counts.args[1] == 2:
-            new.update_arg(1, old.args[1] + shift)  # type: ignore[operator]
-        known[old] = new
+def _copy(graph: fx.Graph, nodes: list[fx.Node], copied: dict[fx.Node, fx.Node]) -> None:
+    """Copy nodes, with the copies of what they read."""
+    for each in nodes:
+        copied[each] = graph.node_copy(each, lambda source: copied.get(source, source))

@@ -2,12 +2,12 @@
 
 Before::
 
-    hidden = self.experts(mine, landed_offsets)
+    hidden = self.experts(by_expert, recv_offsets)
 
 After::
 
-    copied = collectives.copy_to_slices(mine, 'etp', ...)      sums the slices' gradients
-    sliced = self.experts(copied, landed_offsets)
+    copied = collectives.copy_to_slices(by_expert, 'etp', ...)      sums the slices' gradients
+    sliced = self.experts(copied, recv_offsets)
     hidden = collectives.sum_of_slices(sliced, 'etp', ...)
 
 and the experts hold DTensors that are sharded by expert and sliced by hidden width; the halves of

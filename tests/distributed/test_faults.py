@@ -120,17 +120,17 @@ def corrupted(rank: int, changes: dict[str, Any], kind: str) -> Any:
     model = converted(**changes)
 
     def wrong(counts, capacity, ranks):
-        said = exchange.notice(counts, capacity, ranks).clone()
+        announced = exchange.send_counts(counts, capacity, ranks).clone()
         if kind == "rows":
-            said[0, 0] += 1 + capacity if capacity >= 0 else 1
+            announced[0, 0] += 1 + capacity if capacity >= 0 else 1
         elif kind == "negative":
-            said[0, 0] = -1
+            announced[0, 0] = -1
         else:
-            said[0, -1] += 1
-        return said
+            announced[0, -1] += 1
+        return announced
 
     if rank == 1:
-        (node,) = model.b.graph.find_nodes(op="call_function", target=exchange.notice)
+        (node,) = model.b.graph.find_nodes(op="call_function", target=exchange.send_counts)
         node.target = wrong
         model.b.recompile()
     return attempt(model, torch.randn(4, WIDTH))

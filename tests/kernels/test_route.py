@@ -1,4 +1,4 @@
-"""gate, assign, weigh and route against a loop over tokens, in outputs and gradients."""
+"""gate, assign, combine_weights and route against a loop over tokens, in outputs and gradients."""
 
 import math
 
@@ -152,8 +152,11 @@ def test_assign_and_weigh_opcheck(combine):
         opcheck(torch.ops.moeify.assign, (ids, priority, 4, 9))
     slots, _, _ = torch.ops.moeify.assign(ids, None, 4, 3)
     scores = torch.rand(9, 2, requires_grad=True)
-    opcheck(torch.ops.moeify.weigh, (scores, slots, combine))
-    opcheck(torch.ops.moeify.weigh_backward, (torch.rand(9, 2), scores.detach(), slots, combine))
+    opcheck(torch.ops.moeify.combine_weights, (scores, slots, combine))
+    opcheck(
+        torch.ops.moeify.combine_weights_backward,
+        (torch.rand(9, 2), scores.detach(), slots, combine),
+    )
 
 
 @pytest.mark.parametrize("score", SCORES)

@@ -12,7 +12,11 @@ from moeify.kernels.combine import combine_backward_reference, combine_reference
 from moeify.kernels.dispatch import dispatch_reference
 from moeify.kernels.gate import BALANCES, SCORES, gate_backward_reference, gate_reference
 from moeify.kernels.native import library
-from moeify.kernels.weigh import COMBINES, weigh_backward_reference, weigh_reference
+from moeify.kernels.weigh import (
+    COMBINES,
+    combine_weights_backward_reference,
+    combine_weights_reference,
+)
 
 pytestmark = pytest.mark.skipif(library("rows") is None, reason="no C++ compiler")
 
@@ -251,11 +255,14 @@ def test_weigh(combine, top_k):
     scores[0] = float("nan")
     scores[1] = 0
     args = (scores, slots, combine)
-    close(rows_native.weigh(*args), weigh_reference(scores.double(), slots, combine))
+    close(
+        rows_native.combine_weights(*args),
+        combine_weights_reference(scores.double(), slots, combine),
+    )
     scores[1] = 0.5
     grad = torch.randn(60, 1).expand(60, top_k)
-    expected = weigh_backward_reference(grad.double(), scores.double(), slots, combine)
-    close(rows_native.weigh_backward(grad, *args), expected)
+    expected = combine_weights_backward_reference(grad.double(), scores.double(), slots, combine)
+    close(rows_native.combine_weights_backward(grad, *args), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -333,7 +340,7 @@ def test_what_is_not_served_goes_to_the_reference():
     assert gate_native.gate(x.double(), w, None, None, None, *options) is NotImplemented
     assert gate_native.gate(x, w, None, None, None, 2, "relu", *options[2:]) is NotImplemented
     assert gate_native.gate(x, w, None, None, torch.randn(5), *options) is NotImplemented
-    assert rows_native.weigh(x.double(), x.int(), "normalized") is NotImplemented
+    assert rows_native.combine_weights(x.double(), x.int(), "normalized") is NotImplemented
     ids = routes(3, 5, 2)
     assert rows_native.assign(ids, torch.rand(3, 2).double(), 5, 1) is NotImplemented
     assert rows_native.combine(x.half(), None, ids, ids) is NotImplemented

@@ -9,8 +9,12 @@ from moeify.kernels import rows_triton
 from moeify.kernels.assign import assign_reference
 from moeify.kernels.combine import combine_backward_reference, combine_reference
 from moeify.kernels.dispatch import dispatch_reference
-from moeify.kernels.weigh import COMBINES, weigh_backward_reference, weigh_reference
-from moeify.kernels.wire import wire_reference
+from moeify.kernels.weigh import (
+    COMBINES,
+    combine_weights_backward_reference,
+    combine_weights_reference,
+)
+from moeify.kernels.wire import send_layout_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
@@ -84,10 +88,10 @@ def test_weigh(combine, tokens, top_k):
     slots, _ = layout(tokens, max(top_k, 4), top_k, tokens // 2)
     scores = torch.rand(tokens, top_k, device=DEVICE).masked_fill(slots < 0, torch.nan)
     grad = torch.randn(tokens, top_k, device=DEVICE)
-    got = rows_triton.weigh(scores, slots, combine)
-    check(got, weigh_reference(scores.double(), slots, combine), F32)
-    got = rows_triton.weigh_backward(grad, scores, slots, combine)
-    expected = weigh_backward_reference(grad.double(), scores.double(), slots, combine)
+    got = rows_triton.combine_weights(scores, slots, combine)
+    check(got, combine_weights_reference(scores.double(), slots, combine), F32)
+    got = rows_triton.combine_weights_backward(grad, scores, slots, combine)
+    expected = combine_weights_backward_reference(grad.double(), scores.double(), slots, combine)
     torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=1e-4)
 
 
@@ -107,7 +111,7 @@ def test_nan_poisons_its_own_tokens_alone():
     assert set(to_weights.isnan().any(1).nonzero().flatten().tolist()) == {20, int(order[11]) // 2}
     scores = torch.tensor([[torch.nan], [0.0], [0.5]], device=DEVICE)
     kept = torch.tensor([[0], [1], [-1]], dtype=torch.int32, device=DEVICE)
-    one = rows_triton.weigh(scores, kept, "straight_through").flatten()
+    one = rows_triton.combine_weights(scores, kept, "straight_through").flatten()
     assert one.isnan().tolist() == [True, False, False]
     assert one[1:].tolist() == [1.0, 0.0]
 
@@ -118,16 +122,19 @@ def test_what_is_not_served_is_left_to_the_reference():
     assert rows_triton.dispatch(x, order, slots) is NotImplemented
     assert rows_triton.combine(rows, scores, order, slots) is NotImplemented
     assert rows_triton.combine_backward(x, rows, scores, order, slots) is NotImplemented
-    assert rows_triton.weigh(scores.double(), slots, "normalized") is NotImplemented
-    assert rows_triton.weigh(scores, slots, "total") is NotImplemented
-    assert rows_triton.weigh_backward(scores, scores.double(), slots, "total") is NotImplemented
+    assert rows_triton.combine_weights(scores.double(), slots, "normalized") is NotImplemented
+    assert rows_triton.combine_weights(scores, slots, "total") is NotImplemented
+    assert (
+        rows_triton.combine_weights_backward(scores, scores.double(), slots, "total")
+        is NotImplemented
+    )
 
 
 @pytest.mark.parametrize(("capacity", "parts"), [(2, 1), (9, 1), (40, 2), (-1, 3)])
-def test_rows_laid_out_for_the_wire(capacity, parts):
+def test_rows_laid_out_for_sending(capacity, parts):
     ids = torch.rand(21, 4).topk(2).indices.int()
     packed, _, ends = assign_reference(ids, None, 4, 21 if capacity < 0 else capacity)
-    order, slots, _ = wire_reference(packed, ends, capacity, parts)
+    order, slots, _ = send_layout_reference(packed, ends, capacity, parts)
     order, slots = order.to(DEVICE), slots.to(DEVICE)
     hidden, weights = rows_of(order, 5, F32), torch.rand(21, 2, device=DEVICE)
     grad = torch.randn(21, 5, device=DEVICE)

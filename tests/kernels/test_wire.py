@@ -1,4 +1,4 @@
-"""wire, arrivals, check_counts, own_routes: bijections, and whole exchanges in one process."""
+"""Layouts of an all-to-all, counts, local routes: bijections, and exchanges in one process."""
 
 from __future__ import annotations
 
@@ -86,10 +86,10 @@ PARTS = st.integers(1, 4)
 
 @settings(max_examples=80)
 @given(routings(), SPARE, PARTS)
-def test_wire_gives_every_kept_route_one_row_in_its_part_and_expert(routing, spare, parts):
+def test_send_layout_gives_every_kept_route_one_row_in_its_part_and_expert(routing, spare, parts):
     (sender,), experts = routing
     capacity = capacity_of([sender], spare)
-    order, slots, counts = ops.wire(sender.slots, sender.offsets, capacity, parts)
+    order, slots, counts = ops.send_layout(sender.slots, sender.offsets, capacity, parts)
     each = part_rows(sender.slots.numel(), experts, capacity, parts)
     assert order.shape == (each * parts,)
     assert order.dtype == slots.dtype == torch.int32
@@ -117,13 +117,13 @@ def test_wire_gives_every_kept_route_one_row_in_its_part_and_expert(routing, spa
 
 @settings(max_examples=60)
 @given(st.data(), st.integers(1, 4), st.integers(1, 4), st.one_of(st.none(), st.integers(0, 3)))
-def test_arrivals_sorts_segments_by_expert_and_source(data, sources, experts, capacity):
+def test_receive_layout_sorts_segments_by_expert_and_source(data, sources, experts, capacity):
     most = 3 if capacity is None else capacity
     draw = st.lists(st.integers(0, most), min_size=experts, max_size=experts)
     counts = torch.tensor([data.draw(draw) for _ in range(sources)])
     even = capacity is not None
     rows = sources * experts * most if even else int(counts.sum())
-    order, slots, offsets = ops.arrivals(counts, rows, most if even else -1)
+    order, slots, offsets = ops.receive_layout(counts, rows, most if even else -1)
     assert order.shape == (rows,)
     assert slots.shape == (rows, 1)
     want, begin = {}, 0  # by (expert, source, place): the received row
@@ -159,31 +159,31 @@ def exchanged(senders: list[Sender], scales: Tensor, capacity: int, parts: int) 
     """Return each rank's output of a whole exchange, parts one after another."""
     ranks, experts = len(senders), scales.shape[0]
     local, each = experts // ranks, part_capacity(capacity, parts)
-    ways = [ops.wire(s.slots, s.offsets, capacity, parts) for s in senders]
-    rows = [dispatch(s.tokens, *w[:2]).chunk(parts) for s, w in zip(senders, ways, strict=True)]
+    layouts = [ops.send_layout(s.slots, s.offsets, capacity, parts) for s in senders]
+    rows = [dispatch(s.tokens, *w[:2]).chunk(parts) for s, w in zip(senders, layouts, strict=True)]
     rows = [r if len(r) == parts else [r[0]] * parts for r in rows]  # nothing, cut in parts
-    home: list[list[Tensor]] = [[] for _ in senders]
+    returned: list[list[Tensor]] = [[] for _ in senders]
     for part in range(parts):
-        said = [exchange.notice(way[2][part], each, ranks) for way in ways]
-        heard = swap([list(s.split(1)) for s in said])
+        send_counts = [exchange.send_counts(layout[2][part], each, ranks) for layout in layouts]
+        recv_counts = swap([list(s.split(1)) for s in send_counts])
         names = list(range(ranks))
-        counts = [ops.check_counts(h, each, "layer", names, r) for r, h in enumerate(heard)]
-        splits = [exchange.splits(s, c, each) for s, c in zip(said, counts, strict=True)]
+        counts = [ops.check_counts(h, each, "layer", names, r) for r, h in enumerate(recv_counts)]
+        splits = [exchange.splits(s, c, each) for s, c in zip(send_counts, counts, strict=True)]
         for rank, (_, receive) in enumerate(splits):
             assert receive == [splits[other][0][rank] for other in names]
-        leaving = [exchange.cut(rows[r][part], splits[r][0]).split(splits[r][0]) for r in names]
-        there = swap([list(boxes) for boxes in leaving])
-        back = []
+        send_rows = [exchange.cut(rows[r][part], splits[r][0]).split(splits[r][0]) for r in names]
+        recv_rows = swap([list(boxes) for boxes in send_rows])
+        results = []
         for rank in names:
-            order, slots, ends = ops.arrivals(counts[rank], there[rank].shape[0], each)
+            order, slots, ends = ops.receive_layout(counts[rank], recv_rows[rank].shape[0], each)
             own = scales[rank * local : (rank + 1) * local]
-            hidden = scaled(dispatch(there[rank], order, slots), ends, own)
-            back.append(list(combine(hidden, None, order, slots).split(splits[rank][1])))
-        for rank, arrived in enumerate(swap(back)):
-            home[rank].append(exchange.padded(arrived, rows[rank][part]))
+            hidden = scaled(dispatch(recv_rows[rank], order, slots), ends, own)
+            results.append(list(combine(hidden, None, order, slots).split(splits[rank][1])))
+        for rank, came in enumerate(swap(results)):
+            returned[rank].append(exchange.padded(came, rows[rank][part]))
     return [
-        combine(torch.cat(h), s.weights, *w[:2])
-        for h, s, w in zip(home, senders, ways, strict=True)
+        combine(torch.cat(r), s.weights, *w[:2])
+        for r, s, w in zip(returned, senders, layouts, strict=True)
     ]
 
 
@@ -212,7 +212,7 @@ def test_a_gathering_gives_each_token_its_weighted_experts(data, ranks):
     total = torch.zeros_like(tokens)
     seen = torch.zeros_like(routes)
     for rank in range(ranks):
-        slots, order, offsets = ops.own_routes(routes, rank * local + 1, local)
+        slots, order, offsets = ops.local_routes(routes, rank * local + 1, local)
         assert torch.equal(slots >= 0, (routes > rank * local) & (routes <= (rank + 1) * local))
         for route, row in enumerate(slots.flatten().tolist()):
             assert row < 0 or order[row] == route
@@ -237,12 +237,12 @@ EXAMPLES = [
 def calls(sender: Sender, capacity: int, parts: int):
     """Yield (op, arguments) of a rank that exchanges with itself."""
     each = part_capacity(capacity, parts)
-    yield "wire", (sender.slots, sender.offsets, capacity, parts)
-    counts = ops.wire(sender.slots, sender.offsets, capacity, parts)[2][:1]
+    yield "send_layout", (sender.slots, sender.offsets, capacity, parts)
+    counts = ops.send_layout(sender.slots, sender.offsets, capacity, parts)[2][:1]
     rows = int(counts.sum()) if capacity < 0 else counts.numel() * each
-    yield "arrivals", (counts, rows, each)
-    yield "check_counts", (exchange.notice(counts[0], each, 1), each, "layer", [0], 0)
-    yield "own_routes", (sender.ids, 1, 2)
+    yield "receive_layout", (counts, rows, each)
+    yield "check_counts", (exchange.send_counts(counts[0], each, 1), each, "layer", [0], 0)
+    yield "local_routes", (sender.ids, 1, 2)
 
 
 @pytest.mark.parametrize("sender", EXAMPLES, ids=["some", "dropped", "none"])
@@ -269,22 +269,34 @@ def test_opcheck(sender, capacity):
         opcheck(getattr(ops, name), args)
 
 
-def heard(*rows: list[int]) -> Tensor:
+def announced(*rows: list[int]) -> Tensor:
     return torch.tensor(rows)
 
 
 @pytest.mark.parametrize(
-    ("said", "capacity", "message"),
+    ("recv_counts", "capacity", "message"),
     [
-        (heard([1, 2, 3], [1, 1, 3]), -1, r"rank 7 heard from rank 9 of \[1, 1\] .* but 3 were"),
-        (heard([-1, 4, 3], [1, 1, 2]), -1, r"rank 7 heard from rank 7 of \[-1, 4\]"),
-        (heard([1, 2, 4], [5, 0, 4]), 4, r"rank 9 of \[5, 0\] rows .* not 0 to 4, the capacity"),
-        (heard([1, 2, 4], [1, -2, 4]), 4, r"rank 9 of \[1, -2\] rows"),
-        (heard([1, 2, 4], [1, 2, 6]), 4, r"a capacity of 6 rows, its own is 4: .* pad .* uneven"),
-        (heard([1, 2, 4], [1, 2, 3]), 4, r"a capacity of 3 rows"),
-        (heard([1, 2, 4], [1, 2, 3]), -1, r"h\.1\.mlp: rank 7 heard from rank 7"),
+        (
+            announced([1, 2, 3], [1, 1, 3]),
+            -1,
+            r"rank 7 heard from rank 9 of \[1, 1\] .* but 3 were",
+        ),
+        (announced([-1, 4, 3], [1, 1, 2]), -1, r"rank 7 heard from rank 7 of \[-1, 4\]"),
+        (
+            announced([1, 2, 4], [5, 0, 4]),
+            4,
+            r"rank 9 of \[5, 0\] rows .* not 0 to 4, the capacity",
+        ),
+        (announced([1, 2, 4], [1, -2, 4]), 4, r"rank 9 of \[1, -2\] rows"),
+        (
+            announced([1, 2, 4], [1, 2, 6]),
+            4,
+            r"a capacity of 6 rows, its own is 4: .* pad .* uneven",
+        ),
+        (announced([1, 2, 4], [1, 2, 3]), 4, r"a capacity of 3 rows"),
+        (announced([1, 2, 4], [1, 2, 3]), -1, r"h\.1\.mlp: rank 7 heard from rank 7"),
     ],
 )
-def test_counts_that_do_not_agree_raise(said, capacity, message):
+def test_counts_that_do_not_agree_raise(recv_counts, capacity, message):
     with pytest.raises(DispatchError, match=message):
-        ops.check_counts(said, capacity, "h.1.mlp", [7, 9], 7)
+        ops.check_counts(recv_counts, capacity, "h.1.mlp", [7, 9], 7)

@@ -19,7 +19,7 @@ from moeify.router import Router
 from moeify.router_losses import RouterLosses
 from tests.zoo_models import ZOO, NanoGPT, Vision, pixels, sequential_mlp
 
-OPS = {"gate", "assign", "weigh", "experts"}
+OPS = {"gate", "assign", "combine_weights", "experts"}
 UNFUSED = OPS - {"experts"} | {"dispatch", "grouped_linear", "combine"}
 NAMES = ["gpt2", "llama", "bert", "t5", "opt", "nanoGPT"]
 

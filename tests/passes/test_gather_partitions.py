@@ -19,7 +19,7 @@ from moeify.passes.manager import PassManager
 from moeify.passes.printer import print_graph
 from moeify.plan import Plan
 from moeify.simulate_counter import fake_world
-from tests.passes.test_parallel_passes import block_after, text_of
+from tests.passes.parallel_block import block_after, text_of
 
 GRAPH = {"engine": "graph", "stage": 3}
 

@@ -20,7 +20,7 @@ from moeify.passes.partition_zero import PartitionZero, zero_of
 from moeify.passes.printer import print_graph
 from moeify.simulate_counter import fake_world
 from moeify.zero_plan import Part, Unit, ZeroPlan
-from tests.passes.test_parallel_passes import block_after
+from tests.passes.parallel_block import block_after
 from tests.zoo_models import ZOO
 
 SLICED = {"expert": 2, "tensor": 2, "experts_in_tp": "slice"}
