@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import fx, nn
 
 from moeify import compat, losses
+from moeify.agreement import run_on_all_ranks
 from moeify.calibration import Calibration, mlp_inputs
 from moeify.capture import ExampleInputs
 from moeify.conversion import (
@@ -30,11 +31,10 @@ from moeify.input_spec import describe_inputs
 from moeify.mesh import World
 from moeify.parallel import (
     Parallel,
-    agree_on_layers,
-    join,
+    assert_same_layers,
+    init_world,
     reduce_gradients,
     sharded_names,
-    together,
 )
 from moeify.passes.base import Fact, Pass, PlanContext
 from moeify.passes.blocks import MOE_ROLE, SLICES, ZERO, block_path, find_site
@@ -49,7 +49,7 @@ from moeify.passes.replace_mlps import ReplaceMlps
 from moeify.plan import Plan
 from moeify.refusing import discover_float, refuse_adapters, refuse_quantised
 from moeify.resolve import LayerPlan, ResolvedPlan, resolve_sites
-from moeify.site_weights import agree_on_starts
+from moeify.site_weights import assert_same_starts
 from moeify.verification import Snapshot, check, check_untouched, coarsest, compare, snapshot
 from moeify.zero import Partitioned, partition
 
@@ -110,30 +110,32 @@ def moeify(
         >>> type(model[0]).__name__
         'MoEBlock'
     """
-    chosen = together("take model and plan", lambda: _checked(model, plan))
-    world = join(chosen, mesh, model, verify=verify)
-    inputs, discovery, resolved = together(
+    chosen = run_on_all_ranks("take model and plan", lambda: _checked(model, plan))
+    world = init_world(chosen, mesh, model, verify=verify)
+    inputs, discovery, resolved = run_on_all_ranks(
         "apply the plan", lambda: prepare(model, chosen, example_inputs)
     )
     with ExitStack() as undo:  # an error puts back what the average of checkpoints replaced
-        together("average its checkpoints", lambda: undo.enter_context(averaging(model, resolved)))
+        run_on_all_ranks(
+            "average its checkpoints", lambda: undo.enter_context(averaging(model, resolved))
+        )
         if world is not None:
-            agree_on_layers(resolved, model, inputs)
+            assert_same_layers(resolved, model, inputs)
             world.prepare(layer.experts for layer in resolved)
         slices: list[Pass] = []
         if world is not None and world.layout.tensor > 1:
             from moeify.passes.slice_dense import SliceDense
 
             slices = [SliceDense(discovery, inputs)]
-        rows = together(
+        rows = run_on_all_ranks(
             "look at its MLPs' inputs", lambda: mlp_inputs(model, discovery, resolved, inputs)
         )
-        built = together(
+        built = run_on_all_ranks(
             "build its blocks",
             lambda: run_pipeline(model, chosen, resolved, discovery, passes, world, slices, rows),
         )
         if world is not None:
-            agree_on_starts(model, resolved, discovery, rows)
+            assert_same_starts(model, resolved, discovery, rows)
         install_checked(model, chosen, resolved, discovery, built, inputs, verify, world)
     return model
 
@@ -326,10 +328,10 @@ def install_checked(
 
     try:
         # One after the other on all ranks: blocks that run wait for those of other ranks.
-        dense = together("install its blocks", install)
-        ledger = together("slice its dense layers", slice_dense)
-        together("prove its blocks", prove)
-        partitioned = together("partition its state", partition_state)
+        dense = run_on_all_ranks("install its blocks", install)
+        ledger = run_on_all_ranks("slice its dense layers", slice_dense)
+        run_on_all_ranks("prove its blocks", prove)
+        partitioned = run_on_all_ranks("partition its state", partition_state)
         record = Conversion(plan, layers, ledger, installer.fused, describe_inputs(example_inputs))
         if world is not None:
             paths = {converted.layer.name: converted.block for converted in layers}

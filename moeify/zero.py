@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from moeify import zero_fsdp
-from moeify.parallel import is_coordinated
+from moeify.exchange import is_coordinated
 from moeify.zero_plan import Part, Unit, ZeroPlan
 
 if TYPE_CHECKING:
