@@ -29,6 +29,7 @@ from moeify.passes.records import record_of
 from moeify.preserve import preserved
 from moeify.recorder import ModuleCall, Recorder
 from moeify.torch_calls import Args, Kwargs, tensors_in
+from moeify.units import dtype_name
 
 ExampleInputs = Mapping[str, Any] | Sequence[Any] | Tensor
 
@@ -140,7 +141,7 @@ def _first_line(error: BaseException) -> str:
 
 def _describe(inputs: object) -> str:
     if isinstance(inputs, Tensor):
-        return f"{tuple(inputs.shape)} {str(inputs.dtype).removeprefix('torch.')}"
+        return f"{tuple(inputs.shape)} {dtype_name(inputs.dtype)}"
     if isinstance(inputs, Mapping):
         return "{" + ", ".join(f"{k}: {_describe(v)}" for k, v in inputs.items()) + "}"
     if isinstance(inputs, list | tuple):

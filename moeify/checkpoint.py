@@ -36,14 +36,7 @@ from moeify.checkpoint_manifest import (
     read_manifest,
 )
 from moeify.checkpoint_replay import check_conversion, convert_again, layer_records, versions
-from moeify.checkpoint_shards import (
-    DTYPES,
-    Shard,
-    check_shard,
-    dtype_name,
-    parse_size,
-    read_shard,
-)
+from moeify.checkpoint_shards import DTYPES, Shard, check_shard, read_shard
 from moeify.checkpoint_state import (
     Rollback,
     assign,
@@ -59,6 +52,7 @@ from moeify.conversion import Conversion, require_conversion, require_one_proces
 from moeify.errors import CheckpointError, MoeifyError
 from moeify.hf import is_hf
 from moeify.passes.base import Pass
+from moeify.units import dtype_name, parse_bytes
 
 _READ = ("plan.yaml", "source_config.json", "generation_config.json")
 
@@ -99,7 +93,7 @@ def save(
         >>> torch.equal(load(folder, model=again)(x), model(x))
         True
     """
-    parse_size(max_shard_size)
+    parse_bytes(max_shard_size, "max_shard_size")
     inner = _unwrapped(model)
     write_content(moeify_content(inner), directory, max_shard_size=max_shard_size)
 

@@ -27,6 +27,7 @@ from moeify.errors import CheckpointError
 from moeify.hf import is_hf
 from moeify.hf_dense import config_json, dense_class
 from moeify.input_spec import make_inputs
+from moeify.units import dtype_from_name
 
 _OWN: Final = re.compile(r"transformers\.models\.[A-Za-z0-9_.]+\.[A-Za-z0-9_]+")
 _KINDS: Final = ("attention", "experts")
@@ -140,9 +141,8 @@ def _check_inputs(description: Any) -> None:
         raise ValueError("a description has one key")
     kind, content = next(iter(description.items()))
     if kind == "tensor":
-        shape, dtype = content["shape"], getattr(torch, str(content["dtype"]), None)
-        if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"{content['dtype']!r:.40} is no dtype")
+        shape = content["shape"]
+        dtype_from_name(str(content["dtype"]))
         if not all(type(n) is int and n >= 0 for n in shape) or math.prod(shape) > MAX_ELEMENTS:
             raise ValueError(f"{shape!r:.80} is no shape for an example")
     elif kind == "dict":

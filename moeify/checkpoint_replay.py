@@ -10,7 +10,6 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from torch import nn
 
-from moeify import __version__
 from moeify.api import moeify as convert
 from moeify.checkpoint_build import inputs_of
 from moeify.checkpoint_manifest import LayerRecord, Manifest
@@ -20,6 +19,7 @@ from moeify.conversion import Conversion, require_conversion
 from moeify.errors import CaptureError, CheckpointError, MoeifyError
 from moeify.passes.base import Pass
 from moeify.plan import Plan
+from moeify.version import __version__
 
 log = logging.getLogger("moeify")
 

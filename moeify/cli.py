@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from moeify import __version__
 from moeify.errors import MoeifyError, PlanError
+from moeify.units import parse_bytes
+from moeify.version import __version__
 
 if TYPE_CHECKING:
     from moeify.plan import Plan
@@ -242,13 +243,12 @@ def convert(
     if calibration is not None and not in_memory:
         raise typer.BadParameter("needs --in-memory", param_hint="--calibration")
     chosen = None if plan is None else _plan(plan, settings)
-    from moeify.checkpoint_shards import parse_size
     from moeify.cli_convert import Options, give_memory_back
     from moeify.cli_convert import convert as run
     from moeify.cli_output import make_console, write_json
 
     try:
-        parse_size(max_shard_size)
+        parse_bytes(max_shard_size, "max_shard_size")
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--max-shard-size") from None
     options = Options(

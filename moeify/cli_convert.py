@@ -16,8 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from moeify.checkpoint_files import MANIFEST
 from moeify.checkpoint_json import canonical_digest
 from moeify.checkpoint_replay import versions
@@ -37,6 +35,7 @@ from moeify.convert_hash import hashing
 from moeify.errors import MoeifyError
 from moeify.plan import Plan
 from moeify.resolve import ResolvedPlan
+from moeify.units import dtype_from_name
 from moeify.verification import is_exact
 
 if TYPE_CHECKING:
@@ -234,7 +233,7 @@ def _dense_folder(folder: Path) -> Path:
 def _streamed(folder: Path, plan: Plan, options: Options) -> _Job:
     from moeify.streamed import stream
 
-    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    dtype = None if options.dtype is None else dtype_from_name(options.dtype)
     model, stored = stream(folder, plan, dtype)
     return _job(model, stored, stored.resolved, stored.folder, options, [])
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from moeify.checkpoint_files import MANIFEST, Folder
 from moeify.checkpoint_manifest import MAX_BYTES
 from moeify.errors import MoeifyError
+from moeify.units import dtype_from_name
 
 if TYPE_CHECKING:
     import torch
@@ -169,11 +170,9 @@ def load_dense(folder: Path, dtype: str | None = None) -> tuple[nn.Module, list[
     Raises:
         MoeifyError: There are no safetensors, they point elsewhere, or they do not fit.
     """
-    import torch
-
     _check_files(folder)
     _, kind = _config_and_class(folder)
-    chosen = "auto" if dtype is None else getattr(torch, dtype)
+    chosen = "auto" if dtype is None else dtype_from_name(dtype)
     try:
         model, info = (kind or _auto()).from_pretrained(
             str(folder),

@@ -17,13 +17,13 @@ from typing import Any, Final
 from torch import nn
 
 from moeify.checkpoint_build import describable
-from moeify.checkpoint_shards import dtype_name
 from moeify.content import Content, Stored, copied
 from moeify.conversion import require_conversion
 from moeify.errors import CheckpointError
 from moeify.export_manifest import manifest_of
 from moeify.hf_dense import dense_class, dense_classes, dense_config, generation_config
 from moeify.hf_model import KEY, recipe_of, with_decoys
+from moeify.units import dtype_name
 
 _CONFIGURATION: Final = '''\
 """The config of a Mixture-of-Experts model made by moeify, which must be installed."""

@@ -13,6 +13,7 @@ from moeify.passes.find_mlps import NearMiss, Region, find_regions
 from moeify.passes.placement import Placement, Placer, parameter_names
 from moeify.sites import Projection, Site
 from moeify.training_check import TrainingCheck
+from moeify.units import dtype_name
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -170,7 +171,7 @@ def _site(
         down=_projection(model, region.down),
         inner=region.program.params,
         calls=len(runs),
-        dtype=str(weight.dtype).removeprefix("torch."),
+        dtype=dtype_name(weight.dtype),
         itemsize=weight.element_size(),
         parameters=sum(t.numel() for t in tensors),
         blocked=placement.blocked,

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeify.units import dtype_from_name, dtype_name
+
 
 def describe_inputs(value: Any) -> Any:
     """Return JSON-able data that describes nested inputs; values of tensors are not kept."""
     if isinstance(value, Tensor):
-        dtype = str(value.dtype).removeprefix("torch.")
-        return {"tensor": {"shape": list(value.shape), "dtype": dtype}}
+        return {"tensor": {"shape": list(value.shape), "dtype": dtype_name(value.dtype)}}
     if isinstance(value, Mapping):
         return {"dict": {str(key): describe_inputs(part) for key, part in value.items()}}
     if isinstance(value, list | tuple):
@@ -31,7 +32,7 @@ def make_inputs(description: Any) -> Any:
     """
     kind, content = next(iter(description.items()))
     if kind == "tensor":
-        return torch.zeros(content["shape"], dtype=getattr(torch, content["dtype"]))
+        return torch.zeros(content["shape"], dtype=dtype_from_name(content["dtype"]))
     if kind == "dict":
         made = {key: make_inputs(part) for key, part in content.items()}
         for key, part in made.items():

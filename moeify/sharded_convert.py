@@ -30,7 +30,7 @@ from moeify.checkpoint_manifest import (
     read_manifest,
 )
 from moeify.checkpoint_replay import convert_again, layer_records
-from moeify.checkpoint_shards import DTYPES, check_shard, parse_size, read_shard
+from moeify.checkpoint_shards import DTYPES, check_shard, read_shard
 from moeify.conversion import require_conversion
 from moeify.errors import CheckpointError
 from moeify.plan import Plan
@@ -45,6 +45,7 @@ from moeify.sharded_manifest import (
 )
 from moeify.sharded_reading import PieceReader
 from moeify.sharded_storage import PieceFile, put
+from moeify.units import parse_bytes
 
 __all__ = ["to_sharded", "to_single"]
 
@@ -183,7 +184,7 @@ def to_single(
         CheckpointError: The checkpoint is damaged or not described well enough, or the folder
             cannot be written.
     """
-    limit = parse_size(max_shard_size)
+    limit = parse_bytes(max_shard_size, "max_shard_size")
     with Folder(_found(checkpoint, None)) as source, default_device_cpu():
         manifest = read(source)
         where = source.path

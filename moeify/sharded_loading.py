@@ -18,7 +18,6 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.optim import Optimizer
 
 from moeify.checkpoint_files import Folder
-from moeify.checkpoint_shards import dtype_name
 from moeify.errors import CheckpointError
 from moeify.sharded_checks import check_layers, check_plan, match
 from moeify.sharded_manifest import NAME, ShardedManifest, read
@@ -27,6 +26,7 @@ from moeify.sharded_ranks import Ranks
 from moeify.sharded_reading import PieceReader, PiecesToLoad
 from moeify.sharded_rng import Generators
 from moeify.sharded_state import ModelState, Optimized
+from moeify.units import dtype_name
 
 __all__ = ["Loaded", "load"]
 

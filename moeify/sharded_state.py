@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from moeify import compat
-from moeify.checkpoint_shards import DTYPES, dtype_name
+from moeify.checkpoint_shards import DTYPES
 from moeify.checkpoint_state import tensors_of
 from moeify.errors import CheckpointError
 from moeify.sharded_manifest import OptimizerRecord, OptionGroup, ShardedManifest
 from moeify.sharded_optimizer import ShardedOptimizer
 from moeify.sharding import is_sharded
+from moeify.units import dtype_name
 
 __all__ = ["ModelState", "Optimized", "json_data"]
 
