@@ -81,7 +81,7 @@ def capture(model: nn.Module, example_inputs: ExampleInputs, *, training: bool =
     started = time.perf_counter()
     args, kwargs = split_inputs(example_inputs)
     _refuse_unready(model)
-    found, reason = _record_fake(model, args, kwargs, training)
+    found, reason = record_fake(model, args, kwargs, training)
     mode: Literal["fake", "real"] = "real" if found is None else "fake"
     if found is None and training:
         raise CaptureError(f"the model cannot run on fake tensors in training mode ({reason})")
@@ -103,7 +103,7 @@ def capture(model: nn.Module, example_inputs: ExampleInputs, *, training: bool =
     return Capture(graph_module, recorder.nodes, recorder.calls, mode, seconds, reason)
 
 
-def _record_fake(
+def record_fake(
     model: nn.Module, args: Args, kwargs: Kwargs, training: bool
 ) -> tuple[tuple[fx.GraphModule, Recorder] | None, str]:
     """Record on fake tensors and leave none of them behind; or return None and why not."""
@@ -230,6 +230,7 @@ __all__ = [
     "ModuleCall",
     "capture",
     "preserved",
+    "record_fake",
     "split_inputs",
     "tensors_in",
 ]

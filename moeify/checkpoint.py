@@ -94,7 +94,7 @@ def save(
         True
     """
     parse_bytes(max_shard_size, "max_shard_size")
-    inner = _unwrapped(model)
+    inner = unwrapped(model)
     write_content(moeify_content(inner), directory, max_shard_size=max_shard_size)
 
 
@@ -241,7 +241,7 @@ def _refuse_sharded(directory: str | os.PathLike[str]) -> None:
         )
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """Return the model inside `torch.compile`, `DataParallel` and DDP."""
     while True:
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):

@@ -90,7 +90,7 @@ def simulate_model(
         batch=batch,
         length=_length(model) if length is None else length,
     )
-    _print(found, console)
+    print_simulation(found, console)
     result = {**found.to_dict(), "model": str(folder), "class": found.model}
     if plot is not None:
         points = sweep(node)
@@ -109,7 +109,8 @@ def _length(model: nn.Module) -> int | None:
     return min(_LENGTH, *limits) if limits else None
 
 
-def _print(found: Simulation, console: Console) -> None:
+def print_simulation(found: Simulation, console: Console) -> None:
+    """Print what a simulated training step does, as tables."""
     layout = ", ".join(f"{name} {value}" for name, value in found.layout.items())
     say(console, f"{found.model} on {found.world} ranks, {found.node} per node: {layout}")
     inputs = ", ".join(f"{name} {shape}" for name, shape in found.inputs.items())

@@ -23,7 +23,7 @@ from torch import nn
 from torch.distributed.checkpoint import state_dict_saver
 from torch.optim import Optimizer
 
-from moeify.checkpoint import _unwrapped
+from moeify.checkpoint import unwrapped
 from moeify.checkpoint_files import _resolved, _sweep, _tag
 from moeify.conversion import require_conversion
 from moeify.errors import CheckpointError
@@ -37,7 +37,7 @@ from moeify.sharded_state import ModelState, Optimized, json_data
 from moeify.sharded_storage import Finish, PiecesToSave, PieceWriter
 from moeify.zero_fsdp import settle
 
-__all__ = ["Loaded", "Saving", "latest", "load_sharded", "save_sharded"]
+__all__ = ["Loaded", "Saving", "find_checkpoint", "latest", "load_sharded", "save_sharded"]
 
 log = logging.getLogger("moeify")
 
@@ -141,7 +141,7 @@ def save_sharded(
         >>> load_sharded(model, folder).step
         10
     """
-    inner = _unwrapped(model)
+    inner = unwrapped(model)
     require_conversion(inner)
     settle(inner)
     ranks = _ranks()
@@ -196,11 +196,11 @@ def load_sharded(
             optimizer and generators are then as they were.
         MoeifyError: The model has not been converted.
     """
-    inner = _unwrapped(model)
+    inner = unwrapped(model)
     require_conversion(inner)
     settle(inner)
     ranks = _ranks()
-    path = ranks.run_on_first("find the checkpoint", lambda: _found(directory, step))
+    path = ranks.run_on_first("find the checkpoint", lambda: find_checkpoint(directory, step))
     return load(inner, path, optimizer, ranks, trust=trust, strict=strict)
 
 
@@ -237,8 +237,16 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _found(directory: str | os.PathLike[str], step: int | None) -> Path:
-    """Return the checkpoint that is meant."""
+def find_checkpoint(directory: str | os.PathLike[str], step: int | None) -> Path:
+    """Return the checkpoint that is meant.
+
+    Args:
+        directory: A folder of checkpoints, or one checkpoint in it.
+        step: Which one; the newest if None.
+
+    Raises:
+        CheckpointError: It is not there.
+    """
     root = Path(directory).absolute()
     if os.path.lexists(root / NAME) or os.path.lexists(root / ".metadata"):
         match = _STEP.fullmatch(root.name)

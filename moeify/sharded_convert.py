@@ -34,7 +34,7 @@ from moeify.checkpoint_shards import DTYPES, check_shard, read_shard
 from moeify.conversion import require_conversion
 from moeify.errors import CheckpointError
 from moeify.plan import Plan
-from moeify.sharded_checkpoint import _found
+from moeify.sharded_checkpoint import find_checkpoint
 from moeify.sharded_manifest import (
     DataFile,
     PieceRecord,
@@ -185,7 +185,7 @@ def to_single(
             cannot be written.
     """
     limit = parse_bytes(max_shard_size, "max_shard_size")
-    with Folder(_found(checkpoint, None)) as source, default_device_cpu():
+    with Folder(find_checkpoint(checkpoint, None)) as source, default_device_cpu():
         manifest = read(source)
         where = source.path
         if manifest.optimizer is not None:

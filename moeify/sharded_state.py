@@ -128,8 +128,7 @@ class Optimized:
     def settle(self) -> None:
         """Let master weights take over what was written into parameters since the last step."""
         if isinstance(self.owner, ShardedOptimizer):
-            for piece in self.owner._pieces.values():
-                piece.adopt()
+            self.owner.adopt_writes()
 
     def weights(self) -> dict[str, Tensor]:
         """Return master weights by name, where there are any."""

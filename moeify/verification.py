@@ -185,7 +185,7 @@ def check_untouched(before: dict[str, tuple[int, int]], model: nn.Module) -> Non
     Raises:
         VerificationError: A tensor has been changed in place.
     """
-    versions = {id(p): p._version for p in model.parameters()}
+    versions = {id(p): compat.version(p) for p in model.parameters()}
     for name, (key, version) in before.items():
         if versions.get(key, version) != version:
             raise VerificationError(f"{name} was changed in place by the conversion")
