@@ -36,14 +36,18 @@ def is_private(name: str) -> bool:
     return name.startswith("_") and not (name.startswith("__") and name.endswith("__"))
 
 
+def parsed(text: str) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(text)))
+
+
 @functools.cache
-def modules(*folders: str) -> dict[Path, ast.Module]:
-    """Return the parsed modules of some folders; links to folders are not followed."""
+def modules(*folders: str) -> dict[Path, list[ast.AST]]:
+    """Return the nodes of the modules of some folders; links to folders are not followed."""
     found = {}
     for folder in folders:
         for path in sorted((ROOT / folder).rglob("*.py")):
             if not any(part.is_symlink() for part in path.parents):
-                found[path] = ast.parse(path.read_text())
+                found[path] = parsed(path.read_text())
     return found
 
 
@@ -51,19 +55,19 @@ def is_ours(module: str | None) -> bool:
     return module is not None and module.split(".")[0] == "moeify"
 
 
-def private_imports(tree: ast.Module) -> Iterator[tuple[int, str, str]]:
+def private_imports(tree: list[ast.AST]) -> Iterator[tuple[int, str, str]]:
     """Yield the line, module and name of each private name that is imported from us."""
-    for node in ast.walk(tree):
+    for node in tree:
         if isinstance(node, ast.ImportFrom) and is_ours(node.module):
             for alias in node.names:
                 if is_private(alias.name):
                     yield node.lineno, str(node.module), alias.name
 
 
-def defined(tree: ast.Module) -> set[str]:
+def defined(tree: list[ast.AST]) -> set[str]:
     """Return every private name that a module defines, for itself or for its objects."""
     found = set()
-    for node in ast.walk(tree):
+    for node in tree:
         match node:
             case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
                 found.add(name)
@@ -74,10 +78,10 @@ def defined(tree: ast.Module) -> set[str]:
     return {name for name in found if is_private(name)}
 
 
-def our_modules(tree: ast.Module) -> set[str]:
+def our_modules(tree: list[ast.AST]) -> set[str]:
     """Return the names under which a file knows modules of ours."""
     found = set()
-    for node in ast.walk(tree):
+    for node in tree:
         if isinstance(node, ast.ImportFrom) and is_ours(node.module):
             for alias in node.names:
                 path = f"{node.module}.{alias.name}".split(".")[1:]
@@ -91,7 +95,7 @@ def our_modules(tree: ast.Module) -> set[str]:
 def test_private_names_are_not_imported():
     wrong = [
         f"{path.relative_to(ROOT)}:{line}: {module}.{name}"
-        for path, tree in modules(*LIBRARY, *USERS).items()
+        for path, tree in (modules(*LIBRARY) | modules(*USERS)).items()
         for line, module, name in private_imports(tree)
         if (path.stem, module.rpartition(".")[2]) not in PENDING
     ]
@@ -108,7 +112,7 @@ def test_private_names_of_modules_and_objects_are_not_used_elsewhere():
     wrong = []
     for path, tree in trees.items():
         own, known = names[path], our_modules(tree) - {path.stem}
-        for node in ast.walk(tree):
+        for node in tree:
             if not isinstance(node, ast.Attribute) or not is_private(node.attr):
                 continue
             of_module = isinstance(node.value, ast.Name) and node.value.id in known
@@ -131,9 +135,9 @@ def test_private_names_of_modules_and_objects_are_not_used_elsewhere():
     ],
 )
 def test_an_import_is_seen(code, names):
-    assert [name for _, _, name in private_imports(ast.parse(code))] == names
+    assert [name for _, _, name in private_imports(parsed(code))] == names
 
 
 def test_definitions_are_seen():
-    tree = ast.parse("_A = 1\nclass B:\n    _c: int\n    def _d(self): self._e = f._g\n")
+    tree = parsed("_A = 1\nclass B:\n    _c: int\n    def _d(self): self._e = f._g\n")
     assert defined(tree) == {"_A", "_c", "_d", "_e"}
