@@ -19,6 +19,7 @@ from moeify.plan import Plan
 from moeify.resolve import ResolvedPlan
 from moeify.selection import shorten
 from moeify.sites import Site
+from moeify.source import SourceFolder
 from moeify.units import format_bytes
 
 if TYPE_CHECKING:
@@ -143,8 +144,6 @@ def _saved(folder: Path, console: Console) -> dict[str, Any]:
 
 def _exported(folder: Path, manifest: ExportManifest, console: Console) -> dict[str, Any]:
     """Show a folder that transformers reads; its tensors are counted, padding too."""
-    from moeify.source import SourceFolder
-
     with SourceFolder(folder) as files:
         specs = [entry.spec for entry in files.keys.values()]
     return _converted(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from moeify.capture import Capture, ExampleInputs, capture
+from moeify.hf import example_inputs_for
 from moeify.passes.dataflow import Linear, linears_of
 from moeify.passes.find_mlps import NearMiss, Region, find_regions
 from moeify.passes.placement import Placement, Placer, parameter_names
@@ -72,8 +73,6 @@ def discover(model: nn.Module, example_inputs: ExampleInputs | None = None) -> D
         CaptureError: The model does not run on these inputs, or none were given or can be made.
     """
     if example_inputs is None:
-        from moeify.hf import example_inputs_for
-
         example_inputs = example_inputs_for(model)
     recorded = capture(model, example_inputs)
     regions, near = find_regions(recorded.graph_module.graph)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from moeify.agreement import assert_same_on_ranks, can_talk
 from moeify.errors import PlanError
 from moeify.exchange import is_coordinated
+from moeify.gradients import GradientReducer, Reduction
 from moeify.input_spec import describe_inputs
 from moeify.layout import Layout
 from moeify.mesh import World, world_size
@@ -27,7 +28,6 @@ from moeify.sharding import is_sharded
 from moeify.zero_plan import check_process
 
 if TYPE_CHECKING:
-    from moeify.gradients import GradientReducer
     from moeify.sharded_optimizer import Cut, Guard
     from moeify.tensor_parallel import PartialSums
     from moeify.zero_plan import ZeroPlan
@@ -177,8 +177,6 @@ def reduce_gradients(
         blocks: Path of each layer's block.
         which: "all", "experts" or "none".
     """
-    from moeify.gradients import GradientReducer, Reduction
-
     layout = world.layout
     if which == "none" or layout.world == 1:
         return None

@@ -30,7 +30,7 @@ from moeify.checkpoint_manifest import (
     read_manifest,
 )
 from moeify.checkpoint_replay import convert_again, layer_records
-from moeify.checkpoint_shards import DTYPES, check_shard, read_shard
+from moeify.checkpoint_shards import CODE_OF, DTYPES, bytes_of, check_shard, nbytes, read_shard
 from moeify.conversion import require_conversion
 from moeify.errors import CheckpointError
 from moeify.plan import Plan
@@ -300,8 +300,6 @@ def _write(folder: Path, single: Manifest, manifest: ShardedManifest, reader: Pi
 
 def _write_shard(path: Path, records: dict[str, TensorRecord], reader: PieceReader) -> FileRecord:
     """Write one safetensors file, a tensor at a time."""
-    from moeify.checkpoint_shards import CODE_OF, bytes_of, nbytes
-
     names = sorted(records, key=lambda n: (-DTYPES[records[n].dtype].itemsize, n))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

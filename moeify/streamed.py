@@ -12,7 +12,6 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +29,7 @@ from moeify.passes.replace_mlps import build_block, expert_weights
 from moeify.plan import Plan
 from moeify.resolve import LayerPlan, ResolvedPlan
 from moeify.selection import shorten
-
-if TYPE_CHECKING:
-    from moeify.source_names import Source
+from moeify.source_names import Source, open_source
 
 
 class StreamedTensors:
@@ -230,8 +227,6 @@ def stream(
     Raises:
         MoeifyError: The folder or the plan does not do, or the whole model is needed in memory.
     """
-    from moeify.source_names import open_source
-
     place = model_folder(folder)
     dense = build_on_meta(place, dtype)
     source = open_source(place, dense)
