@@ -14,6 +14,7 @@ from typing import Final
 import torch
 
 from moeify.kernels.elementwise import FUSED
+from moeify.units import dtype_name
 
 KERNELS: Final = ("auto", "reference", "cpu", "triton", "grouped_mm")
 """What a plan may ask for. `reference` is plain torch op by op; `cpu` the C++ kernels and oneDNN;
@@ -67,13 +68,13 @@ def refusal(kernel: str, work: Workload) -> str | None:
         what = "a module of the model's own" if work.activation is None else work.activation
         return f"the activation is {what}, which is not fused"
     if kernel == "triton" and work.dtype not in _FLOATS:
-        return f"Triton has no matmul for {_short(work.dtype)}"
+        return f"Triton has no matmul for {dtype_name(work.dtype)}"
     if kernel == "grouped_mm":
         if work.dtype not in _FLOATS:
-            return f"torch's grouped matmul has no {_short(work.dtype)}"
+            return f"torch's grouped matmul has no {dtype_name(work.dtype)}"
         odd = [w for w in work.widths if w * work.dtype.itemsize % 16]
         if odd:
-            return f"rows of width {odd[0]} are no multiple of 16 bytes in {_short(work.dtype)}"
+            return f"rows of width {odd[0]} are no multiple of 16 bytes in {dtype_name(work.dtype)}"
     return None
 
 
@@ -101,11 +102,7 @@ def choose(work: Workload, asked: str = "auto") -> Choice:
         large = work.widths[0] * work.widths[1] >= LARGE_EXPERT and work.dtype == torch.bfloat16
         if large and refusal("grouped_mm", work) is None:
             return Choice("grouped_mm", "large bfloat16 experts: the vendor's matmul")
-        return Choice("triton", f"{_short(work.dtype)} on CUDA, {fused}")
+        return Choice("triton", f"{dtype_name(work.dtype)} on CUDA, {fused}")
     if work.device in ("cpu", "meta"):
-        return Choice("cpu", f"{_short(work.dtype)} on {work.device}, {fused}")
+        return Choice("cpu", f"{dtype_name(work.dtype)} on {work.device}, {fused}")
     return Choice("reference", f"no kernels for {work.device}")
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

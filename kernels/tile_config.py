@@ -24,6 +24,8 @@ from typing import Any
 
 import torch
 
+from moeify.units import dtype_name
+
 _TABLE = Path(__file__).with_name("tile_table.json")
 _LARGEST_BUCKET = 1024
 _HOPPER_SHARED = 228 * 1024
@@ -122,7 +124,7 @@ def choose(
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     shape = (bucket(rows, experts), n, k)
-    return _choose(name, shared_memory(device), str(dtype).removeprefix("torch."), *shape, lean)
+    return _choose(name, shared_memory(device), dtype_name(dtype), *shape, lean)
 
 
 def parse_table(text: str) -> dict[Key, TileConfig]:

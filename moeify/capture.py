@@ -29,6 +29,7 @@ from moeify.passes.records import record_of
 from moeify.preserve import preserved
 from moeify.recorder import ModuleCall, Recorder
 from moeify.torch_calls import Args, Kwargs, tensors_in
+from moeify.units import dtype_name
 
 ExampleInputs = Mapping[str, Any] | Sequence[Any] | Tensor
 
@@ -80,7 +81,7 @@ def capture(model: nn.Module, example_inputs: ExampleInputs, *, training: bool =
     started = time.perf_counter()
     args, kwargs = split_inputs(example_inputs)
     _refuse_unready(model)
-    found, reason = _record_fake(model, args, kwargs, training)
+    found, reason = record_fake(model, args, kwargs, training)
     mode: Literal["fake", "real"] = "real" if found is None else "fake"
     if found is None and training:
         raise CaptureError(f"the model cannot run on fake tensors in training mode ({reason})")
@@ -102,7 +103,7 @@ def capture(model: nn.Module, example_inputs: ExampleInputs, *, training: bool =
     return Capture(graph_module, recorder.nodes, recorder.calls, mode, seconds, reason)
 
 
-def _record_fake(
+def record_fake(
     model: nn.Module, args: Args, kwargs: Kwargs, training: bool
 ) -> tuple[tuple[fx.GraphModule, Recorder] | None, str]:
     """Record on fake tensors and leave none of them behind; or return None and why not."""
@@ -140,7 +141,7 @@ def _first_line(error: BaseException) -> str:
 
 def _describe(inputs: object) -> str:
     if isinstance(inputs, Tensor):
-        return f"{tuple(inputs.shape)} {str(inputs.dtype).removeprefix('torch.')}"
+        return f"{tuple(inputs.shape)} {dtype_name(inputs.dtype)}"
     if isinstance(inputs, Mapping):
         return "{" + ", ".join(f"{k}: {_describe(v)}" for k, v in inputs.items()) + "}"
     if isinstance(inputs, list | tuple):
@@ -229,6 +230,7 @@ __all__ = [
     "ModuleCall",
     "capture",
     "preserved",
+    "record_fake",
     "split_inputs",
     "tensors_in",
 ]

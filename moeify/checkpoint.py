@@ -27,22 +27,9 @@ from moeify.checkpoint_build import (
 )
 from moeify.checkpoint_files import Folder
 from moeify.checkpoint_json import parse_json
-from moeify.checkpoint_manifest import (
-    MAX_BYTES,
-    Manifest,
-    TensorRecord,
-    encode,
-    read_manifest,
-)
+from moeify.checkpoint_manifest import MAX_BYTES, Manifest, TensorRecord, encode, read_manifest
 from moeify.checkpoint_replay import layer_records, versions
-from moeify.checkpoint_shards import (
-    DTYPES,
-    Shard,
-    check_shard,
-    dtype_name,
-    parse_size,
-    read_shard,
-)
+from moeify.checkpoint_shards import DTYPES, Shard, check_shard, read_shard
 from moeify.checkpoint_state import (
     Rollback,
     assign,
@@ -60,6 +47,7 @@ from moeify.hf import is_hf
 from moeify.input_spec import describable
 from moeify.passes.base import Pass
 from moeify.pipeline import refuse_wrapped
+from moeify.units import dtype_name, parse_bytes
 
 _READ = ("plan.yaml", "source_config.json", "generation_config.json")
 
@@ -100,8 +88,8 @@ def save(
         >>> torch.equal(load(folder, model=again)(x), model(x))
         True
     """
-    parse_size(max_shard_size)
-    inner = _unwrapped(model)
+    parse_bytes(max_shard_size, "max_shard_size")
+    inner = unwrapped(model)
     write_content(moeify_content(inner), directory, max_shard_size=max_shard_size)
 
 
@@ -227,7 +215,7 @@ def _refuse_sharded(directory: str | os.PathLike[str]) -> None:
         )
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """Return the model inside `torch.compile`, `DataParallel` and DDP."""
     while True:
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):

@@ -288,6 +288,10 @@ class Folder:
     Args:
         directory: An existing folder.
 
+    Attributes:
+        path: As given.
+        handle: The open directory.
+
     Raises:
         CheckpointError: It is none.
     """
@@ -295,7 +299,7 @@ class Folder:
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.path = os.fspath(directory)
         try:
-            self._handle = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+            self.handle = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.path}: cannot be opened as a folder: {error}") from error
 
@@ -303,7 +307,7 @@ class Folder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._handle)
+        os.close(self.handle)
 
     def open(self, name: str, *, size: int | None = None) -> BinaryIO:
         """Open a regular file of this folder.
@@ -320,7 +324,7 @@ class Folder:
             raise CheckpointError(f"{where}: a file name may not lead elsewhere")
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
-            handle = os.open(name, flags, dir_fd=self._handle)
+            handle = os.open(name, flags, dir_fd=self.handle)
         except (OSError, ValueError) as error:
             if isinstance(error, OSError) and error.errno == errno.ELOOP:
                 raise CheckpointError(f"{where}: is a symbolic link; copy the file here") from None

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from moeify import __version__
 from moeify.checkpoint_manifest import LayerRecord
 from moeify.checkpoint_state import graph_digests
 from moeify.conversion import Conversion, require_conversion
@@ -26,6 +25,7 @@ from moeify.errors import CheckpointError, MoeifyError
 from moeify.input_spec import check_description, make_inputs
 from moeify.passes.base import Pass
 from moeify.plan import Plan
+from moeify.version import __version__
 
 log = logging.getLogger("moeify")
 

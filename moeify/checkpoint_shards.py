@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Final
@@ -19,6 +18,7 @@ from moeify.checkpoint_files import CHUNK, Folder
 from moeify.checkpoint_json import parse_json
 from moeify.checkpoint_manifest import FileRecord, TensorRecord
 from moeify.errors import CheckpointError
+from moeify.units import dtype_from_name, dtype_name
 
 MAX_HEADER: Final = 100_000_000
 """Longest header in bytes; the limit of the safetensors library."""
@@ -44,29 +44,8 @@ _CODES: Final = {
     "BOOL": "bool",
     "C64": "complex64",
 }
-DTYPES: Final[dict[str, torch.dtype]] = {name: getattr(torch, name) for name in _CODES.values()}
+DTYPES: Final[dict[str, torch.dtype]] = {name: dtype_from_name(name) for name in _CODES.values()}
 CODE_OF: Final = {name: code for code, name in _CODES.items()}
-_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:([KMGT])(I?)B|B)?\s*", re.IGNORECASE)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return a dtype's name, such as `float32`."""
-    return str(dtype).removeprefix("torch.")
-
-
-def parse_size(size: int | str) -> int:
-    """Read a size such as `5GB` (decimal), `512MiB` (binary) or a number of bytes.
-
-    Raises:
-        ValueError: It is none, or not positive.
-    """
-    if isinstance(size, str) and (match := _SIZE.fullmatch(size)) is not None:
-        base = 1024 if match[3] else 1000
-        power = " KMGT".index((match[2] or " ").upper())
-        size = int(float(match[1]) * base**power)
-    if isinstance(size, str | bool) or size < 1:
-        raise ValueError(f'max_shard_size: {size!r} is no size; use bytes, or such as "5GB"')
-    return size
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

@@ -20,9 +20,10 @@ from torch import Tensor, fx, nn
 
 from moeify import compat
 from moeify.checkpoint_manifest import ModelRecord, TensorRecord
-from moeify.checkpoint_shards import dtype_name, storable
+from moeify.checkpoint_shards import storable
 from moeify.errors import CheckpointError
 from moeify.passes.printer import format_node
+from moeify.units import dtype_name
 
 Role = Literal["parameter", "buffer", "scratch"]
 _CONTAINERS: Final = (dict, list, set)

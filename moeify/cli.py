@@ -9,16 +9,18 @@ from __future__ import annotations
 import json
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from moeify import __version__
+from moeify import strict_yaml
+from moeify.cli_output import make_console, write_json
 from moeify.errors import MoeifyError, PlanError
-
-if TYPE_CHECKING:
-    from moeify.plan import Plan
+from moeify.plan import Plan
+from moeify.presets import PRESETS
+from moeify.units import parse_bytes
+from moeify.version import __version__
 
 
 class Dtype(StrEnum):
@@ -99,7 +101,6 @@ def inspect(
 ) -> None:
     """Show the MLPs of a model. Reads the config only."""
     from moeify.cli_inspect import inspect_model
-    from moeify.cli_output import make_console, write_json
 
     data = inspect_model(model, make_console(quiet=as_json))
     if as_json:
@@ -112,9 +113,6 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Say whether plan files are plans."""
-    from moeify.cli_output import write_json
-    from moeify.plan import Plan
-
     results: list[dict[str, Any]] = []
     for file in files:
         try:
@@ -147,12 +145,8 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Show a plan in full, or what it makes of a model. Reads the model's config only."""
-    from moeify.cli_output import make_console, write_json
-
     chosen = _plan(plan, settings)
     if model is None:
-        from moeify import strict_yaml
-
         if as_json:
             write_json(chosen.data())
         else:
@@ -170,9 +164,6 @@ def show(
 @plans.command()
 def schema() -> None:
     """Print the JSON Schema of plan files, for editors."""
-    from moeify.cli_output import write_json
-    from moeify.plan import Plan
-
     write_json(Plan.json_schema())
 
 
@@ -242,13 +233,11 @@ def convert(
     if calibration is not None and not in_memory:
         raise typer.BadParameter("needs --in-memory", param_hint="--calibration")
     chosen = None if plan is None else _plan(plan, settings)
-    from moeify.checkpoint_shards import parse_size
     from moeify.cli_convert import Options, give_memory_back
     from moeify.cli_convert import convert as run
-    from moeify.cli_output import make_console, write_json
 
     try:
-        parse_size(max_shard_size)
+        parse_bytes(max_shard_size, "max_shard_size")
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--max-shard-size") from None
     options = Options(
@@ -296,7 +285,6 @@ def simulate(
 ) -> None:
     """Count what a training step would send in a large world. Needs no GPU and no weights."""
     chosen = _plan(plan, settings)
-    from moeify.cli_output import make_console, write_json
     from moeify.cli_simulate import simulate_model
 
     data = simulate_model(
@@ -337,7 +325,6 @@ def report(
     if settings and plan is None:
         raise typer.BadParameter("changes a preset: give --plan", param_hint="--set")
     chosen = None if plan is None else _plan(plan, settings)
-    from moeify.cli_output import make_console, write_json
     from moeify.cli_report import report_on
 
     data = report_on(source, out, run, chosen, make_console(quiet=as_json))
@@ -357,7 +344,6 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Take real weights through all of it, every step checked."""
-    from moeify.cli_output import make_console, write_json
     from moeify.demo import run_demo
 
     console = make_console(quiet=as_json)
@@ -368,9 +354,6 @@ def demo(
 
 def _plan(text: str, settings: list[str] | None) -> Plan:
     """Return the plan that PLAN and `--set` stand for."""
-    from moeify.plan import Plan
-    from moeify.presets import PRESETS
-
     if not settings:
         return Plan.of(text)
     if text not in PRESETS:

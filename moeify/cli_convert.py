@@ -16,11 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
+from torch import nn
 
-from moeify.checkpoint_files import MANIFEST
+from moeify import api
+from moeify.checkpoint_files import MANIFEST, Folder
 from moeify.checkpoint_json import canonical_digest
 from moeify.checkpoint_replay import versions
+from moeify.cli_calibration import texts_as_inputs
 from moeify.cli_convert_report import print_done, print_dry, print_job, progress
 from moeify.cli_models import (
     files_beside,
@@ -30,22 +32,24 @@ from moeify.cli_models import (
     load_dense,
     model_folder,
 )
-from moeify.content import Content
+from moeify.content import Content, LiveTensors, Stored
 from moeify.content_resume import bytes_to_write, free_bytes, partial_path, write_resumable
 from moeify.convert_check import Verdict, auto_class, verify
 from moeify.convert_hash import hashing
 from moeify.errors import MoeifyError
+from moeify.export_manifest import read_export_manifest
+from moeify.exports import Export, content_for
+from moeify.model_card import model_card
 from moeify.plan import Plan
 from moeify.resolve import ResolvedPlan
+from moeify.reverse import dense_content
+from moeify.source import SourceFolder
+from moeify.streamed import stream
+from moeify.units import dtype_from_name
 from moeify.verification import is_exact
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from torch import nn
-
-    from moeify.content import Stored
-    from moeify.exports import Export
-    from moeify.source import SourceFolder
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,24 +236,16 @@ def _dense_folder(folder: Path) -> Path:
 
 
 def _streamed(folder: Path, plan: Plan, options: Options) -> _Job:
-    from moeify.streamed import stream
-
-    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    dtype = None if options.dtype is None else dtype_from_name(options.dtype)
     model, stored = stream(folder, plan, dtype)
     return _job(model, stored, stored.resolved, stored.folder, options, [])
 
 
 def _in_memory(folder: Path, plan: Plan, options: Options) -> _Job:
-    from moeify import api
-    from moeify.content import LiveTensors
-    from moeify.source import SourceFolder
-
     files = SourceFolder(folder)
     model, missing = load_dense(folder, options.dtype)
     inputs = None
     if options.calibration is not None:
-        from moeify.cli_calibration import texts_as_inputs
-
         inputs = texts_as_inputs(folder, options.calibration, model)
     resolved = plan.resolve(model, inputs)
     api.moeify(model, plan, example_inputs=inputs, verify=False)
@@ -264,9 +260,6 @@ def _job(
     options: Options,
     missing: list[str],
 ) -> _Job:
-    from moeify.exports import content_for
-    from moeify.source import SourceFolder
-
     others = dict.fromkeys(
         os.path.join(layer.folder, folder) for layer in resolved for folder in layer.init.from_
     )
@@ -287,8 +280,6 @@ def _job(
 
 
 def _reversed(folder: Path) -> _Job:
-    from moeify.reverse import dense_content
-
     if not is_converted(folder):
         raise MoeifyError(f"{folder}: was not converted by moeify, so there is no way back")
     content = dense_content(folder)
@@ -300,7 +291,6 @@ def _card(job: _Job, folder: Path, sha256: Mapping[str, str]) -> dict[str, bytes
     """Return the model card; none on the way back."""
     if job.resolved is None:
         return {}
-    from moeify.model_card import model_card
 
     content = job.content
     config = json.loads(content.texts.get("config.json", b"{}"))
@@ -370,9 +360,6 @@ def _write(job: _Job, folder: Path, target: Path, options: Options) -> tuple[Ver
 
 def _kind_of(folder: Path) -> str:
     """Return the kind of a converted folder."""
-    from moeify.checkpoint_files import Folder
-    from moeify.export_manifest import read_export_manifest
-
     with Folder(folder) as opened:
         manifest = read_export_manifest(opened)
     return "moeify" if manifest is None else manifest.kind

@@ -6,11 +6,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from moeify.cli_output import say, size
+from moeify.cli_output import say
 from moeify.content_writer import Advance
 from moeify.convert_check import Verdict
 from moeify.errors import MoeifyError
 from moeify.selection import shorten
+from moeify.units import format_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -71,8 +72,8 @@ def print_dry(report: Mapping[str, Any], console: Console) -> None:
     needed, free = report["bytes"], report["free_bytes"]
     say(
         console,
-        f"would write {size(needed)} of the kind `{report['kind']}` to {report['out']}; "
-        f"{size(free)} are free there; nothing was written",
+        f"would write {format_bytes(needed)} of the kind `{report['kind']}` to {report['out']}; "
+        f"{format_bytes(free)} are free there; nothing was written",
     )
     if needed > free:
         raise MoeifyError(f"{report['out']}: {needed:,} bytes are needed and {free:,} are free")
@@ -93,6 +94,6 @@ def print_done(report: Mapping[str, Any], verdict: Verdict, console: Console) ->
     say(
         console,
         f"prepare {seconds['prepare']:.1f} s, write {seconds['write']:.1f} s, "
-        f"verify {seconds['verify']:.1f} s, peak memory {size(report['peak_memory'])}; "
-        f"{size(report['bytes'])} of the kind `{report['kind']}` in {report['out']}",
+        f"verify {seconds['verify']:.1f} s, peak memory {format_bytes(report['peak_memory'])}; "
+        f"{format_bytes(report['bytes'])} of the kind `{report['kind']}` in {report['out']}",
     )

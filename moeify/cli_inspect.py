@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from moeify import checkpoint
 from moeify.checkpoint_files import Folder
 from moeify.cli_models import build_on_meta, is_converted, model_folder
-from moeify.cli_output import make_table, say, size
+from moeify.cli_output import make_table, say
 from moeify.conversion import conversion_of
 from moeify.discovery import Discovery, discover
 from moeify.errors import MoeifyError
@@ -19,6 +19,8 @@ from moeify.plan import Plan
 from moeify.resolve import ResolvedPlan
 from moeify.selection import shorten
 from moeify.sites import Site
+from moeify.source import SourceFolder
+from moeify.units import format_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -118,7 +120,7 @@ def _print(model: nn.Module, found: Discovery, console: Console) -> None:
     say(
         console,
         f"{type(model).__name__}: {len(usable)} MLPs can become MoE layers and hold {share:.0%} of "
-        f"{found.parameters:,} parameters ({size(found.parameter_bytes)})",
+        f"{found.parameters:,} parameters ({format_bytes(found.parameter_bytes)})",
     )
 
 
@@ -142,8 +144,6 @@ def _saved(folder: Path, console: Console) -> dict[str, Any]:
 
 def _exported(folder: Path, manifest: ExportManifest, console: Console) -> dict[str, Any]:
     """Show a folder that transformers reads; its tensors are counted, padding too."""
-    from moeify.source import SourceFolder
-
     with SourceFolder(folder) as files:
         specs = [entry.spec for entry in files.keys.values()]
     return _converted(
@@ -185,7 +185,7 @@ def _converted(
     say(
         console,
         f"{name}, converted by moeify: {len(layers)} MoE layers, {count:,} parameters "
-        f"({size(total)}), kind `{kind}`",
+        f"({format_bytes(total)}), kind `{kind}`",
     )
     return {
         "model": str(folder),

@@ -9,15 +9,18 @@ import importlib
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from torch import nn
+
+from moeify.checkpoint_build import parameters_on_meta, quiet_random_state
 from moeify.checkpoint_files import MANIFEST, Folder
 from moeify.checkpoint_manifest import MAX_BYTES
 from moeify.errors import MoeifyError
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
+from moeify.export_manifest import read_export_manifest
+from moeify.source import SourceFolder
+from moeify.units import dtype_from_name
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _BESIDE = (
@@ -82,10 +85,6 @@ def build_on_meta(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
     Raises:
         MoeifyError: transformers cannot build it.
     """
-    import torch
-
-    from moeify.checkpoint_build import parameters_on_meta, quiet_random_state
-
     config, kind = _config_and_class(folder)
     chosen = dtype or getattr(config, "dtype", None)
     if not isinstance(chosen, torch.dtype):
@@ -112,10 +111,6 @@ def build_on_meta(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
 
 def _stored_dtype(folder: Path) -> torch.dtype:
     """Return the dtype of the first floating-point tensor of a folder, as transformers does."""
-    import torch
-
-    from moeify.source import SourceFolder
-
     if not any((folder / name).is_file() for name in (_WEIGHTS, _INDEX)):
         return torch.float32
     keys = SourceFolder(folder).keys.values()
@@ -124,9 +119,6 @@ def _stored_dtype(folder: Path) -> torch.dtype:
 
 def _keep_in_float32(model: nn.Module, dtype: torch.dtype) -> None:
     """Give the parameters that their class keeps in float32 that dtype."""
-    import torch
-    from torch import nn
-
     kept: set[str] = set()
     if dtype is torch.float16:
         kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
@@ -169,11 +161,9 @@ def load_dense(folder: Path, dtype: str | None = None) -> tuple[nn.Module, list[
     Raises:
         MoeifyError: There are no safetensors, they point elsewhere, or they do not fit.
     """
-    import torch
-
     _check_files(folder)
     _, kind = _config_and_class(folder)
-    chosen = "auto" if dtype is None else getattr(torch, dtype)
+    chosen = "auto" if dtype is None else dtype_from_name(dtype)
     try:
         model, info = (kind or _auto()).from_pretrained(
             str(folder),
@@ -225,7 +215,6 @@ def is_converted(folder: Path) -> bool:
     """
     if not is_save(folder):
         return False
-    from moeify.export_manifest import read_export_manifest
 
     with Folder(folder) as opened:
         manifest = read_export_manifest(opened)

@@ -58,18 +58,3 @@ def make_table(headers: Mapping[str, str], rows: Iterable[Sequence[object]]) -> 
 def say(console: Console, text: str) -> None:
     """Print a line as it is: no markup, no colours for numbers; only a terminal breaks it."""
     console.print(text, highlight=False, markup=False, soft_wrap=not console.is_terminal)
-
-
-def size(count: int) -> str:
-    """Write a number of bytes for people.
-
-    Example:
-        >>> size(90868376)
-        '86.7 MiB'
-    """
-    value = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} TiB"

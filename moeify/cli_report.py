@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moeify.cli_output import say, size
+from moeify.cli_output import say
 from moeify.report_page import gather, write_page
+from moeify.units import format_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,7 +32,7 @@ def report_on(
     """
     facts, done = gather(source, run, plan)
     written = write_page(facts, done, out)
-    say(console, f"{out}: {size(written)}")
+    say(console, f"{out}: {format_bytes(written)}")
     for text in facts.missing:
         say(console, f"not in it: {text}")
     return {"out": str(out), "bytes": written, "missing": facts.missing}

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from moeify.cli_models import build_on_meta, is_converted, model_folder
-from moeify.cli_output import make_table, say, size
+from moeify.cli_output import make_table, say
 from moeify.errors import MoeifyError
 from moeify.plan import Plan
 from moeify.selection import shorten
 from moeify.simulate import Collectives, Simulation, simulate
 from moeify.simulate_plot import Point, draw, sweep
+from moeify.units import format_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -89,7 +90,7 @@ def simulate_model(
         batch=batch,
         length=_length(model) if length is None else length,
     )
-    _print(found, console)
+    print_simulation(found, console)
     result = {**found.to_dict(), "model": str(folder), "class": found.model}
     if plot is not None:
         points = sweep(node)
@@ -108,7 +109,8 @@ def _length(model: nn.Module) -> int | None:
     return min(_LENGTH, *limits) if limits else None
 
 
-def _print(found: Simulation, console: Console) -> None:
+def print_simulation(found: Simulation, console: Console) -> None:
+    """Print what a simulated training step does, as tables."""
     layout = ", ".join(f"{name} {value}" for name, value in found.layout.items())
     say(console, f"{found.model} on {found.world} ranks, {found.node} per node: {layout}")
     inputs = ", ".join(f"{name} {shape}" for name, shape in found.inputs.items())
@@ -118,15 +120,15 @@ def _print(found: Simulation, console: Console) -> None:
     say(
         console,
         f"in all {totals['count']:,} collectives, {totals['hops']:,} hops, "
-        f"{size(totals['node_bytes'])} sent in the node, "
-        f"{size(totals['network_bytes'])} to other nodes",
+        f"{format_bytes(totals['node_bytes'])} sent in the node, "
+        f"{format_bytes(totals['network_bytes'])} to other nodes",
     )
     shares = (
-        f"{found.parameters[kind]:,} {kind} ({size(found.parameter_bytes[kind])})"
+        f"{found.parameters[kind]:,} {kind} ({format_bytes(found.parameter_bytes[kind])})"
         for kind in ("dense", "expert")
     )
     say(console, f"parameters on a rank: {', '.join(shares)}")
-    say(console, f"kept for the backward pass: {size(found.activation_bytes)}")
+    say(console, f"kept for the backward pass: {format_bytes(found.activation_bytes)}")
     if found.memory:
         say(
             console,
@@ -160,15 +162,15 @@ def _rows(collectives: Iterable[Collectives]) -> Iterable[Sequence[object]]:
             row.nodes,
             f"{row.count}{each}",
             f"{row.hops:,}",
-            size(row.node_bytes),
-            size(row.network_bytes),
+            format_bytes(row.node_bytes),
+            format_bytes(row.network_bytes),
         )
 
 
 def _memory(found: Simulation) -> Iterable[Sequence[object]]:
     for stage, kinds in found.memory.items():
         for kind, sizes in kinds.items():
-            yield stage, kind, *(size(number) for number in sizes.values())
+            yield stage, kind, *(format_bytes(number) for number in sizes.values())
 
 
 def _print_hops(points: Sequence[Point], console: Console) -> None:

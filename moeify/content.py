@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from moeify.checkpoint_manifest import FileRecord
-from moeify.checkpoint_shards import dtype_name
 from moeify.checkpoint_state import collect
 from moeify.errors import CheckpointError
+from moeify.units import dtype_name
 
 PIECE: Final = 1 << 26
 """Bytes of a flat tensor that are read at a time."""

@@ -34,12 +34,12 @@ from moeify.checkpoint_files import (
 )
 from moeify.checkpoint_json import parse_json
 from moeify.checkpoint_manifest import FileRecord
-from moeify.checkpoint_shards import parse_size
 from moeify.content import Content, Output, Written
 from moeify.content_writer import Advance, finish, header, split, write_shard
 from moeify.errors import CheckpointError
 from moeify.selection import Strict
 from moeify.strict_yaml import path_text
+from moeify.units import parse_bytes
 
 log = logging.getLogger("moeify")
 
@@ -72,7 +72,7 @@ def partial_path(directory: str | os.PathLike[str]) -> Path:
 
 def bytes_to_write(content: Content, max_shard_size: int | str = "5GB") -> int:
     """Return the bytes of all files with tensors, headers too, and of the small files."""
-    groups = split(content.tensors, parse_size(max_shard_size))
+    groups = split(content.tensors, parse_bytes(max_shard_size, "max_shard_size"))
     heads = sum(len(header(group)) for group in groups)
     return content.nbytes + heads + sum(map(len, content.texts.values()))
 
@@ -111,7 +111,7 @@ def write_resumable(
             else begun. The target is as it was.
         ValueError: `max_shard_size` is no size.
     """
-    limit = parse_size(max_shard_size)
+    limit = parse_bytes(max_shard_size, "max_shard_size")
     path = _resolved(directory)
     partial = partial_path(path)
     old = _check_target(path)

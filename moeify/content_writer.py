@@ -12,9 +12,10 @@ from torch import Tensor
 
 from moeify.checkpoint_files import MANIFEST, new_file, replace_folder
 from moeify.checkpoint_manifest import FileRecord
-from moeify.checkpoint_shards import CODE_OF, bytes_of, dtype_name, parse_size
+from moeify.checkpoint_shards import CODE_OF, bytes_of
 from moeify.content import Content, Output, Written, describe
 from moeify.errors import CheckpointError
+from moeify.units import dtype_name, parse_bytes
 
 INDEX = "model.safetensors.index.json"
 Advance = Callable[[int], None]
@@ -34,7 +35,7 @@ def write_content(
         CheckpointError: It cannot be written; what was there is as it was.
         ValueError: `max_shard_size` is no size.
     """
-    groups = split(content.tensors, parse_size(max_shard_size))
+    groups = split(content.tensors, parse_bytes(max_shard_size, "max_shard_size"))
     done: list[Written] = []
 
     def write(folder: Path) -> None:

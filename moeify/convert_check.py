@@ -16,12 +16,18 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from moeify import checkpoint, compat
+from moeify.capture import tensors_in
+from moeify.cli_models import load_dense, transformers_offline
 from moeify.errors import MoeifyError, VerificationError
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
+from moeify.hf import example_inputs_for
+from moeify.router import lifted_capacity
+from moeify.verification import TOLERANCE, Snapshot, coarsest, compare
 
 _SPARE = 500 * 10**6
 """Bytes that a process needs beside a model."""
@@ -163,10 +169,6 @@ def random_inputs(model: nn.Module, count: int) -> list[dict[str, Any]]:
         model: Takes what `example_inputs_for` makes.
         count: How many.
     """
-    import torch
-
-    from moeify.hf import example_inputs_for
-
     base = example_inputs_for(model)
     vocabulary = _vocabulary(model)
     config: Any = model.config
@@ -215,12 +217,6 @@ def _special(config: Mapping[str, Any]) -> set[int]:
 
 def run_all(model: nn.Module, inputs: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
     """Return the floating-point outputs of a model by name, in evaluation, without capacities."""
-    import torch
-
-    from moeify import compat
-    from moeify.capture import tensors_in
-    from moeify.router import lifted_capacity
-
     model.eval()
     for module in model.modules():
         compat.disable_fused_encoder(module)
@@ -259,9 +255,6 @@ def load_as_reader(folder: Path, kind: str, dtype: str | None = None) -> nn.Modu
     Raises:
         MoeifyError: It leaves something unread, or lacks something.
     """
-    from moeify import checkpoint
-    from moeify.cli_models import load_dense, transformers_offline
-
     if kind == "dense":
         return load_dense(folder, dtype)[0]
     if kind == "moeify":
@@ -290,8 +283,6 @@ def difference_of(dense: list[dict[str, Tensor]], moe: list[dict[str, Tensor]]) 
     Raises:
         VerificationError: One is missing, or has another shape.
     """
-    from moeify.verification import Snapshot, compare
-
     largest = 0.0
     for one, other in zip(dense, moe, strict=True):
         lost = [key for key in one if key not in other]
@@ -304,8 +295,6 @@ def difference_of(dense: list[dict[str, Tensor]], moe: list[dict[str, Tensor]]) 
 
 def answer(question: Mapping[str, Any]) -> dict[str, Any]:
     """Answer a question of `verify`."""
-    from moeify.verification import TOLERANCE, coarsest
-
     kinds, dtype = question["kinds"], question["dtype"]
     before = load_as_reader(Path(question["source"]), kinds[0], dtype)
     coarse = coarsest(p.dtype for p in before.parameters())

@@ -14,18 +14,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from moeify.agreement import run_on_all_ranks
 from moeify.calibration import mlp_inputs
 from moeify.capture import ExampleInputs
 from moeify.checkpoint_state import tensors_of, to_meta
 from moeify.errors import CaptureError
 from moeify.expert_models import averaging
 from moeify.install import Installation
-from moeify.parallel import agree_on_layers, join, together
+from moeify.parallel import assert_same_layers, init_world
 from moeify.passes.base import Pass
 from moeify.passes.slice_dense import SliceDense
 from moeify.pipeline import prepare, refuse_wrapped, run_pipeline
 from moeify.plan import Plan
-from moeify.site_weights import agree_on_starts
+from moeify.site_weights import assert_same_starts
 
 
 def convert(
@@ -38,28 +39,30 @@ def convert(
     verify: bool = True,
 ) -> None:
     """Convert a model in place; arguments and errors as of `moeify.moeify`."""
-    chosen = together("take model and plan", lambda: _checked(model, plan))
-    world = join(chosen, mesh, model, verify=verify)
-    inputs, discovery, resolved = together(
+    chosen = run_on_all_ranks("take model and plan", lambda: _checked(model, plan))
+    world = init_world(chosen, mesh, model, verify=verify)
+    inputs, discovery, resolved = run_on_all_ranks(
         "apply the plan", lambda: prepare(model, chosen, example_inputs)
     )
     with ExitStack() as undo:  # an error puts back what the average of checkpoints replaced
-        together("average its checkpoints", lambda: undo.enter_context(averaging(model, resolved)))
+        run_on_all_ranks(
+            "average its checkpoints", lambda: undo.enter_context(averaging(model, resolved))
+        )
         slices: list[Pass] = []
         if world is not None:
-            agree_on_layers(resolved, model, inputs)
+            assert_same_layers(resolved, model, inputs)
             world.prepare(layer.experts for layer in resolved)
             if world.layout.tensor > 1:
                 slices = [SliceDense(discovery, inputs)]
-        rows = together(
+        rows = run_on_all_ranks(
             "look at its MLPs' inputs", lambda: mlp_inputs(model, discovery, resolved, inputs)
         )
-        built = together(
+        built = run_on_all_ranks(
             "build its blocks",
             lambda: run_pipeline(model, chosen, resolved, discovery, passes, world, slices, rows),
         )
         if world is not None:
-            agree_on_starts(model, resolved, discovery, rows)
+            assert_same_starts(model, resolved, discovery, rows)
         Installation(
             model, chosen, resolved, discovery, built, inputs, verify=verify, world=world
         ).run()

@@ -16,7 +16,6 @@ from typing import Any, Final
 
 from torch import nn
 
-from moeify.checkpoint_shards import dtype_name
 from moeify.content import Content, Stored, copied
 from moeify.conversion import require_conversion
 from moeify.errors import CheckpointError
@@ -31,6 +30,7 @@ from moeify.hf_dense import (
 )
 from moeify.input_spec import describable
 from moeify.recipe import recipe_of
+from moeify.units import dtype_name
 
 _CONFIGURATION: Final = '''\
 """The config of a Mixture-of-Experts model made by moeify, which must be installed."""

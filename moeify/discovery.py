@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from torch import nn
 
 from moeify.capture import Capture, ExampleInputs, capture
+from moeify.hf import example_inputs_for
 from moeify.passes.dataflow import Linear, linears_of
 from moeify.passes.find_mlps import NearMiss, Region, find_regions
 from moeify.passes.placement import Placement, Placer, parameter_names
 from moeify.sites import Projection, Site
 from moeify.training_check import TrainingCheck
+from moeify.units import dtype_name
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,8 +73,6 @@ def discover(model: nn.Module, example_inputs: ExampleInputs | None = None) -> D
         CaptureError: The model does not run on these inputs, or none were given or can be made.
     """
     if example_inputs is None:
-        from moeify.hf import example_inputs_for
-
         example_inputs = example_inputs_for(model)
     recorded = capture(model, example_inputs)
     regions, near = find_regions(recorded.graph_module.graph)
@@ -170,7 +170,7 @@ def _site(
         down=_projection(model, region.down),
         inner=region.program.params,
         calls=len(runs),
-        dtype=str(weight.dtype).removeprefix("torch."),
+        dtype=dtype_name(weight.dtype),
         itemsize=weight.element_size(),
         parameters=sum(t.numel() for t in tensors),
         blocked=placement.blocked,

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx, nn
 
+from moeify import collectives
 from moeify.errors import DispatchError
 from moeify.kernels import check_counts as _check_counts  # noqa: F401  registers the op
 from moeify.kernels import combine as _combine  # noqa: F401
@@ -21,6 +22,7 @@ from moeify.kernels.wire import part_capacity
 
 __all__ = [
     "cut",
+    "is_coordinated",
     "padded",
     "pieces",
     "rows_of",
@@ -168,3 +170,9 @@ def send_capacity(capacity: int | torch.SymInt, parts: int) -> int | torch.SymIn
 def rows_of(rows: Tensor) -> int:
     """Return the number of rows of [R, ...]."""
     return rows.shape[0]
+
+
+def is_coordinated(block: nn.Module) -> bool:
+    """Tell whether the ranks of a tensor group share out the rows that this block sends."""
+    assert isinstance(block, fx.GraphModule)
+    return any(node.target is collectives.share for node in block.graph.nodes)

@@ -8,8 +8,11 @@ from typing import Any, Literal
 
 from torch import nn
 
+from moeify.checkpoint import moeify_content
 from moeify.content import Content, Stored
+from moeify.custom import custom_content
 from moeify.errors import CheckpointError
+from moeify.native import NotNative, native_content
 
 Export = Literal["auto", "native", "custom", "moeify"]
 KINDS: tuple[Export, ...] = ("auto", "native", "custom", "moeify")
@@ -41,10 +44,6 @@ def content_for(
         MoeifyError: The model has not been converted.
         ValueError: The kind is unknown.
     """
-    from moeify.checkpoint import moeify_content
-    from moeify.custom import custom_content
-    from moeify.native import NotNative, native_content
-
     given = dict(source or {})
     if kind not in KINDS:
         raise ValueError(f"export: {kind!r} is unknown; use one of {', '.join(KINDS)}")

@@ -10,6 +10,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from moeify.units import dtype_from_name, dtype_name
+
 MAX_ELEMENTS: Final = 1 << 28
 """Most elements that example inputs may have."""
 
@@ -17,8 +19,7 @@ MAX_ELEMENTS: Final = 1 << 28
 def describe_inputs(value: Any) -> Any:
     """Return JSON-able data that describes nested inputs; values of tensors are not kept."""
     if isinstance(value, Tensor):
-        dtype = str(value.dtype).removeprefix("torch.")
-        return {"tensor": {"shape": list(value.shape), "dtype": dtype}}
+        return {"tensor": {"shape": list(value.shape), "dtype": dtype_name(value.dtype)}}
     if isinstance(value, Mapping):
         return {"dict": {str(key): describe_inputs(part) for key, part in value.items()}}
     if isinstance(value, list | tuple):
@@ -36,7 +37,7 @@ def make_inputs(description: Any) -> Any:
     """
     kind, content = next(iter(description.items()))
     if kind == "tensor":
-        return torch.zeros(content["shape"], dtype=getattr(torch, content["dtype"]))
+        return torch.zeros(content["shape"], dtype=dtype_from_name(content["dtype"]))
     if kind == "dict":
         made = {key: make_inputs(part) for key, part in content.items()}
         for key, part in made.items():
@@ -70,9 +71,8 @@ def check_description(description: Any) -> None:
         raise ValueError("a description has one key")
     kind, content = next(iter(description.items()))
     if kind == "tensor":
-        shape, dtype = content["shape"], getattr(torch, str(content["dtype"]), None)
-        if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"{content['dtype']!r:.40} is no dtype")
+        shape = content["shape"]
+        dtype_from_name(str(content["dtype"]))
         if not all(type(n) is int and n >= 0 for n in shape) or math.prod(shape) > MAX_ELEMENTS:
             raise ValueError(f"{shape!r:.80} is no shape for an example")
     elif kind == "dict":

@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from torch import fx, nn
 
 from moeify import compat, losses
+from moeify.agreement import run_on_all_ranks
 from moeify.capture import ExampleInputs
 from moeify.conversion import (
     ATTRIBUTE,
@@ -27,7 +28,7 @@ from moeify.conversion import (
 from moeify.discovery import Discovery, FoundSite
 from moeify.input_spec import describe_inputs
 from moeify.mesh import World
-from moeify.parallel import Parallel, reduce_gradients, sharded_names, together
+from moeify.parallel import Parallel, reduce_gradients, sharded_names
 from moeify.passes.blocks import block_path, find_site
 from moeify.pipeline import Built
 from moeify.plan import Plan
@@ -92,10 +93,10 @@ class Installation:
         """
         try:
             # One after the other on all ranks: blocks that run wait for those of other ranks.
-            together("install its blocks", self.install)
-            together("slice its dense layers", self.slice_dense)
-            together("prove its blocks", self.verify)
-            together("partition its state", self.partition)
+            run_on_all_ranks("install its blocks", self.install)
+            run_on_all_ranks("slice its dense layers", self.slice_dense)
+            run_on_all_ranks("prove its blocks", self.verify)
+            run_on_all_ranks("partition its state", self.partition)
             record = self._record()
         except BaseException:
             self.roll_back()

@@ -25,6 +25,7 @@ from moeify.native_facts import Facts, facts_of
 from moeify.native_targets import TARGETS, Target, config_of, misfits
 from moeify.native_tensors import Tensors, names_of, tensors_of
 from moeify.stored_native import NativeTensors
+from moeify.units import dtype_name
 
 
 class NotNative(MoeifyError):
@@ -213,7 +214,7 @@ def _notes(
         )
     if target.score == "softmax" and facts.dtype.itemsize < 4:
         notes.append(
-            f"routing: the class computes logits in {str(facts.dtype)[6:]}, moeify in float32: "
+            f"routing: the class computes logits in {dtype_name(facts.dtype)}, moeify in float32: "
             "near ties can go to another expert"
         )
     if target.window and facts.head_dim * facts.config.num_attention_heads != (

@@ -18,6 +18,7 @@ from moeify.content import Stored
 from moeify.conversion import Conversion, ConvertedLayer
 from moeify.hf_dense import dense_class, dense_classes, dense_config
 from moeify.specs import RouterSpec
+from moeify.units import dtype_name
 
 FAMILIES: Final = {
     "LlamaForCausalLM": "llama",
@@ -220,7 +221,7 @@ def _no_class(
     for layer in record.layers:
         yield from _layer_reasons(layer, stored)
     extra = (".router.selection_bias", ".router.pending_counts")
-    dtypes = {str(s.dtype)[6:] for n, s in stored.specs.items() if not n.endswith(extra)}
+    dtypes = {dtype_name(s.dtype) for n, s in stored.specs.items() if not n.endswith(extra)}
     if len(dtypes) != 1:
         yield f"its parameters are of {' and '.join(sorted(dtypes))}, and are loaded as one"
     ties = {frozenset(pair) for pair in stored.aliases.items()}

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from moeify.native_facts import SAME, Facts
+from moeify.units import dtype_name
 
 SHARED_WIDTH: Final = 128
 """Width of a shared expert of zeros, where a class has one and the model does not: it can be
@@ -183,7 +184,7 @@ def config_of(target: Target, facts: Facts) -> Any:
     values = {key: getattr(facts.config, key) for key in SAME}
     values["rope_parameters"] = dict(facts.config.rope_parameters)
     values |= {"num_experts_per_tok": first.top_k, "output_router_logits": False}
-    values |= {"architectures": [target.architecture], "dtype": str(facts.dtype)[6:]}
+    values |= {"architectures": [target.architecture], "dtype": dtype_name(facts.dtype)}
     if target.head_dim:
         values["head_dim"] = facts.head_dim
     if target.aux_loss:

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from moeify import collectives
-from moeify.errors import DispatchError, MoeifyError, PlanError
+from moeify.agreement import assert_same_on_ranks, can_talk
+from moeify.errors import PlanError
+from moeify.exchange import is_coordinated
+from moeify.gradients import GradientReducer, Reduction
 from moeify.input_spec import describe_inputs
 from moeify.layout import Layout
 from moeify.mesh import World, world_size
@@ -27,14 +28,13 @@ from moeify.sharding import is_sharded
 from moeify.zero_plan import check_process
 
 if TYPE_CHECKING:
-    from moeify.gradients import GradientReducer
     from moeify.sharded_optimizer import Cut, Guard
     from moeify.tensor_parallel import PartialSums
     from moeify.zero_plan import ZeroPlan
 
-__all__ = ["Parallel", "agree_on_layers", "join", "reduce_gradients", "together"]
+__all__ = ["Parallel", "assert_same_layers", "init_world", "reduce_gradients"]
 
-T = TypeVar("T")
+_SAME_CALL = "call moeify on every rank with the same plan, weights and form of example inputs"
 
 
 @dataclass(slots=True)
@@ -64,7 +64,7 @@ class Parallel:
     guard: Guard | None = None
 
 
-def join(plan: Plan, mesh: Any, model: nn.Module, *, verify: bool = True) -> World | None:
+def init_world(plan: Plan, mesh: Any, model: nn.Module, *, verify: bool = True) -> World | None:
     """Return the meshes of a plan in the running world; None where one process is the world.
 
     Args:
@@ -85,14 +85,13 @@ def join(plan: Plan, mesh: Any, model: nn.Module, *, verify: bool = True) -> Wor
     if not running:
         raise PlanError("mesh: torch.distributed does not run: call init_process_group first")
     device = next((p.device.type for p in model.parameters()), "cpu")
-    agree(
-        {
-            "the plan": plan.digest()[:12],
-            "`verify`": str(verify),
-            "`mesh`": _described(mesh),
-            "the device": device,
-        }
-    )
+    facts = {
+        "the plan": plan.digest()[:12],
+        "`verify`": str(verify),
+        "`mesh`": _described(mesh),
+        "the device": device,
+    }
+    assert_same_on_ranks(facts, _SAME_CALL)
     layout = _fit(plan, world)
     return World.create(layout, "cpu" if device == "meta" else device, mesh)
 
@@ -111,98 +110,14 @@ def _fit(plan: Plan, world: int) -> Layout:
         raise plan.fault(tuple(error.path.split(".")), error.message) from None
 
 
-def _talks() -> bool:
-    """Tell whether ranks can tell each other anything; a simulated world has one rank only."""
-    return world_size() > 1 and dist.get_backend() != "fake"
-
-
-def _hear(said: Any, purpose: str) -> list[Any]:
-    """Return what each rank says.
-
-    Raises:
-        DispatchError: A rank does not say anything.
-    """
-    heard: list[Any] = [None] * world_size()
-    try:
-        dist.all_gather_object(heard, said)
-    except RuntimeError as error:
-        reason = str(error).split("\n", 1)[0]
-        raise DispatchError(
-            f"rank {dist.get_rank()} could not {purpose} with the other ranks: {reason} (a peer "
-            "died or stalled, or does not call moeify; look for its own error)"
-        ) from error
-    return heard
-
-
-def together(what: str, action: Callable[[], T]) -> T:
-    """Do something on all ranks; if it fails on one, raise on each. Alone: just do it.
-
-    Args:
-        what: Infinitive, for messages: "find the model's MLPs".
-        action: May run collectives only if nothing that fails on one rank alone comes before.
-
-    Raises:
-        MoeifyError: It failed on another rank.
-        DispatchError: A rank died.
-        Exception: What failed here.
-    """
-    if not _talks():
-        return action()
-    error: Exception | None = None
-    result: Any = None
-    try:
-        result = action()
-    except Exception as failure:
-        error = failure
-    try:
-        heard = _hear(None if error is None else f"{type(error).__name__}: {error}", what)
-    except DispatchError as silence:
-        raise error or silence from None
-    if error is not None:
-        raise error
-    failed = [rank for rank, text in enumerate(heard) if text is not None]
-    if failed:
-        raise MoeifyError(
-            f"{_ranks(failed)} could not {what}, so no rank converts: {heard[failed[0]]}"
-        )
-    done: T = result
-    return done
-
-
-def agree(facts: dict[str, str]) -> None:
-    """Compare facts over all ranks.
-
-    Args:
-        facts: What must be the same everywhere, by name.
-
-    Raises:
-        PlanError: Ranks differ; names the fact, the ranks and what they hold.
-        DispatchError: A rank died.
-    """
-    if not _talks():
-        return
-    heard: list[dict[str, str]] = _hear(facts, "compare the conversion")
-    for name in {name: None for said in heard for name in said}:
-        holders: dict[str, list[int]] = {}
-        for rank, said in enumerate(heard):
-            holders.setdefault(said.get(name, "nothing"), []).append(rank)
-        if len(holders) > 1:
-            each = [f"{_ranks(ranks)}: {value}" for value, ranks in holders.items()]
-            more = f"; and {len(each) - 4} more" if len(each) > 4 else ""
-            raise PlanError(
-                f"ranks disagree on {name} ({'; '.join(each[:4])}{more}); call moeify on every "
-                "rank with the same plan, weights and form of example inputs"
-            )
-
-
-def agree_on_layers(resolved: ResolvedPlan, model: nn.Module, example_inputs: Any) -> None:
+def assert_same_layers(resolved: ResolvedPlan, model: nn.Module, example_inputs: Any) -> None:
     """Compare what is about to be converted, and the dense weights, over all ranks.
 
     Raises:
         PlanError: Ranks differ.
         DispatchError: A rank died.
     """
-    if not _talks():
+    if not can_talk():
         return
     layers = [(la.name, la.experts, la.top_k, la.residual, la.site.d_in) for la in resolved]
     facts = {"the number of layers": str(len(layers))}
@@ -210,7 +125,7 @@ def agree_on_layers(resolved: ResolvedPlan, model: nn.Module, example_inputs: An
     facts |= weights_of(model)
     # Their size decides how rows travel.
     facts["the example inputs"] = json.dumps(describe_inputs(example_inputs))
-    agree(facts)
+    assert_same_on_ranks(facts, _SAME_CALL)
 
 
 def weights_of(model: nn.Module) -> dict[str, str]:
@@ -262,8 +177,6 @@ def reduce_gradients(
         blocks: Path of each layer's block.
         which: "all", "experts" or "none".
     """
-    from moeify.gradients import GradientReducer, Reduction
-
     layout = world.layout
     if which == "none" or layout.world == 1:
         return None
@@ -296,15 +209,3 @@ def reduce_gradients(
 def sharded_names(model: nn.Module) -> list[str]:
     """Return the names of the parameters of which this rank holds a share."""
     return [name for name, parameter in model.named_parameters() if is_sharded(parameter)]
-
-
-def is_coordinated(block: nn.Module) -> bool:
-    """Tell whether the ranks of a tensor group share out the rows that this block sends."""
-    assert isinstance(block, fx.GraphModule)
-    return any(node.target is collectives.share for node in block.graph.nodes)
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    if len(ranks) == 1:
-        return f"rank {ranks[0]}"
-    return f"ranks {', '.join(map(str, ranks[:8]))}{', ...' if len(ranks) > 8 else ''}"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from moeify.fitted_table import Column, FittedTable
 from moeify.selection import shorten
+from moeify.units import format_bytes
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -104,9 +105,9 @@ def _table(resolved: ResolvedPlan) -> FittedTable:
         ),
         Column(
             "bytes",
-            [_bytes(layer.bytes_after) for layer in layers],
+            [format_bytes(layer.bytes_after) for layer in layers],
             right=True,
-            footer=_bytes(resolved.bytes),
+            footer=format_bytes(resolved.bytes),
         ),
     ]
     return FittedTable(tuple(columns))
@@ -120,21 +121,12 @@ def _widths(layer: LayerPlan) -> str:
 
 
 def _short(count: int) -> str:
-    """Writes a count with four significant digits: 9,999 as it is, then 12.35K, 1.235M, ..."""
+    """Write a count with four significant digits: 9,999 as it is, then 12.35K, 1.235M, ..."""
     if count < 10_000:
         return f"{count:,}"
-    return _scaled(count, 1000, ("", "K", "M", "B", "T"))
-
-
-def _bytes(count: int) -> str:
-    return _scaled(count, 1024, (" B", " KiB", " MiB", " GiB", " TiB"))
-
-
-def _scaled(count: int, base: int, units: tuple[str, ...]) -> str:
-    value, power = float(count), 0
-    while round(value, 1) >= base and power < len(units) - 1:
-        value, power = value / base, power + 1
-    if power == 0:
-        return f"{count}{units[0]}"
-    digits = 2 if value < 100 else 1
-    return f"{value:,.{digits}f}{units[power]}"
+    value, unit = count / 1000, "K"
+    for larger in "MBT":
+        if round(value, 1) < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:,.{2 if value < 100 else 1}f}{unit}"

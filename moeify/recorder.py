@@ -30,6 +30,7 @@ from moeify.torch_calls import (
     tensors_in,
     written_by,
 )
+from moeify.units import dtype_name
 
 
 @dataclass(slots=True)
@@ -346,7 +347,7 @@ def _describe_node(
         modules=paths,
         params=params,
         shapes=tuple(tuple(int(n) for n in t.shape) for t in outputs),
-        dtypes=tuple(str(t.dtype).removeprefix("torch.") for t in outputs),
+        dtypes=tuple(dtype_name(t.dtype) for t in outputs),
         call=call,
         mutates=mutates,
     )

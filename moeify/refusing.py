@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor, nn
 
 from moeify.capture import ExampleInputs
 from moeify.discovery import Discovery, discover
 from moeify.errors import CaptureError, UnsupportedModuleError
+from moeify.units import dtype_from_name, dtype_name
 
 __all__ = ["discover_float", "quantised", "refuse_adapters", "refuse_quantised"]
 
@@ -23,9 +23,7 @@ _CLASSES = frozenset(
     "Params4bit Int8Params Linear4bit Linear8bitLt QuantLinear HQQLinear QLinear FP8Linear".split()
 )
 _DTYPES = frozenset(
-    dtype
-    for name in ("int8", "uint8", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz")
-    if isinstance(dtype := getattr(torch, name, None), torch.dtype)
+    map(dtype_from_name, ("int8", "uint8", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz"))
 )
 _PACKED = frozenset(("qweight", "weight_packed", "W_q"))
 _MEND = "convert the float model, then quantise"
@@ -39,8 +37,7 @@ def quantised(module: nn.Module) -> str | None:
         if (kind := _foreign(value)) or hasattr(value, "quant_state"):
             return f"its {name} is quantised ({kind or type(value).__name__})"
         if (value.dim() >= 2 and value.dtype in _DTYPES) or name in _PACKED:
-            dtype = str(value.dtype).removeprefix("torch.")
-            return f"its {name} is quantised ({dtype})"
+            return f"its {name} is quantised ({dtype_name(value.dtype)})"
     if kind := _foreign(module):
         return f"its weights are quantised ({kind})"
     if isinstance(getattr(module, "_packed_params", None), nn.Module):

@@ -12,19 +12,29 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+import torch
+from torch import nn
 
 from moeify import strict_yaml
+from moeify.capture import ExampleInputs
+from moeify.checkpoint_files import Folder
+from moeify.checkpoint_manifest import Manifest, read_manifest
+from moeify.checkpoint_state import to_meta
+from moeify.cli_models import build_on_meta, is_converted, model_folder
+from moeify.conversion import ATTRIBUTE, conversion_of
+from moeify.dense_again import revert
 from moeify.errors import MoeifyError
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from moeify.capture import ExampleInputs
-    from moeify.plan import Plan
-    from moeify.report_graphs import Stage
-    from moeify.report_run import Run
-    from moeify.resolve import ResolvedPlan
+from moeify.export_manifest import read_export_manifest
+from moeify.input_spec import describable, make_inputs
+from moeify.pipeline import prepare, run_pipeline
+from moeify.plan import Plan
+from moeify.report_graphs import Stage, Stages
+from moeify.report_run import Run
+from moeify.resolve import ResolvedPlan
+from moeify.reverse import dense_on_meta
+from moeify.student_size import describe
 
 log = logging.getLogger("moeify")
 
@@ -107,8 +117,6 @@ def of_model(model: nn.Module, plan: Plan | None, inputs: ExampleInputs | None =
         MoeifyError: It is dense, and there is no plan, or one that does not fit; or converted, and
             there is a plan.
     """
-    from moeify.conversion import conversion_of
-
     record = conversion_of(model)
     name = type(model).__name__
     if record is None:
@@ -151,11 +159,6 @@ def of_folder(folder: Path, plan: Plan | None) -> Facts:
     Raises:
         MoeifyError: It is neither, or damaged, or the plan is missing or superfluous.
     """
-    from moeify.checkpoint_files import Folder
-    from moeify.checkpoint_manifest import Manifest, read_manifest
-    from moeify.cli_models import build_on_meta, is_converted, model_folder
-    from moeify.export_manifest import read_export_manifest
-
     if not is_converted(folder):
         found = model_folder(folder)
         if plan is None:
@@ -184,10 +187,6 @@ def of_folder(folder: Path, plan: Plan | None) -> Facts:
         facts.active = facts.total - sum(row.after - row.active for row in facts.rows)
         facts.dense = facts.total - sum(row.after - row.before for row in facts.rows)
     try:
-        from moeify.input_spec import describable
-        from moeify.plan import Plan
-        from moeify.reverse import dense_on_meta
-
         if inputs is not None and not describable(inputs):
             raise MoeifyError("its example inputs cannot be made again")
         twin, again = dense_on_meta(folder), Plan.of(manifest.plan)
@@ -258,8 +257,6 @@ def _whole(value: object) -> int:
 
 
 def _count(facts: Facts, model: nn.Module) -> None:
-    from moeify.student_size import describe
-
     size = describe(model)
     facts.total, facts.active, facts.size = size.parameters, size.active, size.bytes
     facts.dense = facts.total - sum(row.after - row.before for row in facts.rows)
@@ -267,12 +264,6 @@ def _count(facts: Facts, model: nn.Module) -> None:
 
 def _dense_twin(facts: Facts, model: nn.Module) -> nn.Module | None:
     """Return the dense model that a converted one was, on meta; None and a word if it cannot be."""
-    import torch
-
-    from moeify.checkpoint_state import to_meta
-    from moeify.conversion import conversion_of
-    from moeify.dense_again import revert
-
     inner = next(m for m in model.modules() if conversion_of(m) is not None and _own(m))
     # Copied on meta at once: the weights are not held twice.
     memo: dict[int, Any] = {
@@ -291,15 +282,11 @@ def _dense_twin(facts: Facts, model: nn.Module) -> nn.Module | None:
 
 
 def _own(module: nn.Module) -> bool:
-    from moeify.conversion import ATTRIBUTE
-
     return ATTRIBUTE in module.__dict__
 
 
 def _try_replay(facts: Facts, dense: nn.Module, plan: Plan, described: Any) -> None:
     """Apply the plan once more; if that fails, say so."""
-    from moeify.input_spec import make_inputs
-
     before = [row for row in facts.rows if row.state == "moe"]
     known = (facts.total, facts.active, facts.dense)
     try:
@@ -321,9 +308,6 @@ def _replay(
     facts: Facts, dense: nn.Module, plan: Plan, inputs: ExampleInputs | None
 ) -> ResolvedPlan:
     """Apply a plan to a dense model, which is only read, and watch the passes."""
-    from moeify.pipeline import prepare, run_pipeline
-    from moeify.report_graphs import Stages
-
     inputs, discovery, resolved = prepare(dense, plan, inputs)
     facts.plan = plan_text(plan.data())
     facts.dense, facts.total = resolved.dense_parameters, resolved.parameters

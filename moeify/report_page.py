@@ -9,19 +9,17 @@ import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from torch import nn
+
+from moeify.capture import ExampleInputs
 from moeify.errors import MoeifyError
+from moeify.plan import Plan
 from moeify.report_data import Facts, of_folder, of_model, of_run
 from moeify.report_html import page, short
 from moeify.report_run import Run, read_run
 from moeify.report_sections import sections
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from moeify.capture import ExampleInputs
-    from moeify.plan import Plan
 
 __all__ = ["gather", "report", "write_page"]
 
@@ -65,8 +63,6 @@ def report(
         >>> page.read_text().count("<script")
         0
     """
-    from moeify.plan import Plan
-
     chosen = None if plan is None else Plan.of(plan)
     if model is None or isinstance(model, str | os.PathLike):
         if model is None and run is None:

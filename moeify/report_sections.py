@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from moeify import __version__
-from moeify.cli_output import size
 from moeify.report_charts import pyramid, pyramid_key
 from moeify.report_data import Facts
 from moeify.report_graphs import Stage
 from moeify.report_html import Element, el, fill, scrolled, short, table
 from moeify.report_run import Run
 from moeify.report_training import training
+from moeify.units import format_bytes
+from moeify.version import __version__
 
 MOST_ROWS: Final = 400
 """Layers that are drawn and listed."""
@@ -85,7 +85,7 @@ def _size(facts: Facts) -> list[Element]:
             small += f" = {value / facts.dense:.2f} x dense"
         tiles.append(el("div", el("dt", name), el("dd", _count(value), el("small", small))))
     if facts.size is not None:
-        tiles.append(el("div", el("dt", "Bytes"), el("dd", size(facts.size))))
+        tiles.append(el("div", el("dt", "Bytes"), el("dd", format_bytes(facts.size))))
     moe = sum(row.state == "moe" for row in facts.rows)
     dense = f"{len(facts.rows) - moe} stay dense" if facts.whole else "dense ones not known"
     tiles.append(el("div", el("dt", "MoE layers"), el("dd", str(moe), el("small", dense))))

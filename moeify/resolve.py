@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from moeify.errors import UnsupportedModuleError
 from moeify.plan import LayerRule, Plan
+from moeify.plan_table import plain_text, render
 from moeify.resolve_checks import check_layer, check_layers
 from moeify.rule_match import Universe, match_rule
 from moeify.selection import Schedule
@@ -216,13 +217,9 @@ class ResolvedPlan:
         return self.layers[index]
 
     def __rich__(self) -> RenderableType:
-        from moeify.plan_table import render
-
         return render(self)
 
     def __str__(self) -> str:
-        from moeify.plan_table import plain_text
-
         return plain_text(self)
 
     def to_dict(self) -> dict[str, Any]:

@@ -26,7 +26,6 @@ from moeify.checkpoint_files import Folder
 from moeify.checkpoint_json import parse_json
 from moeify.checkpoint_manifest import MAX_BYTES, Manifest, ModelRecord, read_manifest
 from moeify.checkpoint_replay import LayerFacts, Recorded, replay
-from moeify.checkpoint_shards import dtype_name
 from moeify.checkpoint_state import tensors_of
 from moeify.content import Content, Output, Spec, Stored, Written, copied, describe
 from moeify.conversion import Conversion, ConvertedLayer, require_conversion
@@ -37,6 +36,7 @@ from moeify.hf_dense import dense_class, dense_config, generation_config
 from moeify.source_names import places_of, renaming
 from moeify.stored_folder import FolderTensors
 from moeify.stored_native import NativeTensors
+from moeify.units import dtype_name
 
 log = logging.getLogger("moeify")
 

@@ -13,12 +13,13 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypedDict
+from typing import Any, Final, TypedDict
 
+from torch import Tensor, nn
+
+from moeify.conversion import conversion_of
 from moeify.errors import MoeifyError
-
-if TYPE_CHECKING:
-    from torch import nn
+from moeify.losses import live_routers, router_stats
 
 __all__ = ["FORMAT", "LayerNumbers", "RunLog"]
 
@@ -145,8 +146,6 @@ class RunLog:
 
 
 def _describe(model: nn.Module) -> dict[str, Any]:
-    from moeify.conversion import conversion_of
-
     record = conversion_of(model)
     return {
         "format": FORMAT,
@@ -158,8 +157,6 @@ def _describe(model: nn.Module) -> dict[str, Any]:
 
 
 def _last_forward(model: nn.Module) -> dict[str, LayerNumbers]:
-    from moeify.losses import live_routers, router_stats
-
     if next(live_routers(model), None) is None:
         return {}
     return {
@@ -184,8 +181,6 @@ def _numbers(layer: LayerNumbers) -> dict[str, Any]:
 
 def _number(value: Any) -> float | str:
     """Return a number for JSON: whole ones short, those that are not finite as words."""
-    from torch import Tensor
-
     number = float(value.detach() if isinstance(value, Tensor) else value)
     if not math.isfinite(number):
         return str(number)

@@ -23,9 +23,8 @@ from torch import nn
 from torch.distributed.checkpoint import state_dict_saver
 from torch.optim import Optimizer
 
-from moeify.checkpoint import _unwrapped
+from moeify.checkpoint import unwrapped
 from moeify.checkpoint_files import _resolved, _sweep, _tag
-from moeify.checkpoint_json import canonical_digest
 from moeify.conversion import require_conversion
 from moeify.errors import CheckpointError
 from moeify.sharded_describe import describe
@@ -38,7 +37,7 @@ from moeify.sharded_state import ModelState, Optimized, json_data
 from moeify.sharded_storage import Finish, PiecesToSave, PieceWriter
 from moeify.zero_fsdp import settle
 
-__all__ = ["Loaded", "Saving", "latest", "load_sharded", "save_sharded"]
+__all__ = ["Loaded", "Saving", "find_checkpoint", "latest", "load_sharded", "save_sharded"]
 
 log = logging.getLogger("moeify")
 
@@ -142,7 +141,7 @@ def save_sharded(
         >>> load_sharded(model, folder).step
         10
     """
-    inner = _unwrapped(model)
+    inner = unwrapped(model)
     require_conversion(inner)
     settle(inner)
     ranks = _ranks()
@@ -154,7 +153,7 @@ def save_sharded(
         return {key: pieces.copied() for key, pieces in tensors.items()}
 
     copied: list[dict[str, Pieces]] = []
-    ranks.together("copy the tensors to the CPU", lambda: copied.append(copies()))
+    ranks.run_on_all("copy the tensors to the CPU", lambda: copied.append(copies()))
     pool = ThreadPoolExecutor(1, thread_name_prefix="moeify-save")
     future = pool.submit(_write, copied.pop(), path, finish, ranks)
     pool.shutdown(wait=False)
@@ -197,11 +196,11 @@ def load_sharded(
             optimizer and generators are then as they were.
         MoeifyError: The model has not been converted.
     """
-    inner = _unwrapped(model)
+    inner = unwrapped(model)
     require_conversion(inner)
     settle(inner)
     ranks = _ranks()
-    path = ranks.from_first("find the checkpoint", lambda: _found(directory, step))
+    path = ranks.run_on_first("find the checkpoint", lambda: find_checkpoint(directory, step))
     return load(inner, path, optimizer, ranks, trust=trust, strict=strict)
 
 
@@ -238,8 +237,16 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _found(directory: str | os.PathLike[str], step: int | None) -> Path:
-    """Return the checkpoint that is meant."""
+def find_checkpoint(directory: str | os.PathLike[str], step: int | None) -> Path:
+    """Return the checkpoint that is meant.
+
+    Args:
+        directory: A folder of checkpoints, or one checkpoint in it.
+        step: Which one; the newest if None.
+
+    Raises:
+        CheckpointError: It is not there.
+    """
     root = Path(directory).absolute()
     if os.path.lexists(root / NAME) or os.path.lexists(root / ".metadata"):
         match = _STEP.fullmatch(root.name)
@@ -286,9 +293,9 @@ def _collected(
     tensors: dict[str, Pieces] = {}
     finish: list[Finish] = []
 
-    seen: dict[str, str] = {}
+    shapes: dict[str, str] = {}
 
-    def collect() -> tuple[Path, str]:
+    def collect() -> Path:
         if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step <= MAX_STEP:
             raise CheckpointError(f"step: {step!r:.40} is no number of a step")
         path = _resolved(directory) / f"step-{step:08d}"
@@ -303,7 +310,7 @@ def _collected(
         for name, key, value in () if optimized is None else optimized.states():
             if hasattr(value, "ndim"):
                 tensors[f"optimizer.{name}.{key}"] = Pieces.of(value, f"optimizer: {name}: {key}")
-        seen.update({key: f"{list(p.shape)} {p.dtype}" for key, p in tensors.items()})
+        shapes.update({key: f"{list(p.shape)} {p.dtype}" for key, p in tensors.items()})
         for kind, raw in Generators.collect().items():
             tensors[f"rng.{ranks.rank}.{kind}"] = Pieces.of(raw, f"rng: {kind}")
         data = json_data(extra or {}, "extra")
@@ -312,21 +319,11 @@ def _collected(
         record = None if optimized is None else optimized.record()
         known = dict(tensors)
         finish.append(describe(model, state, record, known, step, data, ranks.size))
-        return path, canonical_digest(seen)
+        return path
 
-    said = ranks.together("collect what is to be saved", collect)
-    path = said[0][0]
-    for rank, (other, digest) in enumerate(said):
-        if other != path:
-            raise CheckpointError(f"rank 0 saves to {path}, rank {rank} to {other}")
-        if digest != said[0][1]:
-            held = ranks.together("compare what is to be saved", lambda: seen)
-            first, here = held[0], held[rank]
-            key = min(dict(first.items() ^ here.items()))
-            raise CheckpointError(
-                f"{key}: rank 0 holds {first.get(key, 'none')}, rank {rank} "
-                f"{here.get(key, 'none')}: save after the same steps on all ranks"
-            )
+    path = ranks.run_on_all("collect what is to be saved", collect)
+    ranks.assert_same({"the folder": str(path)}, "save to the same folder on all ranks")
+    ranks.assert_same(shapes, "save after the same steps on all ranks")
     return tensors, finish[0], path
 
 
@@ -334,7 +331,7 @@ def _write(tensors: dict[str, Pieces], path: Path, finish: Finish, ranks: Ranks)
     """Write what was collected; the first rank stages, names and cleans up."""
     staging: Path | None = None
     try:
-        staging = ranks.from_first(f"save {path}", lambda: _stage(path))
+        staging = ranks.run_on_first(f"save {path}", lambda: _stage(path))
         planner = PiecesToSave()
         writer = PieceWriter(staging, path, ranks.rank, finish)
         ranks.run(f"save {path}", _runner(tensors, planner, writer, ranks))

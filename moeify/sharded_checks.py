@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from moeify.checkpoint_json import canonical_digest
-from moeify.checkpoint_shards import dtype_name
 from moeify.conversion import require_conversion
 from moeify.errors import CheckpointError
 from moeify.sharded_manifest import ShardedManifest
 from moeify.sharded_state import ModelState
+from moeify.units import dtype_name
 
 __all__ = ["check_layers", "check_plan", "match"]
 

@@ -30,10 +30,10 @@ from moeify.checkpoint_manifest import (
     read_manifest,
 )
 from moeify.checkpoint_replay import layer_records
-from moeify.checkpoint_shards import DTYPES, check_shard, parse_size, read_shard
+from moeify.checkpoint_shards import CODE_OF, DTYPES, bytes_of, check_shard, nbytes, read_shard
 from moeify.errors import CheckpointError
 from moeify.plan import Plan
-from moeify.sharded_checkpoint import _found
+from moeify.sharded_checkpoint import find_checkpoint
 from moeify.sharded_manifest import (
     DataFile,
     PieceRecord,
@@ -44,6 +44,7 @@ from moeify.sharded_manifest import (
 )
 from moeify.sharded_reading import PieceReader
 from moeify.sharded_storage import PieceFile, put
+from moeify.units import parse_bytes
 
 __all__ = ["to_sharded", "to_single"]
 
@@ -182,8 +183,8 @@ def to_single(
         CheckpointError: The checkpoint is damaged or not described well enough, or the folder
             cannot be written.
     """
-    limit = parse_size(max_shard_size)
-    with Folder(_found(checkpoint, None)) as source, default_device_cpu():
+    limit = parse_bytes(max_shard_size, "max_shard_size")
+    with Folder(find_checkpoint(checkpoint, None)) as source, default_device_cpu():
         manifest = read(source)
         where = source.path
         if manifest.optimizer is not None:
@@ -298,8 +299,6 @@ def _write(folder: Path, single: Manifest, manifest: ShardedManifest, reader: Pi
 
 def _write_shard(path: Path, records: dict[str, TensorRecord], reader: PieceReader) -> FileRecord:
     """Write one safetensors file, a tensor at a time."""
-    from moeify.checkpoint_shards import CODE_OF, bytes_of, nbytes
-
     names = sorted(records, key=lambda n: (-DTYPES[records[n].dtype].itemsize, n))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -9,7 +9,6 @@ from torch import nn
 from moeify.checkpoint_build import config_texts, describe_model
 from moeify.checkpoint_manifest import ModelRecord
 from moeify.checkpoint_replay import layer_records, versions
-from moeify.checkpoint_shards import dtype_name
 from moeify.checkpoint_state import describe_modes
 from moeify.conversion import require_conversion
 from moeify.input_spec import describable
@@ -24,6 +23,7 @@ from moeify.sharded_manifest import (
 from moeify.sharded_pieces import Pieces
 from moeify.sharded_state import ModelState
 from moeify.sharded_storage import Finish
+from moeify.units import dtype_name
 
 __all__ = ["describe"]
 

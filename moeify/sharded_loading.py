@@ -18,7 +18,6 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.optim import Optimizer
 
 from moeify.checkpoint_files import Folder
-from moeify.checkpoint_shards import dtype_name
 from moeify.errors import CheckpointError
 from moeify.sharded_checks import check_layers, check_plan, match
 from moeify.sharded_manifest import NAME, ShardedManifest, read
@@ -27,6 +26,7 @@ from moeify.sharded_ranks import Ranks
 from moeify.sharded_reading import PieceReader, PiecesToLoad
 from moeify.sharded_rng import Generators
 from moeify.sharded_state import ModelState, Optimized
+from moeify.units import dtype_name
 
 __all__ = ["Loaded", "load"]
 
@@ -69,24 +69,22 @@ def load(
 ) -> Loaded:
     """Load one checkpoint, on all ranks; arguments as of `load_sharded`."""
     with ExitStack() as stack:
-        ready: list[_Ready] = []
 
-        def prepare() -> str:
+        def prepare() -> _Ready:
             if not os.path.lexists(path / NAME) and os.path.lexists(path / ".metadata"):
-                ready.append(_foreign(model, path, optimizer, trust=trust, strict=strict))
-            else:
-                ready.append(_prepare(model, path, optimizer, ranks, stack, strict=strict))
-            return ready[0].digest
+                return _foreign(model, path, optimizer, trust=trust, strict=strict)
+            return _prepare(model, path, optimizer, ranks, stack, strict=strict)
 
-        digests = ranks.together(f"check {path}", prepare)
-        if len(set(digests)) > 1:
-            raise CheckpointError(f"{path}: ranks read different checkpoints: it is being replaced")
-        done = ready[0]
+        done = ranks.run_on_all(f"check {path}", prepare)
+        held = {f"what {path} holds": done.digest[:12]}
+        ranks.assert_same(held, "it is being replaced: load again")
         if isinstance(done.reader, PieceReader):
             reader, wanted = done.reader, sorted(done.state)  # the same on all ranks
-            ranks.together(f"verify {path}", lambda: reader.verify(wanted, ranks.rank, ranks.size))
+            ranks.run_on_all(
+                f"verify {path}", lambda: reader.verify(wanted, ranks.rank, ranks.size)
+            )
         ranks.run(f"load {path}", _runner(done, ranks))
-        ranks.together(f"finish loading {path}", done.finish)
+        ranks.run_on_all(f"finish loading {path}", done.finish)
         done.publish()
         return done.loaded
 

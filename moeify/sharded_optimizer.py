@@ -180,6 +180,11 @@ class ShardedOptimizer(Optimizer):
                 f"({error})"
             ) from error
 
+    def adopt_writes(self) -> None:
+        """Let master weights take over what was written into parameters since the last step."""
+        for piece in self._pieces.values():
+            piece.adopt()
+
     @torch.no_grad()
     def publish(self) -> None:
         """Set the parameters to the pieces, gathered from all ranks, which all must call it."""

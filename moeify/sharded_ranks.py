@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -11,13 +10,18 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from moeify import compat
+from moeify.agreement import (
+    assert_same_on_ranks,
+    run_on_all_ranks,
+    run_on_first_rank,
+    silence_error,
+)
 from moeify.errors import CheckpointError, MoeifyError
 from moeify.mesh import world_size
 
 __all__ = ["Ranks"]
 
 T = TypeVar("T")
-log = logging.getLogger("moeify")
 _made: list[tuple[Any, Any]] = []
 """The world's group, and the one made for it."""
 
@@ -53,55 +57,50 @@ class Ranks:
             try:
                 group = dist.new_group(backend="gloo")
             except (RuntimeError, ValueError) as error:
-                raise died("make a group", error) from error
+                raise silence_error("make a group", error, CheckpointError) from error
             compat.take_timeout_of_world([group])
             _made[:] = [(world, group)]
         return cls(_made[0][1], dist.get_rank(), size)
 
-    def together(self, what: str, action: Callable[[], T]) -> list[T]:
-        """Do something on all ranks and tell what came out; if it fails on one, raise on each.
+    def run_on_all(self, what: str, action: Callable[[], T]) -> T:
+        """Run an action on all ranks; if it fails on one, raise on each.
 
         Args:
             what: Infinitive, for messages: "read the checkpoint".
-            action: Runs no collectives. Its result can be pickled.
+            action: Runs no collectives.
 
         Returns:
-            What it returned, by rank.
+            What it returned on this rank.
 
         Raises:
             CheckpointError: It failed somewhere, or a rank died.
         """
-        error: BaseException | None = None
-        said: tuple[bool, Any]
-        try:
-            said = True, action()
-        except Exception as failure:
-            error = failure
-            said = False, _text(failure)
-        if self.group is None:
-            if error is None:
-                alone: Any = said[1]
-                return [alone]
-            raise _typed(error, what) from error
-        heard: list[Any] = [None] * self.size
-        try:
-            dist.all_gather_object(heard, said, group=self.group)
-        except (RuntimeError, ValueError) as silence:
-            if error is not None:
-                raise _typed(error, what) from error
-            raise died(what, silence) from silence
-        if error is not None:
-            raise _typed(error, what) from error
-        for rank, (fine, value) in enumerate(heard):
-            if not fine:
-                raise CheckpointError(f"rank {rank} could not {what}: {value}")
-        return [value for _, value in heard]
+        return self._typed(run_on_all_ranks, what, action)
 
-    def from_first(self, what: str, action: Callable[[], T]) -> T:
-        """Do something on rank 0 and return the result on all ranks; an error is raised on all."""
-        first: Any = self.together(what, lambda: action() if self.rank == 0 else None)[0]
-        result: T = first
-        return result
+    def run_on_first(self, what: str, action: Callable[[], T]) -> T:
+        """Run an action on rank 0 and return its result on all ranks; an error is raised on all."""
+        return self._typed(run_on_first_rank, what, action)
+
+    def assert_same(self, facts: dict[str, str], advice: str) -> None:
+        """Compare facts over all ranks.
+
+        Raises:
+            CheckpointError: Ranks differ, or one died.
+        """
+        assert_same_on_ranks(
+            facts, advice, group=self.group, failure=CheckpointError, silence=CheckpointError
+        )
+
+    def _typed(self, run: Any, what: str, action: Callable[[], T]) -> T:
+        try:
+            done: T = run(
+                what, action, group=self.group, failure=CheckpointError, silence=CheckpointError
+            )
+        except MoeifyError:
+            raise
+        except Exception as error:
+            raise _as_checkpoint_error(error, what) from error
+        return done
 
     def run(self, what: str, action: Callable[[], T]) -> T:
         """Run torch.distributed.checkpoint; make what it raises, on all ranks, a typed error.
@@ -120,28 +119,16 @@ class Ranks:
         except MoeifyError:
             raise
         except OSError as error:
-            raise _typed(error, what) from error
+            raise _as_checkpoint_error(error, what) from error
         except (RuntimeError, ValueError) as error:
             if self.group is None:
-                raise _typed(error, what) from error
-            raise died(what, error) from error
-
-
-def died(what: str, error: BaseException) -> CheckpointError:
-    """Return the error of a rank that could not speak to the others."""
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    reason = str(error).split("\n", 1)[0]
-    return CheckpointError(
-        f"rank {rank} could not {what} with the other ranks: {reason} (a peer died or stalled; "
-        "look for its own error)"
-    )
+                raise _as_checkpoint_error(error, what) from error
+            raise silence_error(what, error, CheckpointError) from error
 
 
 def _text(error: BaseException) -> str:
     return str(error) if isinstance(error, MoeifyError) else f"{type(error).__name__}: {error}"
 
 
-def _typed(error: BaseException, what: str) -> MoeifyError:
-    if isinstance(error, MoeifyError):
-        return error
+def _as_checkpoint_error(error: Exception, what: str) -> CheckpointError:
     return CheckpointError(f"could not {what}: {_text(error)}")

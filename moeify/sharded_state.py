@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from moeify import compat
-from moeify.checkpoint_shards import DTYPES, dtype_name
+from moeify.checkpoint_shards import DTYPES
 from moeify.checkpoint_state import tensors_of
 from moeify.errors import CheckpointError
 from moeify.sharded_manifest import OptimizerRecord, OptionGroup, ShardedManifest
 from moeify.sharded_optimizer import ShardedOptimizer
 from moeify.sharding import is_sharded
+from moeify.units import dtype_name
 
 __all__ = ["ModelState", "Optimized", "json_data"]
 
@@ -127,8 +128,7 @@ class Optimized:
     def settle(self) -> None:
         """Let master weights take over what was written into parameters since the last step."""
         if isinstance(self.owner, ShardedOptimizer):
-            for piece in self.owner._pieces.values():
-                piece.adopt()
+            self.owner.adopt_writes()
 
     def weights(self) -> dict[str, Tensor]:
         """Return master weights by name, where there are any."""

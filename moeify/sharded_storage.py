@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from moeify.checkpoint_files import CHUNK, _put, _sync
-from moeify.checkpoint_shards import CODE_OF, dtype_name
+from moeify.checkpoint_shards import CODE_OF
 from moeify.sharded_manifest import (
     NAME,
     DataFile,
@@ -41,6 +41,7 @@ from moeify.sharded_manifest import (
     encode,
 )
 from moeify.sharded_pieces import Pieces
+from moeify.units import dtype_name
 
 __all__ = ["PieceFile", "PieceWriter", "PiecesToSave", "put"]
 

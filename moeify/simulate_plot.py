@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from moeify.api import moeify
 from moeify.errors import MoeifyError
 from moeify.simulate_counter import Call, count, fake_world
 
@@ -66,8 +67,6 @@ def exchange_once(kind: str, ranks: int, node: int, tensor: int) -> list[Call]:
         The collectives that carry rows to their experts; coordinated, the all-gather within the
         tensor group as well.
     """
-    from moeify.api import moeify
-
     experts = ranks // tensor
     with torch.device("meta"):
         mlp = nn.Sequential(nn.Linear(_WIDTH, _WIDTH), nn.ReLU(), nn.Linear(_WIDTH, _WIDTH))

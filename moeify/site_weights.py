@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moeify.activations import activation
+from moeify.agreement import assert_same_on_ranks
 from moeify.calibration import Calibration
 from moeify.content import Stored
 from moeify.discovery import Discovery, FoundSite
@@ -29,7 +30,6 @@ from moeify.expert_init import (
 )
 from moeify.expert_models import read_like, sources_for
 from moeify.expert_split import neuron_groups, split_experts
-from moeify.parallel import agree
 from moeify.passes.blocks import find_site
 from moeify.passes.dataflow import Linear
 from moeify.passes.find_mlps import Region
@@ -154,7 +154,7 @@ def _digest_of_start(
     return digest.hexdigest()[:12]
 
 
-def agree_on_starts(
+def assert_same_starts(
     model: nn.Module,
     layers: Iterable[LayerPlan],
     discovery: Discovery,
@@ -176,7 +176,7 @@ def agree_on_starts(
         if layer.init.experts == "split" or layer.init.router in ("hidden", "prompts")
     }
     if facts:
-        agree(facts)
+        assert_same_on_ranks(facts, "give every rank the same weights and example inputs")
 
 
 def branch_scale(layer: LayerPlan) -> float:

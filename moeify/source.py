@@ -69,7 +69,7 @@ class SourceFolder(TensorFiles):
                 "mtime_ns": file.mtime_ns,
                 "header_sha256": file.header,
             }
-            for name, file in self._files.items()
+            for name, file in self.files.items()
         ]
         return {"folder": _title(self.path), "files": files}
 
@@ -85,14 +85,14 @@ class SourceFolder(TensorFiles):
             for key in self.add(folder, file):
                 if placed is not None and placed.get(key) != file:
                     raise CheckpointError(
-                        f"{self._where(file)}: {key:.200}: the index does not place it there "
+                        f"{self.where(file)}: {key:.200}: the index does not place it there "
                         f"({placed.get(key)!r:.80}): files of two saves are mixed, or the index "
                         "is of another one"
                     )
         for key, file in (placed or {}).items():
             if key not in self.keys:
                 raise CheckpointError(
-                    f"{self._where(file)}: {key!r:.200}: the index places it there, and it is not"
+                    f"{self.where(file)}: {key!r:.200}: the index places it there, and it is not"
                 )
         if not self.keys:
             raise CheckpointError(f"{self.path}: its files hold no tensors")
@@ -123,7 +123,7 @@ class _LinkedFolder(Folder):
     def names(self) -> list[str]:
         """Return the names of everything in the folder."""
         try:
-            return os.listdir(self._handle)
+            return os.listdir(self.handle)
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be read: {error}") from error
 
@@ -132,7 +132,7 @@ class _LinkedFolder(Folder):
         if self._blobs is None:
             return super().open(name, size=size)
         try:
-            match = _BLOB.fullmatch(os.readlink(name, dir_fd=self._handle))
+            match = _BLOB.fullmatch(os.readlink(name, dir_fd=self.handle))
         except (OSError, ValueError):  # no link
             match = None
         return (

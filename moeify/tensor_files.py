@@ -40,7 +40,16 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class _File:
+class OpenFile:
+    """A file that has been opened.
+
+    Attributes:
+        stream: To read it from.
+        bytes: Its size when it was opened.
+        mtime_ns: Its last change then, in nanoseconds.
+        header: SHA-256 of its header, in hex.
+    """
+
     stream: BinaryIO
     bytes: int
     mtime_ns: int
@@ -55,13 +64,14 @@ class TensorFiles:
 
     Attributes:
         path: As given.
+        files: Those that are open, by name.
     """
 
     def __init__(self, path: str) -> None:
         self.path = path
         self._keys: dict[str, Entry] = {}
-        self._files: dict[str, _File] = {}
-        weakref.finalize(self, _close, self._files)
+        self.files: dict[str, OpenFile] = {}
+        weakref.finalize(self, _close, self.files)
 
     def __enter__(self) -> Self:
         return self
@@ -71,7 +81,7 @@ class TensorFiles:
 
     def close(self) -> None:
         """Close all files; nothing can be read afterwards."""
-        _close(self._files)
+        _close(self.files)
 
     @property
     def keys(self) -> Mapping[str, Entry]:
@@ -93,13 +103,13 @@ class TensorFiles:
             CheckpointError: It is no regular file, or its header is damaged, or holds a tensor that
                 is in another file too.
         """
-        where = self._where(file)
+        where = self.where(file)
         stream = folder.open(file, size=size)
         state = os.fstat(stream.fileno())
-        self._files[file] = _File(stream, state.st_size, state.st_mtime_ns, "")  # to be closed
+        self.files[file] = OpenFile(stream, state.st_size, state.st_mtime_ns, "")  # to be closed
         text = header_text(stream, state.st_size, where)
         digest = hashlib.sha256(text).hexdigest()
-        self._files[file] = _File(stream, state.st_size, state.st_mtime_ns, digest)
+        self.files[file] = OpenFile(stream, state.st_size, state.st_mtime_ns, digest)
         header = header_data(text, where)
         header.pop("__metadata__", None)
         start = 8 + len(text)
@@ -141,7 +151,7 @@ class TensorFiles:
         self._fill(entry.file, raw.numpy().data, begin)
         if dtype == torch.bool and bool((raw > 1).any()):
             raise CheckpointError(
-                f"{self._where(entry.file)}: {key}: holds bytes that are no booleans"
+                f"{self.where(entry.file)}: {key}: holds bytes that are no booleans"
             )
         return raw.view(dtype).view(shape)
 
@@ -151,9 +161,9 @@ class TensorFiles:
         Raises:
             CheckpointError: It is none of the files, or cannot be read.
         """
-        if file not in self._files:
-            raise CheckpointError(f"{self._where(file)}: has not been opened, or closed again")
-        digest, size = hashlib.sha256(), self._files[file].bytes
+        if file not in self.files:
+            raise CheckpointError(f"{self.where(file)}: has not been opened, or closed again")
+        digest, size = hashlib.sha256(), self.files[file].bytes
         chunk = bytearray(min(CHUNK, size))
         for start in range(0, size, CHUNK):
             part = memoryview(chunk)[: min(CHUNK, size - start)]
@@ -167,33 +177,34 @@ class TensorFiles:
         Raises:
             CheckpointError: One was: what was read is not to be used.
         """
-        for name, file in self._files.items():
+        for name, file in self.files.items():
             now = os.fstat(file.stream.fileno())
             if (now.st_size, now.st_mtime_ns) != (file.bytes, file.mtime_ns):
                 raise CheckpointError(
-                    f"{self._where(name)}: was changed while it was read: start again when "
+                    f"{self.where(name)}: was changed while it was read: start again when "
                     "nothing writes to it"
                 )
 
     def _fill(self, file: str, view: memoryview, offset: int) -> None:
-        if file not in self._files:
-            raise CheckpointError(f"{self._where(file)}: has been closed")
-        handle = self._files[file].stream.fileno()
+        if file not in self.files:
+            raise CheckpointError(f"{self.where(file)}: has been closed")
+        handle = self.files[file].stream.fileno()
         done = 0
         while done < len(view):
             try:
                 count = os.preadv(handle, [view[done : done + CHUNK]], offset + done)
             except OSError as error:
-                raise CheckpointError(f"{self._where(file)}: cannot be read: {error}") from error
+                raise CheckpointError(f"{self.where(file)}: cannot be read: {error}") from error
             if not count:
-                raise CheckpointError(f"{self._where(file)}: ends too early: it is being changed")
+                raise CheckpointError(f"{self.where(file)}: ends too early: it is being changed")
             done += count
 
-    def _where(self, name: str) -> str:
+    def where(self, name: str) -> str:
+        """Return a file's path for messages."""
         return os.path.join(self.path, name)
 
 
-def _close(files: dict[str, _File]) -> None:
+def _close(files: dict[str, OpenFile]) -> None:
     for file in files.values():
         file.stream.close()
     files.clear()

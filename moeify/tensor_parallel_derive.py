@@ -21,6 +21,7 @@ from moeify import compat
 from moeify.capture import ExampleInputs
 from moeify.conversion import HOOK_TABLES
 from moeify.discovery import Discovery, FoundSite
+from moeify.hf import example_inputs_for
 from moeify.passes.blocks import block_path, find_site
 from moeify.passes.dataflow import Linear
 from moeify.passes.operations import dtype_of, op_name, shape_of
@@ -78,8 +79,6 @@ def derive(
     if tensor == 1:
         return SlicePlan(1)
     if example_inputs is None:
-        from moeify.hf import example_inputs_for
-
         example_inputs = example_inputs_for(model)
     candidates = [*_attention(discovery), *_dense_mlps(discovery, resolved)]
     owners = _Owners(model, discovery, resolved, tensor)

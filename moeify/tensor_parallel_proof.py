@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from torch import fx, nn
 
 from moeify import compat
-from moeify.capture import Capture, ExampleInputs, _record_fake, capture, split_inputs
+from moeify.capture import Capture, ExampleInputs, capture, record_fake, split_inputs
 from moeify.errors import CaptureError
 from moeify.passes.operations import RESHAPES, op_name
 from moeify.passes.records import record_of
@@ -62,7 +62,7 @@ class Proof:
         """Record the model as discovery did; return the nodes, or why it does not run."""
         if self.fake:
             with compat.quiet_fake_tensors():
-                found, reason = _record_fake(self.model, *split_inputs(self.inputs), False)
+                found, reason = record_fake(self.model, *split_inputs(self.inputs), False)
             return ([], reason) if found is None else (found[1].nodes, "")
         try:
             return capture(self.model, self.inputs).nodes, ""

@@ -18,6 +18,7 @@ from moeify.errors import VerificationError
 from moeify.resolve import LayerPlan
 from moeify.router import lifted_capacity
 from moeify.sharding import whole
+from moeify.units import dtype_name
 
 TOLERANCE = {
     torch.float64: 1e-10,
@@ -169,7 +170,7 @@ def check(difference: Difference, dtype: torch.dtype) -> None:
         if not value <= tolerance:
             raise VerificationError(
                 f"the converted model's {what} differ from the dense model's by {value:.2e} "
-                f"(relative; {tolerance:.0e} is allowed in {str(dtype).removeprefix('torch.')}); "
+                f"(relative; {tolerance:.0e} is allowed in {dtype_name(dtype)}); "
                 "the model is the dense one again. Please report this with the plan and the model"
             )
 
@@ -184,7 +185,7 @@ def check_untouched(before: dict[str, tuple[int, int]], model: nn.Module) -> Non
     Raises:
         VerificationError: A tensor has been changed in place.
     """
-    versions = {id(p): p._version for p in model.parameters()}
+    versions = {id(p): compat.version(p) for p in model.parameters()}
     for name, (key, version) in before.items():
         if versions.get(key, version) != version:
             raise VerificationError(f"{name} was changed in place by the conversion")

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from moeify import zero_fsdp
-from moeify.parallel import is_coordinated
+from moeify import zero_fsdp, zero_graph
+from moeify.exchange import is_coordinated
+from moeify.sharded_optimizer import Cut, Guard, guard
 from moeify.zero_plan import Part, Unit, ZeroPlan
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
     from moeify.mesh import World
     from moeify.resolve import ResolvedPlan
-    from moeify.sharded_optimizer import Cut, Guard
     from moeify.tensor_parallel import SlicePlan
 
 __all__ = ["Partitioned", "partition"]
@@ -75,8 +75,6 @@ def partition(
         divisors = {unit.name: _divisor(model, unit, world) for unit in zero.units}
         partial = _partial(slices)
         if zero.engine == "graph":
-            from moeify import zero_graph
-
             zero_graph.partition(model, zero, world, counts, divisors, partial, undo)
         else:
             zero_fsdp.shard(model, zero, meshes, divisors, undo)
@@ -95,8 +93,6 @@ def partition(
             made.masters = _masters(model, zero, made.cuts, dtype)
         zero_fsdp.cast(model, dtype, undo)
     if zero.stage or zero.offload != "none" or zero.has_masters:
-        from moeify.sharded_optimizer import guard
-
         made.guard = guard(p for p in model.parameters() if p.requires_grad)
         undo.callback(made.guard.remove)
     return made
@@ -126,8 +122,6 @@ def _partial(slices: SlicePlan | None) -> tuple[str, ...]:
 
 
 def _cut(model: nn.Module, part: Part, mesh: DeviceMesh, joint: DeviceMesh, zero: ZeroPlan) -> Cut:
-    from moeify.sharded_optimizer import Cut
-
     parameter: Any = model.get_parameter(part.name)
     dim = part.dim if zero.stage == 1 else None
     if not hasattr(parameter, "to_local"):

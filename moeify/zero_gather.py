@@ -236,7 +236,7 @@ class _Again:
 
     def __init__(self, parameter: Tensor, piece: Tensor, how: Gathering) -> None:
         self.parameter, self.piece, self.how = parameter, piece, how
-        self.version = parameter._version  # the DTensor's: its local tensor counts nothing
+        self.version = compat.version(parameter)  # the DTensor's: its local tensor counts nothing
         self._whole: weakref.ref[Tensor] | None = None
 
     def __call__(self) -> Tensor:
@@ -244,7 +244,7 @@ class _Again:
         whole = None if self._whole is None else self._whole()
         if whole is None:
             how = self.how
-            if self.parameter._version != self.version:
+            if compat.version(self.parameter) != self.version:
                 raise MoeifyError(
                     f"{how.name} was changed between its forward and its backward pass, so its "
                     "gradient would be wrong; step the optimizer after the backward pass"

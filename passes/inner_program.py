@@ -31,6 +31,7 @@ from moeify.passes.operations import (
     shape_of,
 )
 from moeify.passes.probing import acts_elementwise, only_normalises, recognise
+from moeify.units import dtype_from_name
 
 
 class NotTokenwise(Exception):
@@ -296,7 +297,7 @@ class _Writer:
         if dtype_of(node) == self._dtype:
             dtype: Any = self.graph.call_function(getattr, (self.hidden, "dtype"))
         else:
-            dtype = getattr(torch, dtype_of(node))
+            dtype = dtype_from_name(dtype_of(node))
         return self.graph.call_method("to", (value, dtype))
 
     def _dropout(self, node: fx.Node) -> fx.Node:

@@ -32,6 +32,7 @@ from moeify.passes.operations import (
     written_after,
 )
 from moeify.passes.records import record_of
+from moeify.units import dtype_name
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -222,10 +223,10 @@ class Placer:
             if type(tensor) not in (nn.Parameter,):
                 return f"{name} is a {type(tensor).__name__}, not a plain parameter"
             if not tensor.is_floating_point():
-                return f"{name} is quantised ({str(tensor.dtype).removeprefix('torch.')})"
+                return f"{name} is quantised ({dtype_name(tensor.dtype)})"
             if tensor.layout.__str__() != "torch.strided":
                 return f"{name} is sparse"
-        dtypes = {str(t.dtype).removeprefix("torch.") for t in tensors}
+        dtypes = {dtype_name(t.dtype) for t in tensors}
         if len(dtypes) > 1:
             return f"its parameters have different dtypes: {', '.join(sorted(dtypes))}"
         if len({t.requires_grad for t in tensors}) > 1:

@@ -22,6 +22,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from moeify.passes.records import NodeRecord, record_of
+from moeify.units import dtype_name
 
 _OPS = (type(torch.ops.aten.add), type(torch.ops.aten.add.default))
 _HOMES = {
@@ -163,7 +164,9 @@ def _value(arg: object) -> str:
             return f"{type(arg).__name__}.{arg.name}"
         case bool() | int() | float() | complex() | str() | None:
             return repr(arg)
-        case torch.dtype() | torch.device() | torch.layout() | torch.memory_format():
+        case torch.dtype():
+            return dtype_name(arg)
+        case torch.device() | torch.layout() | torch.memory_format():
             return str(arg).removeprefix("torch.")
         case torch.Tensor():
             return f"tensor{_tensor(arg)}"
@@ -215,7 +218,7 @@ def _described(value: object) -> str:
 
 def _tensor(value: Any) -> str:
     sizes = ", ".join(str(size) for size in value.shape)
-    return f"[{sizes}] {str(value.dtype).removeprefix('torch.')}"
+    return f"[{sizes}] {dtype_name(value.dtype)}"
 
 
 def _resolve(node: Node) -> object | None:

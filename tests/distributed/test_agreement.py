@@ -215,7 +215,7 @@ REFUSED: list[tuple[Callable[[int], Call], str | dict[int, str], list[str]]] = [
     (
         failing_passes,
         {1: "ValueError", 2: "ValueError"},
-        ["ranks 1, 2 could not build its blocks, so no rank converts: ", "not on rank 1"],
+        ["ranks 1, 2 could not build its blocks, so all ranks stop: ", "not on rank 1"],
     ),
     (wrong_block, {1: "VerificationError"}, ["rank 1 could not prove its blocks"]),
     (patched_module, {1: "UnsupportedModuleError"}, ["rank 1 could not install", "b: its forward"]),
@@ -224,7 +224,7 @@ REFUSED: list[tuple[Callable[[int], Call], str | dict[int, str], list[str]]] = [
         {0: "UnsupportedModuleError"},
         ["rank 0 could not take model and plan, so", "inside"],
     ),
-    (wrong_inputs, {1: "CaptureError"}, ["rank 1 could not apply the plan, so no rank converts"]),
+    (wrong_inputs, {1: "CaptureError"}, ["rank 1 could not apply the plan, so all ranks stop"]),
     (world_of_three, "PlanError", ["parallel.expert: ", "a world of 3: ", "expert may be 1, 3"]),
     (mesh_on_one_rank, "PlanError", ["ranks disagree on `mesh` (rank 0: ", "ranks 1, 2: none)"]),
     (mesh_of_other_names, "PlanError", ["('data', 'model')", "the plan needs ('dp', 'tp')"]),

@@ -218,7 +218,7 @@ def test_the_recorded_graph_computes_what_the_model_does(
 ) -> None:
     model = Everything().eval()
     if not fake:
-        monkeypatch.setattr("moeify.capture._record_fake", lambda *a: (None, "not today"))
+        monkeypatch.setattr("moeify.capture.record_fake", lambda *a: (None, "not today"))
     inputs = {"x": torch.randn(2, 6, D), "pair": {"a": torch.randn(D), "b": torch.randn(6, D)}}
     recorded = capture(model, {**inputs, "flag": True})
     assert recorded.mode == ("fake" if fake else "real")

@@ -22,7 +22,7 @@ from typer.testing import CliRunner, Result
 
 from moeify import compat
 from moeify.cli import app
-from moeify.cli_simulate import _print
+from moeify.cli_simulate import print_simulation
 from moeify.errors import MoeifyError
 from moeify.layout import Layout
 from moeify.simulate import Collectives, Simulation, simulate, step
@@ -519,7 +519,7 @@ def test_zero_memory_by_stage():
 
 def test_zero_memory_table():
     console = Console(width=120, record=True, file=io.StringIO())
-    _print(zeroed(stage=3), console)
+    print_simulation(zeroed(stage=3), console)
     text = console.export_text()
     assert "kept on a rank by ZeRO stage, with Adam; the plan's is 3" in text
     assert "gathered at once" in text
@@ -528,5 +528,5 @@ def test_zero_memory_table():
     stages = [(a, b) for a, b, *_ in (line for line in lines if len(line) > 5) if b in kinds]
     assert stages == [(str(stage), kind) for stage in range(4) for kind in kinds]
     console = Console(width=120, record=True, file=io.StringIO())
-    _print(replace(zeroed(stage=3), memory={}), console)
+    print_simulation(replace(zeroed(stage=3), memory={}), console)
     assert "by ZeRO stage" not in console.export_text()
