@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from moeify.errors import UnsupportedModuleError
-from moeify.plan import LayerRule, Plan
+from moeify.plan import Plan
 from moeify.plan_table import plain_text, render
 from moeify.resolve_checks import check_layer, check_layers
 from moeify.rule_match import Universe, match_rule
+from moeify.rules import LayerRule
 from moeify.selection import Schedule
 from moeify.sites import Projection, Site
 from moeify.specs import InitSpec, RouterSpec

@@ -14,7 +14,8 @@ import torch
 
 from moeify.deepspeed_notes import AUTOEP, MOE, OFFLOAD, PRECISION, TENSOR, TOP, ZERO
 from moeify.errors import PlanError
-from moeify.plan import LayerRule, Plan
+from moeify.plan import Plan
+from moeify.rules import LayerRule
 from moeify.selection import Select
 from tests.moeify.test_resolve import make_sites, resolve
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import moeify as mf
-from moeify import api, verification
+from moeify import install, verification
 from moeify.conversion import conversion_of
 from moeify.passes.base import Fact, PassResult, PlanContext
 from moeify.passes.blocks import blocks_of
@@ -204,17 +204,17 @@ def test_a_failure_leaves_the_dense_model(where, name, monkeypatch):
     before = state(model)
     passes: tuple[Any, ...] = ()
     if where == "ledger":
-        monkeypatch.setattr(api, "make_ledger", _raise)
+        monkeypatch.setattr(install, "make_ledger", _raise)
     elif where == "compare":
-        monkeypatch.setattr(api, "compare", _raise)
+        monkeypatch.setattr(install, "compare", _raise)
     elif where == "install":
-        real, calls = api._install, []
+        real, calls = install._install, []
 
         def second_fails(*args: Any) -> Any:
             calls.append(args)
             return real(*args) if len(calls) < 2 else _raise()
 
-        monkeypatch.setattr(api, "_install", second_fails)
+        monkeypatch.setattr(install, "_install", second_fails)
     elif where == "pass":
         passes = (ScaleHidden(factor=0.0, fails=True),)
     else:
@@ -556,13 +556,13 @@ def test_a_final_norm_verifies_and_still_catches_wrong_gradients(top_k, monkeypa
     plan = {"layers": [{"select": "all", "experts": 3, "top_k": top_k}]}
     x = torch.randn(64, 8)
     mf.moeify(NormLast(), plan, example_inputs=x)
-    real = api.compare
+    real = install.compare
 
     def bent(dense: Any, moe: Any, layers: Any) -> Any:
         moe.gradients["embed.weight"].mul_(1.001)
         return real(dense, moe, layers)
 
-    monkeypatch.setattr(api, "compare", bent)
+    monkeypatch.setattr(install, "compare", bent)
     with pytest.raises(mf.VerificationError, match="gradients differ"):
         mf.moeify(NormLast(), plan, example_inputs=x)
 
