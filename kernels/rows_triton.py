@@ -350,9 +350,9 @@ def aot_cases() -> list[AotCase]:
         rows, columns = _choices(top_k)
         blocks = {"TOP_K": top_k, "BLOCK_T": rows, "BLOCK_K": columns}
         note = f"K={top_k}"
-        weighing = blocks | {"COMBINE": mode}
+        with_mode = blocks | {"COMBINE": mode}
         cases += [
-            AotCase(kernel=combine_weights_kernel, types=types, constants=weighing, note=note),
+            AotCase(kernel=combine_weights_kernel, types=types, constants=with_mode, note=note),
             AotCase(
                 kernel=combine_weights_backward_kernel,
                 types=types,

@@ -189,8 +189,8 @@ def _stages(
 ) -> tuple[_Stage, _Stage, fx.Node]:
     """Add the sizes of both stages; return the stages, and the splits of all rows that leave."""
     places, nodes, capacity = groups.local.size, groups.node.size, trip.capacity
-    args = (trip.send_counts, local_counts, trip.counts, capacity, nodes, places)
-    splits = node(graph, exchange.staged_splits, args, "stage_splits")
+    counts = (trip.send_counts, local_counts, trip.counts)
+    splits = node(graph, exchange.staged_splits, (*counts, capacity, nodes, places), "stage_splits")
     names = ("local_send", "local_recv", "node_send", "node_recv")
     local_send, local_recv, node_send, node_recv = items(graph, splits, *names)
     args = (trip.send_counts, capacity, nodes, places)

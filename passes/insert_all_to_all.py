@@ -80,7 +80,7 @@ class InsertAllToAll:
             if choice.kind == "allgather":
                 gather_tokens(block.graph, group, layer.experts, path, splits)
             else:
-                _exchange(block.graph, group, path, splits)
+                _rewrite(block.graph, group, path, splits)
             block.graph.lint()
             block.recompile()
             changed = True
@@ -92,7 +92,7 @@ def _exchanges(graph: fx.Graph) -> bool:
     return any(n.target in (collectives.all_to_all, gathering.gather) for n in graph.nodes)
 
 
-def _exchange(graph: fx.Graph, group: Group, path: str, splits: str) -> None:
+def _rewrite(graph: fx.Graph, group: Group, path: str, splits: str) -> None:
     """Put the exchange around one block's experts."""
     local = LocalExperts.of(graph, path)
     with graph.inserting_before(local.combine):

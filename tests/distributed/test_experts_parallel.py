@@ -208,7 +208,7 @@ def test_unequal_tokens_and_none(changes):
     check_equal(2, (0, 4), expert=2, **changes)
 
 
-def test_less_room_on_the_wire_than_routes():
+def test_less_room_than_routes():
     made = {"router": {"capacity_factor": 0.25, "min_capacity": 0}}
     check_equal(2, (64, 64), expert=2, **made)
     check_equal(2, (64, 64), expert=2, overlap_chunks=2, **made)

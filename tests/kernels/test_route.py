@@ -145,7 +145,7 @@ def test_gate_opcheck(dtype, score):
 
 
 @pytest.mark.parametrize("combine", COMBINES)
-def test_assign_and_weigh_opcheck(combine):
+def test_assign_and_combine_weights_opcheck(combine):
     ids = torch.stack([torch.randperm(4)[:2] for _ in range(9)]).int()
     for priority in (None, torch.rand(9, 2)):
         opcheck(torch.ops.moeify.assign, (ids, priority, 4, 3))

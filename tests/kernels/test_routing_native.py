@@ -249,7 +249,7 @@ def packed(count, experts, top_k, capacity):
 
 @pytest.mark.parametrize("combine", COMBINES)
 @pytest.mark.parametrize("top_k", [1, 2, 8])
-def test_weigh(combine, top_k):
+def test_combine_weights(combine, top_k):
     slots, _ = packed(60, 9, top_k, 5 * top_k)
     scores = torch.rand(top_k, 60).t()
     scores[0] = float("nan")

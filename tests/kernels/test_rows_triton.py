@@ -84,7 +84,7 @@ def test_combine(tokens, width, experts, top_k, capacity, dtype, weighted):
 
 @pytest.mark.parametrize("combine", COMBINES)
 @pytest.mark.parametrize(("tokens", "top_k"), [(0, 2), (1100, 1), (700, 3), (5, 60)])
-def test_weigh(combine, tokens, top_k):
+def test_combine_weights(combine, tokens, top_k):
     slots, _ = layout(tokens, max(top_k, 4), top_k, tokens // 2)
     scores = torch.rand(tokens, top_k, device=DEVICE).masked_fill(slots < 0, torch.nan)
     grad = torch.randn(tokens, top_k, device=DEVICE)
