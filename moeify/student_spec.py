@@ -162,7 +162,7 @@ def read_section(kind: type[_Section], data: Mapping[str, Any]) -> _Section:
     Raises:
         PlanError: If `data` is none; its path starts at the section.
     """
-    keys = {"": kind, "drop": DropSpec, "distill": DistillSpec}
+    keys: dict[str, type[Strict]] = {"": kind, "drop": DropSpec, "distill": DistillSpec}
     known = {where: tuple(part.model_fields) for where, part in keys.items()}
     try:
         return kind.model_validate(dict(data))
