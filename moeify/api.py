@@ -27,6 +27,7 @@ from moeify.discovery import Discovery, FoundSite
 from moeify.errors import PassError, UnsupportedModuleError
 from moeify.expert_models import averaging
 from moeify.input_spec import describe_inputs
+from moeify.layer_plan import LayerPlan, ResolvedPlan
 from moeify.mesh import World
 from moeify.parallel import (
     Parallel,
@@ -48,7 +49,7 @@ from moeify.passes.records import record_of
 from moeify.passes.replace_mlps import ReplaceMlps
 from moeify.plan import Plan
 from moeify.refusing import discover_float, refuse_adapters, refuse_quantised
-from moeify.resolve import LayerPlan, ResolvedPlan, resolve_sites
+from moeify.resolve import resolve_sites
 from moeify.site_weights import agree_on_starts
 from moeify.verification import Snapshot, check, check_untouched, coarsest, compare, snapshot
 from moeify.zero import Partitioned, partition

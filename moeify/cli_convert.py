@@ -35,8 +35,8 @@ from moeify.content_resume import bytes_to_write, free_bytes, partial_path, writ
 from moeify.convert_check import Verdict, auto_class, verify
 from moeify.convert_hash import hashing
 from moeify.errors import MoeifyError
+from moeify.layer_plan import ResolvedPlan
 from moeify.plan import Plan
-from moeify.resolve import ResolvedPlan
 from moeify.verification import is_exact
 
 if TYPE_CHECKING:

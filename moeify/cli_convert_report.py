@@ -15,7 +15,7 @@ from moeify.selection import shorten
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from moeify.resolve import ResolvedPlan
+    from moeify.layer_plan import ResolvedPlan
 
 
 @contextmanager

@@ -19,10 +19,10 @@ from torch import Tensor, fx, nn
 from moeify import collectives
 from moeify.errors import DispatchError, MoeifyError, PlanError
 from moeify.input_spec import describe_inputs
+from moeify.layer_plan import ResolvedPlan
 from moeify.layout import Layout
 from moeify.mesh import World, world_size
 from moeify.plan import Plan
-from moeify.resolve import ResolvedPlan
 from moeify.sharding import is_sharded
 from moeify.zero_plan import check_process
 

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from torch import nn
 
     from moeify.capture import ExampleInputs
+    from moeify.layer_plan import ResolvedPlan
     from moeify.plan import Plan
     from moeify.report_graphs import Stage
     from moeify.report_run import Run
-    from moeify.resolve import ResolvedPlan
 
 log = logging.getLogger("moeify")
 

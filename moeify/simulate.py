@@ -27,9 +27,9 @@ from moeify.errors import MoeifyError
 from moeify.expert_init import generator_for, init_router
 from moeify.hf import example_inputs_for
 from moeify.hf_inputs import BATCH, LENGTH
+from moeify.layer_plan import LayerPlan
 from moeify.layout import Layout
 from moeify.plan import Plan
-from moeify.resolve import LayerPlan
 from moeify.simulate_counter import Call, Counter, fake_world
 from moeify.simulate_zero import memory_by_stage, with_pieces
 from moeify.torch_calls import tensors_in

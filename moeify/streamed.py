@@ -25,10 +25,10 @@ from moeify.conversion import ConvertedLayer, require_conversion
 from moeify.discovery import Discovery
 from moeify.errors import CaptureError, MoeifyError
 from moeify.expert_models import rest_of, sources_for
+from moeify.layer_plan import LayerPlan, ResolvedPlan
 from moeify.passes.blocks import find_site
 from moeify.passes.replace_mlps import build_block, expert_weights
 from moeify.plan import Plan
-from moeify.resolve import LayerPlan, ResolvedPlan
 from moeify.selection import shorten
 
 if TYPE_CHECKING:

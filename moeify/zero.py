@@ -20,8 +20,8 @@ from moeify.zero_plan import Part, Unit, ZeroPlan
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+    from moeify.layer_plan import ResolvedPlan
     from moeify.mesh import World
-    from moeify.resolve import ResolvedPlan
     from moeify.sharded_optimizer import Cut, Guard
     from moeify.tensor_parallel import SlicePlan
 
