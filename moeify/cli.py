@@ -242,15 +242,11 @@ def convert(
     if calibration is not None and not in_memory:
         raise typer.BadParameter("needs --in-memory", param_hint="--calibration")
     chosen = None if plan is None else _plan(plan, settings)
-    from moeify.checkpoint_shards import parse_size
+    _check_size(max_shard_size)
     from moeify.cli_convert import Options, give_memory_back
     from moeify.cli_convert import convert as run
     from moeify.cli_output import make_console, write_json
 
-    try:
-        parse_size(max_shard_size)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--max-shard-size") from None
     options = Options(
         dtype=dtype.value if dtype is not None else None,
         max_shard_size=max_shard_size,
@@ -266,6 +262,15 @@ def convert(
     report = run(source, out, chosen, make_console(quiet=as_json), options)
     if as_json:
         write_json(report)
+
+
+def _check_size(text: str) -> None:
+    from moeify.checkpoint_shards import parse_size
+
+    try:
+        parse_size(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--max-shard-size") from None
 
 
 @app.command()
