@@ -45,7 +45,7 @@ def read_rows(pairs: tuple[tuple[str, str], ...]) -> list[dict[str, torch.Tensor
     return [{"input_ids": row, "labels": row} for row in rows]
 
 
-def trainer(model: LlamaForCausalLM, folder: str, *callbacks: object) -> Trainer:
+def trainer(model: LlamaForCausalLM, folder: str) -> Trainer:
     text = load_text()
     arguments = TrainingArguments(
         folder,
@@ -63,7 +63,7 @@ def trainer(model: LlamaForCausalLM, folder: str, *callbacks: object) -> Trainer
         log_level="error",
     )
     sets = {"train_dataset": read_rows(text.train), "eval_dataset": read_rows(text.held_out)}
-    run = Trainer(model, arguments, callbacks=list(callbacks), **sets)
+    run = Trainer(model, arguments, **sets)
     run.remove_callback(PrinterCallback)  # `main` prints
     return run
 
@@ -82,7 +82,8 @@ def main(folder: str) -> None:
     model = build()
     train(trainer(model, folder), f"dense, {STEPS} steps")
     moeify(model, PLAN)
-    run = trainer(model, folder, RouterCallback())  # a new one: the experts are new parameters
+    run = trainer(model, folder)  # a new one: the experts are new parameters
+    RouterCallback().attach(run)
     train(run, f"MoE, {STEPS} steps more")
     if not run.is_world_process_zero():
         return

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moeify.kernels.aot import AotCase
-from moeify.kernels.gate_triton import ordered
+from moeify.kernels.arithmetic_triton import ordered
 
 MAX_EXPERTS = 1023
 SMALL = 1024

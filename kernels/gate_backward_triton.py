@@ -2,7 +2,8 @@
 
 The gradient of the logits is [T, E] in float32, and everything else is tiled. The products are not
 left to cuBLAS: it would need copies of the tokens and of their gradient in float32, [T, D] each,
-where these kernels read and write the model's dtype, and multiply as exactly (`gate_triton.dot`).
+where these kernels read and write the model's dtype, and multiply as exactly
+(`arithmetic_triton.dot`).
 The weight's gradient sums over all tokens; it is split into parts of them, added in a fixed order.
 
 Shapes: T tokens, D model width, E experts, K top-k, S parts of the tokens.
@@ -20,16 +21,16 @@ import triton.language as tl
 from torch import Tensor
 
 from moeify.kernels.aot import AotCase
-from moeify.kernels.assign_triton import count
-from moeify.kernels.gate import BALANCES, EPSILON, SCORES
-from moeify.kernels.gate_triton import (
+from moeify.kernels.arithmetic_triton import (
     DTYPES,
-    MAX_EXPERTS,
     dot,
     float32_precision,
     on_tensor_cores,
     probabilities,
 )
+from moeify.kernels.assign_triton import count
+from moeify.kernels.gate import BALANCES, EPSILON, SCORES
+from moeify.kernels.gate_triton import MAX_EXPERTS
 
 _EPSILON = tl.constexpr(EPSILON)
 

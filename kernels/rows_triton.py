@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from moeify.kernels.aot import AotCase
+from moeify.kernels.arithmetic_triton import DTYPES
 from moeify.kernels.gate import EPSILON
-from moeify.kernels.gate_triton import DTYPES
 from moeify.kernels.weigh import COMBINES
 
 _EPSILON = tl.constexpr(EPSILON)

@@ -45,8 +45,8 @@ _HOMES = {
     "MoE": "moeify.layer",
     "Plan": "moeify.plan",
     "Site": "moeify.sites",
-    "LayerPlan": "moeify.resolve",
-    "ResolvedPlan": "moeify.resolve",
+    "LayerPlan": "moeify.layer_plan",
+    "ResolvedPlan": "moeify.layer_plan",
     "MoeifyError": "moeify.errors",
     "PlanError": "moeify.errors",
     "CaptureError": "moeify.errors",
@@ -88,14 +88,14 @@ if TYPE_CHECKING:
     from moeify.errors import VerificationError as VerificationError
     from moeify.exporting import export as export
     from moeify.layer import MoE as MoE
+    from moeify.layer_plan import LayerPlan as LayerPlan
+    from moeify.layer_plan import ResolvedPlan as ResolvedPlan
     from moeify.losses import aux_loss as aux_loss
     from moeify.losses import router_stats as router_stats
     from moeify.optimizing import optimizer as optimizer
     from moeify.optimizing import param_groups as param_groups
     from moeify.plan import Plan as Plan
     from moeify.report_page import report as report
-    from moeify.resolve import LayerPlan as LayerPlan
-    from moeify.resolve import ResolvedPlan as ResolvedPlan
     from moeify.run_log import RunLog as RunLog
     from moeify.sharded_checkpoint import latest as latest
     from moeify.sharded_checkpoint import load_sharded as load_sharded

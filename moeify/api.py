@@ -19,9 +19,10 @@ from moeify.capture import ExampleInputs
 from moeify.convert_model import convert
 from moeify.dense_again import revert
 from moeify.discovery import discover
+from moeify.layer_plan import ResolvedPlan
 from moeify.passes.base import Pass
 from moeify.plan import Plan
-from moeify.resolve import ResolvedPlan, resolve_sites
+from moeify.resolve import resolve_sites
 from moeify.save_hook import guard, unguard
 from moeify.tensor_parallel_derive import derive
 

@@ -16,9 +16,9 @@ from moeify import compat
 from moeify.capture import ExampleInputs, split_inputs, tensors_in
 from moeify.discovery import Discovery
 from moeify.errors import CaptureError
+from moeify.layer_plan import LayerPlan
 from moeify.passes.blocks import find_site
 from moeify.preserve import preserved
-from moeify.resolve import LayerPlan
 
 MOST = 8192
 """Most tokens that are kept, evenly spread."""

@@ -1,24 +1,28 @@
 """What the routers do, in the logs of a Hugging Face `Trainer`.
 
-The class is made on first use, because its base lives in transformers, which importing moeify does
-not import. Sums are kept on the model's device; nothing waits for it before a log is due.
+Imported on first use of `moeify.RouterCallback`, because it needs transformers, which importing
+moeify does not import. Sums are kept on the model's device; nothing waits for it before a log is
+due.
 
 Shapes: E experts.
 """
 
 from __future__ import annotations
 
-import inspect
+import logging
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.trainer_callback import TrainerCallback
 
 from moeify.losses import live_routers
 from moeify.run_log import LayerNumbers, RunLog
 
 __all__ = ["RouterCallback"]
+
+log = logging.getLogger("moeify")
 
 
 class _Sums:
@@ -76,108 +80,97 @@ class _Sums:
         return values, layers
 
 
-def _before_reporters(callback: Any, handler_class: Any, first: type) -> None:
-    """Put a callback right behind the one that steers the loop, so that reporters come after it.
+class RouterCallback(TrainerCallback):
+    """Adds what the routers did to `Trainer`'s logs, and so to TensorBoard and the like.
 
-    `Trainer` puts a user's callbacks behind TensorBoard's and the like, which would read the logs
-    too early, and tells a callback nothing of its list; the caller's frames know it.
+    `RouterCallback().attach(trainer)` puts it before the reporters, which then show its values.
+    `Trainer(..., callbacks=[RouterCallback()])` puts it behind them: its values are in
+    `trainer.state.log_history`, on the console and in the run log, but no reporter sees them.
+
+    With each log of the training loss come, over all tokens of all ranks since the last one, for
+    each layer
+
+    - `router/<layer>/load_max` and `load_min`: routes of the fullest and of the emptiest expert,
+      before dropping, over the even share, which is 1;
+    - `router/<layer>/entropy`: mean entropy of the router's distribution per token, in nats;
+    - `router/<layer>/dropped`: fraction of the routes that found their expert full;
+
+    and `router/aux_loss`, the mean of `moeify.aux_loss(model)` over the micro-batches.
+
+    Args:
+        run_log: File for a `RunLog`, which the first rank writes at every log: the load of every
+            expert, and the numbers that are logged. None writes none.
     """
-    frame = inspect.currentframe()
-    while frame is not None:
-        handler: Any = frame.f_locals.get("self")
-        if isinstance(handler, handler_class):
-            callbacks = handler.callbacks
-            callbacks.remove(callback)
-            places = [i + 1 for i, other in enumerate(callbacks) if isinstance(other, first)]
-            callbacks.insert(min(places, default=0), callback)
-            return
-        frame = frame.f_back
 
+    def __init__(self, run_log: str | os.PathLike[str] | None = None) -> None:
+        self._sums = _Sums()
+        self._log = None if run_log is None else RunLog(run_log)
+        self._attached = False
 
-def _make() -> type:
-    from transformers.trainer_callback import (
-        CallbackHandler,
-        DefaultFlowCallback,
-        TrainerCallback,
-    )
-
-    class RouterCallback(TrainerCallback):
-        """Adds what the routers did to `Trainer`'s logs, so also to TensorBoard and the like.
-
-        `Trainer(..., callbacks=[moeify.RouterCallback()])`. With each log of the training loss
-        come, over all tokens of all ranks since the last one, for each layer
-
-        - `router/<layer>/load_max` and `load_min`: routes of the fullest and of the emptiest
-          expert, before dropping, over the even share, which is 1;
-        - `router/<layer>/entropy`: mean entropy of the router's distribution per token, in nats;
-        - `router/<layer>/dropped`: fraction of the routes that found their expert full;
-
-        and `router/aux_loss`, the mean of `moeify.aux_loss(model)` over the micro-batches.
+    def attach(self, trainer: Any) -> RouterCallback:
+        """Put this callback into a `Trainer`, before all that read its logs.
 
         Args:
-            run_log: File for a `RunLog`, which the first rank writes at every log: the load of
-                every expert, and the numbers that are logged. None writes none.
+            trainer: Made already; it may have this callback in its list or not.
+
+        Returns:
+            This callback.
         """
+        callbacks = trainer.callback_handler.callbacks
+        callbacks[:] = [self, *(other for other in callbacks if other is not self)]
+        self._attached = True
+        return self
 
-        def __init__(self, run_log: str | os.PathLike[str] | None = None) -> None:
-            self._sums = _Sums()
-            self._log = None if run_log is None else RunLog(run_log)
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start anew, and warn where reporters would miss the routers' values."""
+        self._sums = _Sums()
+        if args.report_to and not self._attached and state.is_world_process_zero:
+            log.warning(
+                "RouterCallback is behind the reporters (%s), which will not show its values: "
+                "instead of callbacks=[...], call RouterCallback().attach(trainer)",
+                ", ".join(args.report_to),
+            )
 
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self._sums = _Sums()
-            _before_reporters(self, CallbackHandler, DefaultFlowCallback)
+    def on_substep_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Add a micro-batch that is not the step's last."""
+        self._sums.add(model)
 
-        def on_substep_end(
-            self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
-        ) -> None:
-            self._sums.add(model)
+    def on_step_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Add the step's last micro-batch."""
+        self._sums.add(model)
 
-        def on_step_end(
-            self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
-        ) -> None:
-            self._sums.add(model)
+    def on_log(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        logs: Any = None,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the routers' values to a log of the training loss."""
+        if logs is None or "train_runtime" in logs:  # the last summary
+            return
+        numbers = {k: v for k, v in logs.items() if isinstance(v, int | float)}
+        if "loss" not in logs:  # an evaluation's
+            self._write(state, None, numbers, {})
+            return
+        values, layers = self._sums.read()
+        self._sums = _Sums()
+        if "router/aux_loss" in values:
+            numbers["router/aux_loss"] = values["router/aux_loss"]
+        self._write(state, model, numbers, layers)
+        logs.update(values)
+        if state.log_history:
+            state.log_history[-1].update(values)
 
-        def on_log(
-            self,
-            args: Any,
-            state: Any,
-            control: Any,
-            logs: Any = None,
-            model: Any = None,
-            **kwargs: Any,
-        ) -> None:
-            if logs is None or "train_runtime" in logs:  # the last summary
-                return
-            numbers = {k: v for k, v in logs.items() if isinstance(v, int | float)}
-            if "loss" not in logs:  # an evaluation's
-                self._write(state, None, numbers, {})
-                return
-            values, layers = self._sums.read()
-            self._sums = _Sums()
-            if "router/aux_loss" in values:
-                numbers["router/aux_loss"] = values["router/aux_loss"]
-            self._write(state, model, numbers, layers)
-            logs.update(values)
-            if state.log_history:
-                state.log_history[-1].update(values)
-
-        def _write(
-            self, state: Any, model: Any, numbers: dict[str, Any], layers: dict[str, LayerNumbers]
-        ) -> None:
-            if self._log is not None and state.is_world_process_zero:
-                known = {k: v for k, v in numbers.items() if k != "step"}
-                self._log.write(state.global_step, model, layers=layers, **known)
-
-    RouterCallback.__qualname__ = "RouterCallback"
-    return RouterCallback
-
-
-if TYPE_CHECKING:
-    RouterCallback: Any
-else:
-
-    def __getattr__(name: str) -> Any:
-        if name != "RouterCallback":
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        globals()[name] = _make()
-        return globals()[name]
+    def _write(
+        self, state: Any, model: Any, numbers: dict[str, Any], layers: dict[str, LayerNumbers]
+    ) -> None:
+        if self._log is not None and state.is_world_process_zero:
+            known = {k: v for k, v in numbers.items() if k != "step"}
+            self._log.write(state.global_step, model, layers=layers, **known)

@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 
 from moeify import compat
 from moeify.errors import CaptureError
-from moeify.escapes import forget
+from moeify.escapes import Variables, forget
 from moeify.passes.records import record_of
 from moeify.preserve import preserved
 from moeify.recorder import ModuleCall, Recorder
@@ -76,7 +76,8 @@ def capture(model: nn.Module, example_inputs: ExampleInputs, *, training: bool =
         The recorded graph with its module calls.
 
     Raises:
-        CaptureError: The forward pass fails on these inputs, with fake and with real tensors.
+        CaptureError: The forward pass fails on these inputs, with fake and with real tensors, or
+            the model left a fake tensor in a place that cannot be set back.
     """
     started = time.perf_counter()
     args, kwargs = split_inputs(example_inputs)
@@ -108,12 +109,13 @@ def record_fake(
 ) -> tuple[tuple[fx.GraphModule, Recorder] | None, str]:
     """Record on fake tensors and leave none of them behind; or return None and why not."""
     made: list[weakref.ref[Tensor]] = []
+    variables = Variables(model)
     found, reason = None, ""
     try:
         found = _record(model, args, kwargs, training, made)
     except Exception as error:  # a model may raise anything
         reason = f"{type(error).__name__}: {_first_line(error)}"
-    forget(made)
+    forget(made, variables)
     return found, reason
 
 

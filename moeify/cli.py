@@ -7,7 +7,6 @@ command line.
 from __future__ import annotations
 
 import json
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,30 +14,24 @@ import typer
 from typer.core import TyperGroup
 
 from moeify import strict_yaml
+from moeify.cli_options import (
+    MODEL_HELP,
+    PLAN_HELP,
+    AsJson,
+    Calibration,
+    DtypeOption,
+    Export,
+    ExportOption,
+    Settings,
+    ShardSize,
+    Verify,
+)
 from moeify.cli_output import make_console, write_json
 from moeify.errors import MoeifyError, PlanError
 from moeify.plan import Plan
 from moeify.presets import PRESETS
 from moeify.units import parse_bytes
 from moeify.version import __version__
-
-
-class Dtype(StrEnum):
-    """Dtypes that a model may be loaded in."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    float64 = "float64"
-
-
-class Export(StrEnum):
-    """What a converted folder may be."""
-
-    auto = "auto"
-    native = "native"
-    custom = "custom"
-    moeify = "moeify"
 
 
 class ReportingGroup(TyperGroup):
@@ -66,14 +59,6 @@ app = typer.Typer(
 )
 plans = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at plans.")
 app.add_typer(plans, name="plan")
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="An option of a preset, such as experts=16."),
-]
-PLAN_HELP = "A plan file (.yaml, .json) or the name of a preset."
-MODEL_HELP = "A local Hugging Face folder."
 
 
 def _version(value: bool) -> None:
@@ -176,35 +161,10 @@ def convert(
     reverse: Annotated[
         bool, typer.Option("--reverse", help="SRC was converted: make it dense again.")
     ] = False,
-    export: Annotated[
-        Export,
-        typer.Option(
-            "--export",
-            metavar="KIND",
-            help="native (transformers alone loads it), custom (its code needs moeify), moeify "
-            "(moeify.load), or auto, the first that fits.",
-        ),
-    ] = Export.auto,
-    dtype: Annotated[
-        Dtype | None,
-        typer.Option(
-            "--dtype",
-            metavar="DTYPE",
-            help="float32, bfloat16, ..., instead of what the source has.",
-        ),
-    ] = None,
-    max_shard_size: Annotated[
-        str, typer.Option("--max-shard-size", metavar="SIZE", help="Such as 5GB or 512MiB.")
-    ] = "5GB",
-    verify: Annotated[
-        int,
-        typer.Option(
-            "--verify",
-            min=0,
-            metavar="N",
-            help="Compare with SRC on N random inputs in a fresh process; 0 does not.",
-        ),
-    ] = 2,
+    export: ExportOption = Export.auto,
+    dtype: DtypeOption = None,
+    max_shard_size: ShardSize = "5GB",
+    verify: Verify = 2,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and write nothing.")
     ] = False,
@@ -215,13 +175,7 @@ def convert(
     in_memory: Annotated[
         bool, typer.Option("--in-memory", help="Load the whole model; some plans need it.")
     ] = False,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(
-            "--calibration",
-            help="Text file, a document per line, that the model reads; needs --in-memory.",
-        ),
-    ] = None,
+    calibration: Calibration = None,
     as_json: AsJson = False,
 ) -> None:
     """Convert a model of any size: it is read, converted and written a layer at a time."""
@@ -233,13 +187,10 @@ def convert(
     if calibration is not None and not in_memory:
         raise typer.BadParameter("needs --in-memory", param_hint="--calibration")
     chosen = None if plan is None else _plan(plan, settings)
+    _check_size(max_shard_size)
     from moeify.cli_convert import Options, give_memory_back
     from moeify.cli_convert import convert as run
 
-    try:
-        parse_bytes(max_shard_size, "max_shard_size")
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--max-shard-size") from None
     options = Options(
         dtype=dtype.value if dtype is not None else None,
         max_shard_size=max_shard_size,
@@ -255,6 +206,13 @@ def convert(
     report = run(source, out, chosen, make_console(quiet=as_json), options)
     if as_json:
         write_json(report)
+
+
+def _check_size(text: str) -> None:
+    try:
+        parse_bytes(text, "max_shard_size")
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--max-shard-size") from None
 
 
 @app.command()

@@ -39,9 +39,9 @@ from moeify.convert_hash import hashing
 from moeify.errors import MoeifyError
 from moeify.export_manifest import read_export_manifest
 from moeify.exports import Export, content_for
+from moeify.layer_plan import ResolvedPlan
 from moeify.model_card import model_card
 from moeify.plan import Plan
-from moeify.resolve import ResolvedPlan
 from moeify.reverse import dense_content
 from moeify.source import SourceFolder
 from moeify.streamed import stream

@@ -16,7 +16,7 @@ from moeify.units import format_bytes
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from moeify.resolve import ResolvedPlan
+    from moeify.layer_plan import ResolvedPlan
 
 
 @contextmanager

@@ -15,8 +15,8 @@ from moeify.conversion import conversion_of
 from moeify.discovery import Discovery, discover
 from moeify.errors import MoeifyError
 from moeify.export_manifest import ExportManifest, read_export_manifest
+from moeify.layer_plan import ResolvedPlan
 from moeify.plan import Plan
-from moeify.resolve import ResolvedPlan
 from moeify.selection import shorten
 from moeify.sites import Site
 from moeify.source import SourceFolder

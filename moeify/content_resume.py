@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -126,21 +126,12 @@ def write_resumable(
             staged = partial / _STAGED
             groups = split(content.tensors, limit)
             names = content.shard_names(len(groups))
-            sizes = dict(zip(names, (sum(o.nbytes for o in g) for g in groups), strict=True))
             done = _finished(partial, journal, set(names)) if resume else {}
             _clear(partial, done)
             staged.mkdir(exist_ok=True)
             _check_room(content, path, limit, sum(record.bytes for record in done.values()))
-            shards = []
-            for name, group in zip(names, groups, strict=True):
-                if name in done:
-                    if advance is not None:
-                        advance(sizes[name])
-                else:
-                    done[name] = write_shard(staged / name, group, advance)
-                    _sync(staged)
-                shards.append(done[name])
-                _write_journal(partial, journal.model_copy(update={"shards": shards}))
+            named = dict(zip(names, groups, strict=True))
+            shards = _write_shards(partial, journal, named, done, advance)
             if old:
                 staged.chmod(path.stat().st_mode & 0o7777)
                 _carry(path, staged)
@@ -160,6 +151,28 @@ def write_resumable(
         kept = f"; {partial} keeps what is finished, for --resume" if partial.exists() else ""
         raise CheckpointError(f"{path}: cannot be written: {error}{kept}") from error
     return written
+
+
+def _write_shards(
+    partial: Path,
+    journal: Journal,
+    groups: Mapping[str, Sequence[Output]],
+    done: Mapping[str, FileRecord],
+    advance: Advance | None,
+) -> list[FileRecord]:
+    """Write the shards that are not done, in order, and note each in the journal."""
+    staged = partial / _STAGED
+    shards: list[FileRecord] = []
+    for name, group in groups.items():
+        if name not in done:
+            shards.append(write_shard(staged / name, group, advance))
+            _sync(staged)
+        else:
+            shards.append(done[name])
+            if advance is not None:
+                advance(sum(output.nbytes for output in group))
+        _write_journal(partial, journal.model_copy(update={"shards": shards}))
+    return shards
 
 
 def _digest(outputs: tuple[Output, ...]) -> str:

@@ -18,8 +18,8 @@ from moeify import compat
 from moeify.block import Tap, TapReader
 from moeify.discovery import FoundSite
 from moeify.errors import MoeifyError, UnsupportedModuleError
+from moeify.layer_plan import LayerPlan
 from moeify.plan import Plan
-from moeify.resolve import LayerPlan
 from moeify.router import Router
 
 ATTRIBUTE = "_moeify_conversion"

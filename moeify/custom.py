@@ -77,7 +77,7 @@ def custom_content(
     cls, config_class = dense_classes(model)
     dense, generation = dense_config(model), generation_config(model)
     inputs = conversion.inputs if describable(conversion.inputs) else None
-    name, config_name = f"Moeify{cls.__name__}", f"Moeify{config_class.__name__}"
+    name, config_name = _made_name(cls), _made_name(config_class)
     saved_as = f"moeify_{config_class.model_type}"  # type: ignore[attr-defined]
     config = with_decoys(
         dense
@@ -89,18 +89,7 @@ def custom_content(
             KEY: recipe_of(model, conversion),
         }
     )
-    texts = {
-        "config.json": _json(config),
-        "configuration_moeify.py": _CONFIGURATION.format(
-            module=config_class.__module__,
-            dense=config_class.__name__,
-            name=config_name,
-            saved_as=json.dumps(saved_as),
-        ).encode(),
-        "modeling_moeify.py": _MODELING.format(
-            module=cls.__module__, dense=cls.__name__, name=name, config=config_name
-        ).encode(),
-    }
+    texts = {"config.json": _json(config), **_code_of(cls, config_class, saved_as)}
     if generation is not None:
         texts["generation_config.json"] = _json(generation)
     return Content(
@@ -122,6 +111,29 @@ def custom_content(
         ),
         notes=(f"loading {name} needs moeify and trust_remote_code=True",),
     )
+
+
+def _made_name(dense: type) -> str:
+    """Return the name of the class that stands in for a dense one."""
+    return f"Moeify{dense.__name__}"
+
+
+def _code_of(cls: type, config_class: type, saved_as: str) -> dict[str, bytes]:
+    """Return the code of the folder: the classes of the config and of the model."""
+    config_name = _made_name(config_class)
+    configuration = _CONFIGURATION.format(
+        module=config_class.__module__,
+        dense=config_class.__name__,
+        name=config_name,
+        saved_as=json.dumps(saved_as),
+    )
+    modeling = _MODELING.format(
+        module=cls.__module__, dense=cls.__name__, name=_made_name(cls), config=config_name
+    )
+    return {
+        "configuration_moeify.py": configuration.encode(),
+        "modeling_moeify.py": modeling.encode(),
+    }
 
 
 def auto_map(cls: type, config_name: str, name: str) -> dict[str, str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +31,8 @@ from moeify.distill_models import (
 from moeify.distill_schedule import AlphaSchedule, Kind
 from moeify.errors import CheckpointError, MoeifyError, PlanError
 from moeify.hf import is_hf
-
-if TYPE_CHECKING:
-    from moeify.student_spec import DistillSpec
+from moeify.plan import Plan
+from moeify.student_spec import DistillSpec, StudentSpec, read_section
 
 _LABELS: Final = ("labels", "shift_labels")
 
@@ -315,29 +314,30 @@ class Distiller:
 
 def _spec_of(spec: Any) -> DistillSpec:
     """Return the distillation of a plan, of a student, or itself."""
-    from moeify.student_spec import DistillSpec
-
     if spec is None:
         return DistillSpec()
-    if isinstance(spec, DistillSpec):
-        return spec
-    if isinstance(spec, Mapping) and not {"layers", "version"} & spec.keys():
-        student = dict(spec)
-        if not {"drop", "keep", "depth", "distill"} & student.keys():
-            student = {"depth": 1, "distill": student}
-        spec = {"layers": [{"select": "all", "experts": 1}], "student": student}
-    if isinstance(spec, Mapping | str | os.PathLike):
-        from moeify.plan import Plan
-
+    if isinstance(spec, Mapping):
+        spec = _section_of(spec)
+    elif isinstance(spec, str | os.PathLike):
         spec = Plan.of(spec)
-    if hasattr(spec, "student"):
+    if isinstance(spec, Plan):
         if spec.student is None:
             raise PlanError("the plan has no student", path="student")
         spec = spec.student
-    found = getattr(spec, "distill", None)
-    if not isinstance(found, DistillSpec):
+    if isinstance(spec, StudentSpec):
+        spec = spec.distill
+    if not isinstance(spec, DistillSpec):
         raise TypeError(f"spec must be a plan or a part of one, not {type(spec).__name__}")
-    return found
+    return spec
+
+
+def _section_of(data: Mapping[str, Any]) -> Plan | StudentSpec | DistillSpec:
+    """Return the part of a plan that `data` is, told by its keys."""
+    if {"layers", "version"} & data.keys():
+        return Plan.of(data)
+    if {"drop", "keep", "depth", "distill"} & data.keys():
+        return read_section(StudentSpec, data)
+    return read_section(DistillSpec, data)
 
 
 __all__ = ["AlphaSchedule", "DistillationLoss", "Distiller", "TeacherCache", "distill"]

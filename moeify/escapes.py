@@ -1,7 +1,8 @@
-"""Fake tensors that a model put away outside itself: in a global cache, an `lru_cache`, a closure.
+"""Fake tensors that a model put away outside itself: in a global cache, an `lru_cache`, a variable.
 
-Left there, they would poison its next real run. The cache entries that hold them are removed, so
-that they are computed anew.
+Left there, they would poison its next real run. Entries of caches are removed, so that they are
+computed anew, and variables get back what they held before the run. What was in any other place is
+not known, so the model is refused, and the place is named.
 """
 
 from __future__ import annotations
@@ -9,66 +10,141 @@ from __future__ import annotations
 import functools
 import gc
 import logging
+import sys
 import weakref
-from collections.abc import Sequence
-from types import CellType
+from collections.abc import Iterator, Sequence
+from types import CellType, FunctionType, ModuleType
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from moeify.errors import CaptureError
 
 log = logging.getLogger("moeify")
 _LEVELS = 4
+_NOT_SEARCHED = frozenset(("builtins", "torch"))
 
 
-def forget(references: Sequence[weakref.ref[Tensor]]) -> int:
-    """Remove from caches what is still alive of `references`.
+class Variables:
+    """The global variables and class attributes that a model can reach, as they are now.
+
+    Those of its classes, and of all modules in the packages that these classes come from.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        classes = {base for module in model.modules() for base in type(module).__mro__}
+        packages = {_package(base.__module__) for base in classes} - _NOT_SEARCHED
+        owners: list[type | ModuleType] = [c for c in classes if _package(c.__module__) in packages]
+        owners += [
+            module
+            for name, module in list(sys.modules.items())
+            if _package(name) in packages and isinstance(module, ModuleType)
+        ]
+        self._former = [(owner, dict(vars(owner))) for owner in owners]
+
+    def restore(self, wanted: set[int]) -> int:
+        """Give variables back what they held; return how many.
+
+        Args:
+            wanted: Ids of the objects that no variable should hold.
+        """
+        restored = 0
+        for owner, former in self._former:
+            for name in [name for name, now in vars(owner).items() if id(now) in wanted]:
+                if name in former:
+                    setattr(owner, name, former[name])
+                else:
+                    delattr(owner, name)
+                restored += 1
+        return restored
+
+
+def _package(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def forget(references: Sequence[weakref.ref[Tensor]], variables: Variables) -> int:
+    """Remove from caches and variables what is still alive of `references`.
 
     Args:
         references: Tensors that nobody should hold any more.
+        variables: As they were before the run that made these tensors.
 
     Returns:
-        How many cache entries were removed.
+        How many places held one.
+
+    Raises:
+        CaptureError: A place holds one whose former content is not known.
     """
-    if not any(ref() is not None for ref in references):
+    if not _alive(references):
         return 0
     gc.collect()
-    alive: list[Any] = [value for ref in references if (value := ref()) is not None]
+    alive = _alive(references)
     removed, seen = 0, {id(alive)}
     for _ in range(_LEVELS):
         if not alive:
             break
         wanted = {id(value) for value in alive}
+        removed += variables.restore(wanted)
         above: list[Any] = []
         for holder in gc.get_referrers(*alive):
             if id(holder) in seen:
                 continue
             seen.add(id(holder))
-            if isinstance(holder, functools._lru_cache_wrapper):
-                holder.cache_clear()
-                removed += 1
-            elif isinstance(holder, dict):
-                removed += _drop(holder, wanted)
-            elif isinstance(holder, CellType):
-                holder.cell_contents = None
-                removed += 1
-            elif isinstance(holder, list):
-                kept = [value for value in holder if id(value) not in wanted]
-                removed += len(holder) - len(kept)
-                holder[:] = kept
-            elif type(holder) is tuple:
+            if type(holder) is tuple:
                 above.append(holder)
+            else:
+                removed += _remove(holder, wanted)
         seen.add(id(above))
         alive = above
     if removed:
-        log.debug("%d global cache entries held fake tensors and were removed", removed)
+        log.debug("%d caches and variables held fake tensors and were reset", removed)
     return removed
 
 
-def _drop(holder: dict[Any, Any], wanted: set[int]) -> int:
+def _alive(references: Sequence[weakref.ref[Tensor]]) -> list[Any]:
+    found = [ref() for ref in references]
+    return [tensor for tensor in found if tensor is not None]
+
+
+def _remove(holder: Any, wanted: set[int]) -> int:
+    """Remove objects from a cache; return how many entries that were."""
+    if isinstance(holder, functools._lru_cache_wrapper):
+        holder.cache_clear()
+        return 1
+    if isinstance(holder, list):
+        kept = [value for value in holder if id(value) not in wanted]
+        removed = len(holder) - len(kept)
+        holder[:] = kept
+        return removed
+    if isinstance(holder, CellType):
+        name = next(_names_of(holder), None)
+        if name is not None:
+            raise _refusal(name)
+    if not isinstance(holder, dict):
+        return 0
     keys = [key for key, value in holder.items() if id(value) in wanted]
+    if keys and ("__name__" in holder or "__module__" in holder):  # a module's or a class's own
+        raise _refusal(f"`{keys[0]}` of {holder.get('__name__', holder.get('__module__'))}")
     for key in keys:
-        if "__name__" in holder or "__module__" in holder:
-            holder[key] = None  # a global variable or a class attribute that serves as a cache
-        else:
-            del holder[key]
+        del holder[key]
     return len(keys)
+
+
+def _names_of(cell: CellType) -> Iterator[str]:
+    """Name the variables of functions that a cell is; none if it dies with a call that ended."""
+    for closure in gc.get_referrers(cell):
+        if type(closure) is not tuple:
+            continue
+        for function in gc.get_referrers(closure):
+            if isinstance(function, FunctionType) and function.__closure__ is closure:
+                name = function.__code__.co_freevars[closure.index(cell)]
+                yield f"`{name}` of {function.__module__}.{function.__qualname__}"
+
+
+def _refusal(place: str) -> CaptureError:
+    return CaptureError(
+        f"the model keeps a tensor of its forward pass in {place}, which holds one without values "
+        "now, from a trial run: set it back, and run the model once before you convert it, so that "
+        "it is filled already"
+    )

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from moeify.checkpoint_json import parse_json
 from moeify.content import Stored
 from moeify.errors import CheckpointError
-from moeify.resolve import LayerPlan
+from moeify.layer_plan import LayerPlan
 from moeify.source_names import Source, open_source
 
 _OPEN: WeakKeyDictionary[nn.Module, dict[tuple[str, ...], tuple[Source, ...]]] = WeakKeyDictionary()

@@ -27,12 +27,12 @@ from moeify.conversion import (
 )
 from moeify.discovery import Discovery, FoundSite
 from moeify.input_spec import describe_inputs
+from moeify.layer_plan import LayerPlan, ResolvedPlan
 from moeify.mesh import World
 from moeify.parallel import Parallel, reduce_gradients, sharded_names
 from moeify.passes.blocks import block_path, find_site
 from moeify.pipeline import Built
 from moeify.plan import Plan
-from moeify.resolve import LayerPlan, ResolvedPlan
 from moeify.tensor_parallel import PartialSums, apply
 from moeify.verification import Snapshot, check, check_untouched, coarsest, compare, snapshot
 from moeify.zero import Partitioned, partition

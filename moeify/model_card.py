@@ -87,14 +87,7 @@ def model_card(
         "",
         "## Layers",
         "",
-        "| layer | experts | a token uses | residual | starts from | as the dense one |",
-        "|---|---|---|---|---|---|",
-        *(
-            f"| {_code(str(layer['name']))} | {layer['experts']} | {layer['top_k']} "
-            f"| {layer['residual']} | {layer['init']['experts']} "
-            f"| {'yes' if layer['exact'] else 'no'} |"
-            for layer in layers
-        ),
+        *_layer_table(layers),
         "",
         "## Plan",
         "",
@@ -103,6 +96,19 @@ def model_card(
     if notes:
         lines += ["", "## Notes", "", *_fenced("\n".join(notes), "text")]
     return ("\n".join(lines) + "\n").encode("utf-8", "replace")
+
+
+def _layer_table(layers: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [
+        "| layer | experts | a token uses | residual | starts from | as the dense one |",
+        "|---|---|---|---|---|---|",
+        *(
+            f"| {_code(str(layer['name']))} | {layer['experts']} | {layer['top_k']} "
+            f"| {layer['residual']} | {layer['init']['experts']} "
+            f"| {'yes' if layer['exact'] else 'no'} |"
+            for layer in layers
+        ),
+    ]
 
 
 def _front_matter(source: Path, kind: str) -> list[str]:

@@ -5,9 +5,9 @@ A `Target` is data; `misfits` says why a model is none of them, `config_of` fill
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Final, Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, TypeAlias
 
 from moeify.native_facts import SAME, Facts
 from moeify.units import dtype_name
@@ -17,6 +17,21 @@ SHARED_WIDTH: Final = 128
 sliced over ranks, while a width of 0 makes kernels fail."""
 
 
+Number: TypeAlias = Literal[
+    "experts",
+    "expert_width",
+    "dense_width",
+    "dense_layers",
+    "dense_count",
+    "shared_width",
+    "shared_count",
+    "window",
+    "qkv_bias",
+    "head_norm",
+]
+"""What of a model a config can ask for; `_numbers_of` finds it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """One class.
@@ -24,6 +39,9 @@ class Target:
     Attributes:
         architecture: Name of the class.
         config: Name of its config's class.
+        numbers: Keys of its config, each with the number of the model that belongs there.
+        constants: Keys of its config that have the same value for every model.
+        rope: Keys of its config's `rope_parameters`, beside the dense model's.
         moe: Name of the MoE part of a layer, on disk.
         leaves: Names of an expert's gate, up and down projections, on disk.
         shared: Name of the shared expert, on disk.
@@ -55,7 +73,18 @@ class Target:
     selection_bias: bool = False
     probability: bool = True
     aux_loss: bool = True
+    numbers: Mapping[str, Number] = field(default_factory=dict)
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    rope: Mapping[str, Any] = field(default_factory=dict)
 
+
+_QWEN_NUMBERS: Final[Mapping[str, Number]] = {
+    "num_experts": "experts",
+    "moe_intermediate_size": "expert_width",
+    "intermediate_size": "dense_width",
+    "mlp_only_layers": "dense_layers",
+}
+_QWEN_CONSTANTS: Final = {"decoder_sparse_step": 1, "use_sliding_window": False}
 
 TARGETS: Final = (
     Target(
@@ -65,9 +94,27 @@ TARGETS: Final = (
         leaves=("w1", "w3", "w2"),
         window=True,
         probability=False,
+        numbers={
+            "num_local_experts": "experts",
+            "intermediate_size": "expert_width",
+            "sliding_window": "window",
+        },
     ),
-    Target("Qwen3MoeForCausalLM", "Qwen3MoeConfig", norm="head", dense="any"),
-    Target("OlmoeForCausalLM", "OlmoeConfig", norm="full", head_dim=False),
+    Target(
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeConfig",
+        norm="head",
+        dense="any",
+        numbers=_QWEN_NUMBERS,
+        constants=_QWEN_CONSTANTS,
+    ),
+    Target(
+        "OlmoeForCausalLM",
+        "OlmoeConfig",
+        norm="full",
+        head_dim=False,
+        numbers={"num_experts": "experts", "intermediate_size": "expert_width"},
+    ),
     Target(
         "Qwen2MoeForCausalLM",
         "Qwen2MoeConfig",
@@ -76,6 +123,8 @@ TARGETS: Final = (
         qkv_bias="always",
         head_dim=False,
         dense="any",
+        numbers={**_QWEN_NUMBERS, "shared_expert_intermediate_size": "shared_width"},
+        constants={**_QWEN_CONSTANTS, "qkv_bias": True},
     ),
     Target(
         "Glm4MoeForCausalLM",
@@ -88,6 +137,23 @@ TARGETS: Final = (
         score="sigmoid",
         selection_bias=True,
         aux_loss=False,
+        numbers={
+            "n_routed_experts": "experts",
+            "moe_intermediate_size": "expert_width",
+            "intermediate_size": "dense_width",
+            "first_k_dense_replace": "dense_count",
+            "n_shared_experts": "shared_count",
+            "attention_bias": "qkv_bias",
+            "use_qk_norm": "head_norm",
+        },
+        constants={
+            "n_group": 1,
+            "topk_group": 1,
+            "routed_scaling_factor": 1.0,
+            "num_mtp_layers": 0,
+            "partial_rotary_factor": 1.0,
+        },
+        rope={"partial_rotary_factor": 1.0},
     ),
 )
 """In the order of preference: what needs no padding first."""
@@ -180,9 +246,9 @@ def config_of(target: Target, facts: Facts) -> Any:
     """Make the config of that class."""
     import transformers
 
-    first, width, experts = facts.layers[0], facts.layers[0].width, experts_of(target, facts)
+    first = facts.layers[0]
     values = {key: getattr(facts.config, key) for key in SAME}
-    values["rope_parameters"] = dict(facts.config.rope_parameters)
+    values["rope_parameters"] = {**facts.config.rope_parameters, **target.rope}
     values |= {"num_experts_per_tok": first.top_k, "output_router_logits": False}
     values |= {"architectures": [target.architecture], "dtype": dtype_name(facts.dtype)}
     if target.head_dim:
@@ -191,27 +257,27 @@ def config_of(target: Target, facts: Facts) -> Any:
         values["router_aux_loss_coef"] = first.aux_loss
     if target.probability:
         values["norm_topk_prob"] = first.normalized
-    positions = {layer.index for layer in facts.layers}
-    others = [i for i in range(facts.depth) if i not in positions]
-    match target.architecture:
-        case "MixtralForCausalLM":
-            values |= {"num_local_experts": experts, "intermediate_size": width}
-            values["sliding_window"] = facts.window
-        case "OlmoeForCausalLM":
-            values |= {"num_experts": experts, "intermediate_size": width}
-        case "Qwen3MoeForCausalLM" | "Qwen2MoeForCausalLM":
-            values |= {"num_experts": experts, "moe_intermediate_size": width}
-            values |= {"intermediate_size": facts.width, "mlp_only_layers": others}
-            values |= {"decoder_sparse_step": 1, "use_sliding_window": False}
-            if target.shared:
-                values["shared_expert_intermediate_size"] = shared_width(target, facts)
-                values["qkv_bias"] = True
-        case "Glm4MoeForCausalLM":
-            values |= {"n_routed_experts": experts, "moe_intermediate_size": width}
-            values |= {"intermediate_size": facts.width, "first_k_dense_replace": len(others)}
-            values |= {"n_shared_experts": shared_width(target, facts) // width}
-            values |= {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0}
-            values |= {"attention_bias": facts.qkv_bias, "use_qk_norm": facts.head_norm}
-            values |= {"num_mtp_layers": 0, "partial_rotary_factor": 1.0}
-            values["rope_parameters"]["partial_rotary_factor"] = 1.0
+    numbers = _numbers_of(target, facts)
+    values |= {key: numbers[number] for key, number in target.numbers.items()}
+    values |= target.constants
     return getattr(transformers, target.config)(**values)
+
+
+def _numbers_of(target: Target, facts: Facts) -> dict[Number, Any]:
+    """Return all that `Target.numbers` can name."""
+    width = facts.layers[0].width
+    sparse = {layer.index for layer in facts.layers}
+    dense = [i for i in range(facts.depth) if i not in sparse]
+    shared = shared_width(target, facts)
+    return {
+        "experts": experts_of(target, facts),
+        "expert_width": width,
+        "dense_width": facts.width,
+        "dense_layers": dense,
+        "dense_count": len(dense),
+        "shared_width": shared,
+        "shared_count": shared // width,
+        "window": facts.window,
+        "qkv_bias": facts.qkv_bias,
+        "head_norm": facts.head_norm,
+    }

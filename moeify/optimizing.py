@@ -59,12 +59,7 @@ def param_groups(
     settle(model)
     ranks = _expert_ranks(model)
     stacked = _stacked(model)
-    norms = {
-        id(p)
-        for module in model.modules()
-        if isinstance(module, nn.LayerNorm | nn.RMSNorm)
-        for p in module.parameters(recurse=False)
-    }
+    norms = _norms(model)
     groups: dict[Any, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -89,6 +84,16 @@ def param_groups(
             group["lr"] = rate
     # Sorting is stable: meshes stay in the order of the model, the same on every rank.
     return [groups[key] for key in sorted(groups, key=lambda key: (key[0], key[1] or 0, key[2]))]
+
+
+def _norms(model: nn.Module) -> set[int]:
+    """Return the ids of the parameters of norms."""
+    return {
+        id(p)
+        for module in model.modules()
+        if isinstance(module, nn.LayerNorm | nn.RMSNorm)
+        for p in module.parameters(recurse=False)
+    }
 
 
 def _group(ranks: int | None, decayed: bool) -> dict[str, Any]:

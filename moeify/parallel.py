@@ -20,10 +20,10 @@ from moeify.errors import PlanError
 from moeify.exchange import is_coordinated
 from moeify.gradients import GradientReducer, Reduction
 from moeify.input_spec import describe_inputs
+from moeify.layer_plan import ResolvedPlan
 from moeify.layout import Layout
 from moeify.mesh import World, world_size
 from moeify.plan import Plan
-from moeify.resolve import ResolvedPlan
 from moeify.sharding import is_sharded
 from moeify.zero_plan import check_process
 

@@ -14,6 +14,7 @@ from moeify.capture import ExampleInputs
 from moeify.conversion import ATTRIBUTE
 from moeify.discovery import Discovery
 from moeify.errors import PassError, UnsupportedModuleError
+from moeify.layer_plan import ResolvedPlan
 from moeify.mesh import World
 from moeify.passes.base import Fact, Pass, PlanContext
 from moeify.passes.blocks import MOE_ROLE, SLICES, ZERO, block_path, find_site
@@ -27,7 +28,7 @@ from moeify.passes.records import record_of
 from moeify.passes.replace_mlps import ReplaceMlps
 from moeify.plan import Plan
 from moeify.refusing import discover_float, refuse_adapters, refuse_quantised
-from moeify.resolve import ResolvedPlan, resolve_sites
+from moeify.resolve import resolve_sites
 
 log = logging.getLogger("moeify")
 

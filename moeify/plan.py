@@ -33,7 +33,7 @@ from moeify.zero_plan import check_spec
 if TYPE_CHECKING:
     from torch import nn
 
-    from moeify.resolve import ResolvedPlan
+    from moeify.layer_plan import ResolvedPlan
 
 _SUFFIXES = (".yaml", ".yml", ".json")
 

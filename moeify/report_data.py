@@ -28,11 +28,11 @@ from moeify.dense_again import revert
 from moeify.errors import MoeifyError
 from moeify.export_manifest import read_export_manifest
 from moeify.input_spec import describable, make_inputs
+from moeify.layer_plan import ResolvedPlan
 from moeify.pipeline import prepare, run_pipeline
 from moeify.plan import Plan
 from moeify.report_graphs import Stage, Stages
 from moeify.report_run import Run
-from moeify.resolve import ResolvedPlan
 from moeify.reverse import dense_on_meta
 from moeify.student_size import describe
 

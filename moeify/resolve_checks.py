@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, TypeAlias
 from moeify.strict_yaml import Where
 
 if TYPE_CHECKING:
+    from moeify.layer_plan import LayerPlan
     from moeify.plan import Plan
-    from moeify.resolve import LayerPlan
 
 _Fault: TypeAlias = tuple[str, str]
 

@@ -10,14 +10,14 @@ Shapes: T tokens, D model width, E experts, K top-k.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from fractions import Fraction
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
+from moeify.capacity import expert_capacity
 from moeify.collectives import from_first
 from moeify.compat import in_backward, is_exporting, record_under_compiled_checkpointing
 from moeify.kernels.precision import accumulation_dtype, without_autocast
@@ -49,39 +49,6 @@ class RouterStats(TypedDict):
     dropped: Tensor
     entropy: Tensor
     tokens: int | Tensor
-
-
-def expert_capacity(
-    tokens: int, *, top_k: int, experts: int, factor: float | None, minimum: int
-) -> int:
-    """Return the rows per expert: `max(minimum, ceil(factor * K * T / E))`, at most T.
-
-    The arithmetic is on integers, with `factor` read as the decimal it prints as, so that
-    1.1 * 10 is 11 and not 12, and a symbolic T stays symbolic.
-
-    Args:
-        tokens: T, an int or a SymInt.
-        top_k: K.
-        experts: E.
-        factor: Capacity factor, or None for dropless: T.
-        minimum: Lower bound.
-
-    Source:
-        Switch Transformers (Fedus et al. 2021) eq. 3; DeepSpeed MoE for K and the minimum.
-
-    Example:
-        >>> expert_capacity(64, top_k=2, experts=8, factor=1.25, minimum=4)
-        20
-    """
-    if factor is None:
-        return tokens
-    ratio = Fraction(str(factor)) * top_k / experts
-    fair = (tokens * ratio.numerator + ratio.denominator - 1) // ratio.denominator
-    if isinstance(tokens, torch.SymInt):  # export; the compiler traces the built-ins itself
-        sym_min: Callable[..., int] = torch.sym_min
-        sym_max: Callable[..., int] = torch.sym_max
-        return sym_min(sym_max(fair, minimum), tokens)
-    return min(max(fair, minimum), tokens)
 
 
 class Router(nn.Module):

@@ -48,27 +48,12 @@ def describe(
         extra: The user's data.
         world: Number of ranks.
     """
-    conversion = require_conversion(model)
-    parallel = conversion.parallel
-    layout = None if parallel is None else parallel.layout
-    common: dict[str, Any] = {
+    common = _of_model(model) | {
         "format": "moeify-sharded",
         "version": 1,
         "versions": versions(),
         "step": step,
         "world": world,
-        "layout": {
-            "tensor": 1 if layout is None else layout.tensor,
-            "expert": 1 if layout is None else layout.expert,
-            "experts_in_tp": "replicate" if layout is None else layout.experts_in_tp,
-        },
-        "plan": conversion.plan.data(),
-        "plan_sha256": conversion.plan.digest(),
-        "layers": layer_records(model, conversion),
-        "model": _model_record(model),
-        "inputs": conversion.inputs if describable(conversion.inputs) else None,
-        "ledger": {name: list(fate) for name, fate in conversion.ledger.items()},
-        "texts": config_texts(model),
         "aliases": dict(state.aliases),
         "optimizer": optimizer,
         "extra": extra,
@@ -98,6 +83,27 @@ def describe(
         return manifest
 
     return finish
+
+
+def _of_model(model: nn.Module) -> dict[str, Any]:
+    """Return what the manifest says of the model and its conversion."""
+    conversion = require_conversion(model)
+    parallel = conversion.parallel
+    layout = None if parallel is None else parallel.layout
+    return {
+        "layout": {
+            "tensor": 1 if layout is None else layout.tensor,
+            "expert": 1 if layout is None else layout.expert,
+            "experts_in_tp": "replicate" if layout is None else layout.experts_in_tp,
+        },
+        "plan": conversion.plan.data(),
+        "plan_sha256": conversion.plan.digest(),
+        "layers": layer_records(model, conversion),
+        "model": _model_record(model),
+        "inputs": conversion.inputs if describable(conversion.inputs) else None,
+        "ledger": {name: list(fate) for name, fate in conversion.ledger.items()},
+        "texts": config_texts(model),
+    }
 
 
 def _model_record(model: nn.Module) -> ModelRecord:

@@ -27,9 +27,9 @@ from moeify.errors import MoeifyError
 from moeify.expert_init import generator_for, init_router
 from moeify.hf import example_inputs_for
 from moeify.hf_inputs import BATCH, LENGTH
+from moeify.layer_plan import LayerPlan
 from moeify.layout import Layout
 from moeify.plan import Plan
-from moeify.resolve import LayerPlan
 from moeify.simulate_counter import Call, Counter, fake_world
 from moeify.simulate_zero import memory_by_stage, with_pieces
 from moeify.torch_calls import tensors_in
@@ -159,11 +159,10 @@ def simulate(
         PlanError: The plan does not fit the model or the world.
     """
     chosen, even = _with_capacity(Plan.of(plan))
-    sized: ExampleInputs  # the size decides how rows travel, if the plan leaves that open
-    if example_inputs is None:
+    # The size decides how rows travel, if the plan leaves that open.
+    sized = example_inputs
+    if sized is None:
         sized = _resized(example_inputs_for(model), batch, length)
-    else:
-        sized = example_inputs
     # Pieces change no shape that a step computes with: they are added to what a whole step does.
     whole = Plan.of(chosen.data() | {"zero": {"prefetch": chosen.zero.prefetch}})
     with fake_world(world, node):
@@ -181,12 +180,7 @@ def simulate(
         model=type(model).__name__,
         world=world,
         node=node,
-        layout={
-            "dp": layout.dp,
-            "tensor": layout.tensor,
-            "expert": layout.expert,
-            "experts_in_tp": layout.experts_in_tp,
-        },
+        layout=_layout_data(layout),
         inputs=_shapes(sized),
         even_load=even,
         collectives=tuple(_grouped(calls, node)),
@@ -331,6 +325,15 @@ def _imbalance(layer: LayerPlan, layout: Layout) -> Imbalance:
 
 def _peak(load: Tensor) -> float:
     return round(float(load.max() / load.mean()), 4)
+
+
+def _layout_data(layout: Layout) -> dict[str, int | str]:
+    return {
+        "dp": layout.dp,
+        "tensor": layout.tensor,
+        "expert": layout.expert,
+        "experts_in_tp": layout.experts_in_tp,
+    }
 
 
 def _with_capacity(plan: Plan) -> tuple[Plan, bool]:

@@ -20,20 +20,13 @@ from moeify.calibration import Calibration
 from moeify.content import Stored
 from moeify.discovery import Discovery, FoundSite
 from moeify.errors import MoeifyError, UnsupportedModuleError
-from moeify.expert_init import (
-    MlpWeights,
-    generator_for,
-    init_experts,
-    init_router,
-    scaled,
-    stacked,
-)
+from moeify.expert_init import MlpWeights, generator_for, init_experts, init_router, scaled, stacked
 from moeify.expert_models import read_like, sources_for
 from moeify.expert_split import neuron_groups, split_experts
+from moeify.layer_plan import LayerPlan
 from moeify.passes.blocks import find_site
 from moeify.passes.dataflow import Linear
 from moeify.passes.find_mlps import Region
-from moeify.resolve import LayerPlan
 from moeify.router_init import cluster_rows, excitation_rows, hidden_rows
 
 

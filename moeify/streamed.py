@@ -24,11 +24,11 @@ from moeify.discovery import Discovery
 from moeify.errors import CaptureError, MoeifyError
 from moeify.expert_models import rest_of, sources_for
 from moeify.install import Installation
+from moeify.layer_plan import LayerPlan, ResolvedPlan
 from moeify.passes.blocks import find_site
 from moeify.passes.replace_mlps import build_block, expert_weights
 from moeify.pipeline import prepare, refuse_wrapped, run_pipeline
 from moeify.plan import Plan
-from moeify.resolve import LayerPlan, ResolvedPlan
 from moeify.selection import shorten
 from moeify.source_names import Source, open_source
 

@@ -23,8 +23,8 @@ from moeify.drop_config import Cut, same_tree, shorten_modules
 from moeify.errors import UnsupportedModuleError, VerificationError
 from moeify.hf import is_hf
 from moeify.hf_dense import dense_class
+from moeify.layer_plan import LayerPlan
 from moeify.plan import Plan
-from moeify.resolve import LayerPlan
 
 _GLOB: Final = str.maketrans({"[": "[[]", "*": "[*]", "?": "[?]"})
 

@@ -9,11 +9,13 @@ Source: DeepSpeed-MoE (Rajbhandari et al. 2022), section 4.2: 21 of 24 layers, s
 from __future__ import annotations
 
 import itertools
-from typing import Annotated, Any, Literal, TypeAlias
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
-from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
+from moeify.plan_errors import plan_error
 from moeify.selection import LISTED, MAX_INT, Count, Natural, Strict
 
 
@@ -145,3 +147,24 @@ class StudentSpec(Strict):
         # i (n - 1) / (d - 1), rounded to the nearest integer, halves up.
         last = depth - 1
         return tuple((2 * i * (count - 1) + last) // (2 * last) for i in range(depth))
+
+
+_Section = TypeVar("_Section", StudentSpec, DistillSpec)
+
+
+def read_section(kind: type[_Section], data: Mapping[str, Any]) -> _Section:
+    """Return a section of a plan that stands alone.
+
+    Args:
+        kind: `StudentSpec` or `DistillSpec`.
+        data: What a plan has under `student:`, or under that section's `distill:`.
+
+    Raises:
+        PlanError: If `data` is none; its path starts at the section.
+    """
+    keys: dict[str, type[Strict]] = {"": kind, "drop": DropSpec, "distill": DistillSpec}
+    known = {where: tuple(part.model_fields) for where, part in keys.items()}
+    try:
+        return kind.model_validate(dict(data))
+    except ValidationError as error:
+        raise plan_error(error, known, {}, None) from None

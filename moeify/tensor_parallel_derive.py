@@ -22,11 +22,11 @@ from moeify.capture import ExampleInputs
 from moeify.conversion import HOOK_TABLES
 from moeify.discovery import Discovery, FoundSite
 from moeify.hf import example_inputs_for
+from moeify.layer_plan import LayerPlan, ResolvedPlan
 from moeify.passes.blocks import block_path, find_site
 from moeify.passes.dataflow import Linear
 from moeify.passes.operations import dtype_of, op_name, shape_of
 from moeify.passes.records import record_of
-from moeify.resolve import LayerPlan, ResolvedPlan
 from moeify.tensor_parallel import SlicedPair, SlicePlan, Way
 from moeify.tensor_parallel_attention import find_attention
 from moeify.tensor_parallel_proof import Proof

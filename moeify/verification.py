@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from moeify import compat
 from moeify.capture import ExampleInputs, preserved, split_inputs, tensors_in
 from moeify.errors import VerificationError
-from moeify.resolve import LayerPlan
+from moeify.layer_plan import LayerPlan
 from moeify.router import lifted_capacity
 from moeify.sharding import whole
 from moeify.units import dtype_name

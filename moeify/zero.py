@@ -21,9 +21,10 @@ from moeify.zero_plan import Part, Unit, ZeroPlan
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+    from moeify.layer_plan import ResolvedPlan
     from moeify.mesh import World
-    from moeify.resolve import ResolvedPlan
     from moeify.tensor_parallel import SlicePlan
+
 
 __all__ = ["Partitioned", "partition"]
 

@@ -23,8 +23,8 @@ from torch.fx.passes.infra.pass_base import PassResult
 if TYPE_CHECKING:
     import torch
 
+    from moeify.layer_plan import ResolvedPlan
     from moeify.plan import Plan
-    from moeify.resolve import ResolvedPlan
 
 __all__ = ["Fact", "Pass", "PassResult", "PlanContext"]
 

@@ -8,8 +8,8 @@ from torch import fx
 
 from moeify.discovery import Discovery, FoundSite
 from moeify.errors import PassError
+from moeify.layer_plan import LayerPlan, ResolvedPlan
 from moeify.passes.records import record_of
-from moeify.resolve import LayerPlan, ResolvedPlan
 
 MOE_ROLE = "moe"
 """The role of a node that calls a block."""

@@ -6,9 +6,9 @@ from math import prod
 
 from torch import fx
 
+from moeify.layer_plan import LayerPlan
 from moeify.mesh import World
 from moeify.passes.records import record_of
-from moeify.resolve import LayerPlan
 from moeify.specs import ParallelSpec
 from moeify.topology import Choice, choose
 

@@ -43,13 +43,13 @@ from moeify.experts import Experts
 from moeify.kernels import combine as _combine  # noqa: F401  registers the op
 from moeify.kernels import dispatch as _dispatch  # noqa: F401  registers the op
 from moeify.kernels import route
+from moeify.layer_plan import LayerPlan
 from moeify.passes.base import Fact, PassResult, PlanContext
 from moeify.passes.blocks import MOE_ROLE, block_path, find_site
 from moeify.passes.dataflow import Linear, linear_of, weight_of
 from moeify.passes.find_mlps import Region
 from moeify.passes.placement import parameter_names
 from moeify.passes.records import NodeRecord, record_of, set_record
-from moeify.resolve import LayerPlan
 from moeify.router import Router
 from moeify.site_weights import expert_weights, router_weight
 

@@ -22,11 +22,11 @@ import torch
 from torch import fx, nn
 
 from moeify.errors import PassError
+from moeify.layer_plan import LayerPlan
 from moeify.layout import Layout
 from moeify.mesh import World
 from moeify.passes.base import Fact, PassResult, PlanContext
 from moeify.passes.blocks import blocks_of, layer_at
-from moeify.resolve import LayerPlan
 from moeify.sharding import is_sharded, shard_parameter
 
 log = logging.getLogger("moeify")

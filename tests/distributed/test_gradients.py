@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from moeify import gradients
+from moeify import gradient_buckets
 from moeify.errors import DispatchError
 from moeify.gradients import GradientReducer, Reduction
 from tests.distributed.ranks import run_ranks
@@ -99,11 +99,11 @@ def counted() -> Iterator[list[int]]:
         sent.append(tensor.numel())
         return original(tensor, *args, **options)
 
-    gradients.dist.all_reduce = count
+    gradient_buckets.dist.all_reduce = count
     try:
         yield sent
     finally:
-        gradients.dist.all_reduce = original
+        gradient_buckets.dist.all_reduce = original
 
 
 def plain_loops(rank: int, size: int) -> None:

@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from moeify.kernels import gate_backward_triton, gate_triton
+from moeify.kernels import arithmetic_triton, gate_backward_triton, gate_triton
 from moeify.kernels.gate import BALANCES, SCORES, gate_backward_reference, gate_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -147,7 +147,7 @@ def test_a_nan_token_poisons_its_own_gradient_alone():
 @triton.jit
 def split_kernel(x, out, BLOCK: tl.constexpr):
     index = tl.arange(0, BLOCK)
-    high, middle, low = gate_triton.split(tl.load(x + index))
+    high, middle, low = arithmetic_triton.split(tl.load(x + index))
     tl.store(out + index, high.to(tl.float32))
     tl.store(out + BLOCK + index, middle.to(tl.float32))
     tl.store(out + 2 * BLOCK + index, low.to(tl.float32))

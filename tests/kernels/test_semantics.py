@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from moeify.block import ResidualMix
+from moeify.capacity import expert_capacity
 from moeify.kernels.route import Routing, route
 from moeify.layer import MoE
-from moeify.router import Router, expert_capacity
+from moeify.router import Router
 
 LN2, LN4 = math.log(2), math.log(4)
 

@@ -169,6 +169,71 @@ def test_global_caches_keep_no_fakes() -> None:
     _TABLES.clear(), _LIST.clear(), cached_ones.cache_clear()
 
 
+_SCALE: Any = 3.0
+_PAIR: Any = None
+
+
+def closed_over() -> tuple[Callable[[Tensor], Tensor], Callable[[], None]]:
+    kept = None
+
+    def double(x: Tensor) -> Tensor:
+        nonlocal kept
+        if kept is None:
+            kept = torch.full((D,), 2.0)
+        return x * kept
+
+    def reset() -> None:
+        nonlocal kept
+        kept = None
+
+    return double, reset
+
+
+class Variables(nn.Module):
+    """Keeps tensors in global variables, and in attributes of its class."""
+
+    table: Any = "none yet"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        global _SCALE, _PAIR
+        if isinstance(_SCALE, float):
+            _SCALE = torch.full((D,), _SCALE)
+        if isinstance(type(self).table, str):
+            type(self).table = torch.full((D,), 2.0)
+        if _PAIR is None:
+            _PAIR = (torch.ones(D), torch.zeros(D))
+        type(self).shift = x.sum()
+        return self.linear(x) * _SCALE * type(self).table * _PAIR[0]
+
+
+def test_variables_get_back_what_they_held() -> None:
+    model, x = Variables(), torch.randn(2, D)
+    assert capture(model, x).mode == "fake"
+    assert (_SCALE, _PAIR, Variables.table) == (3.0, None, "none yet")
+    assert not hasattr(Variables, "shift")
+    torch.testing.assert_close(model(x), model.linear(x) * 6)
+    globals().update(_SCALE=3.0, _PAIR=None)
+
+
+def test_a_place_that_cannot_be_set_back_is_refused() -> None:
+    double, reset = closed_over()
+
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return double(x)
+
+    with pytest.raises(CaptureError, match=r"in `kept` of .*closed_over.*run the model once"):
+        capture(Model(), torch.randn(2, D))
+    reset()
+    torch.testing.assert_close(Model()(torch.ones(2, D)), torch.full((2, D), 2.0))
+    assert capture(Model(), torch.randn(2, D)).mode == "fake"  # filled already
+    reset()
+
+
 # -- the recorder
 
 

@@ -264,7 +264,7 @@ def test_json_schema_is_json_and_names_every_part() -> None:
 def test_nothing_heavy_is_imported() -> None:
     code = (
         "import sys; import moeify.plan, moeify.strict_yaml, moeify.presets, moeify.selection;"
-        "import moeify.resolve, moeify.plan_table;"
+        "import moeify.resolve, moeify.layer_plan;"
         "moeify.plan.Plan.loads('layers: [{select: all, experts: 2}]');"
         "bad = {'torch', 'networkx', 'transformers', 'rich'} & set(sys.modules);"
         "assert not bad, bad"

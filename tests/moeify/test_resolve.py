@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moeify.errors import PlanError
+from moeify.layer_plan import ResolvedPlan
 from moeify.plan import Plan
 from moeify.presets import PRESETS
-from moeify.resolve import ResolvedPlan, resolve_sites
+from moeify.resolve import resolve_sites
 from moeify.sites import Projection, Site
 
 D, F = 8, 32

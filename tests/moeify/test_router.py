@@ -13,8 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 import moeify.kernels.combine
 import moeify.kernels.dispatch  # noqa: F401
+from moeify.capacity import expert_capacity
 from moeify.experts import Experts
-from moeify.router import Router, expert_capacity, lifted_capacity
+from moeify.router import Router, lifted_capacity
 
 
 class Block(nn.Module):

@@ -202,7 +202,6 @@ def test_the_callback_logs_what_the_routers_did(tmp_path, monkeypatch):
         converted(plan=TIGHT),
         tmp_path,
         stats,
-        RouterCallback(),
         per_device_train_batch_size=2,
         gradient_accumulation_steps=2,
         logging_steps=2,
@@ -212,6 +211,7 @@ def test_the_callback_logs_what_the_routers_did(tmp_path, monkeypatch):
         eval_steps=2,
         data=rows(16),
     )
+    RouterCallback().attach(run)
     run.train()
     logged = [entry for entry in run.state.log_history if "loss" in entry]
     assert len(logged) == 2
@@ -227,6 +227,26 @@ def test_the_callback_logs_what_the_routers_did(tmp_path, monkeypatch):
     assert written == pytest.approx(
         [entry["router/model.layers.1.mlp/load_max"] for entry in logged]
     )
+
+
+def test_the_callback_warns_where_reporters_miss_it(tmp_path, caplog):
+    pytest.importorskip("tensorboard", reason="a reporter that is there")
+    late, attached = RouterCallback(), RouterCallback()
+    first = trainer(converted(), tmp_path, late, report_to="tensorboard")
+    with caplog.at_level(logging.WARNING, "moeify"):
+        first.train()
+    assert [r.message for r in caplog.records] == [
+        "RouterCallback is behind the reporters (tensorboard), which will not show its values: "
+        "instead of callbacks=[...], call RouterCallback().attach(trainer)"
+    ]
+    assert "router/aux_loss" in first.state.log_history[0]
+    caplog.clear()
+    second = trainer(converted(), tmp_path, attached, report_to="tensorboard")
+    assert attached.attach(second) is attached  # in the list already
+    assert second.callback_handler.callbacks.count(attached) == 1
+    with caplog.at_level(logging.WARNING, "moeify"):
+        second.train()
+    assert caplog.records == []
 
 
 def test_a_loss_outside_the_model_is_warned_of(tmp_path, caplog):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moeify.discovery import discover
+from moeify.layer_plan import ResolvedPlan
 from moeify.passes.base import Fact, PlanContext
 from moeify.passes.find_mlps import FindMlps
 from moeify.passes.manager import PassManager
@@ -20,7 +21,7 @@ from moeify.passes.printer import print_graph
 from moeify.passes.slice_dense import SliceDense, slices_of
 from moeify.passes.testing import assert_idempotent
 from moeify.plan import Plan
-from moeify.resolve import ResolvedPlan, resolve_sites
+from moeify.resolve import resolve_sites
 from moeify.tensor_parallel import SlicedPair, SlicePlan
 from moeify.tensor_parallel_derive import derive
 from tests.zoo_models import ZOO

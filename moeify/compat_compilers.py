@@ -1,0 +1,109 @@
+"""Private torch APIs about compiled, exported and fused code."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+
+def is_exporting() -> bool:
+    """Tell whether `torch.export` is tracing; torch 2.11 says so in every compilation."""
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+
+
+def is_compiled_module(module: nn.Module) -> bool:
+    """Tell whether `module` is the wrapper that `torch.compile` returns (a private class)."""
+    from torch._dynamo.eval_frame import OptimizedModule
+
+    return isinstance(module, OptimizedModule)
+
+
+def record_under_compiled_checkpointing() -> None:
+    """Let the router keep its losses and counts inside a checkpointed region that is compiled.
+
+    Without this switch dynamo refuses any attribute write there. It says what we want: the write
+    happens in the forward and is not replayed by the recomputation in the backward. A private
+    config, because torch has no public name for it.
+    """
+    from torch._dynamo import config
+
+    if hasattr(config, "skip_fwd_side_effects_in_bwd_under_checkpoint"):
+        config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+
+
+def program_module(program: torch.export.ExportedProgram) -> fx.GraphModule:
+    """Return an exported program as a module, without guards on its shapes.
+
+    `check_guards` is named only where it exists. Private because the graph remembers the tracer
+    that made it, which pickling would try to make again without its arguments.
+    """
+    known = inspect.signature(program.module).parameters
+    options: dict[str, Any] = {"check_guards": False} if "check_guards" in known else {}
+    made = program.module(**options)
+    made.graph._tracer_cls = None
+    return made
+
+
+def call_structure(graph: fx.Graph) -> Any:
+    """Return how an exported graph nests its arguments and results; None if it does not.
+
+    Private because this lives in the graph's code generator, which pickling a graph leaves out.
+    """
+    from torch.fx.graph import _PyTreeCodeGen
+
+    codegen = graph._codegen
+    return codegen.pytree_info if isinstance(codegen, _PyTreeCodeGen) else None
+
+
+def set_call_structure(graph: fx.Graph, structure: Any) -> None:
+    """Give a graph the structure that `call_structure` returned; None makes it flat."""
+    from torch.fx.graph import CodeGen, _PyTreeCodeGen
+
+    graph.set_codegen(CodeGen() if structure is None else _PyTreeCodeGen(structure))
+
+
+def disable_fused_encoder(module: nn.Module) -> tuple[str, Any] | None:
+    """Turn off the fused evaluation kernel of torch's own encoder and its layers.
+
+    That kernel reads `linear1.weight` and bypasses a replaced `linear1`. A layer asks
+    `activation_relu_or_gelu` first, where 0 means "not fusable"; the encoder around asks
+    `use_nested_tensor`.
+
+    Returns:
+        The attribute that was changed and its former value, or None for any other module.
+    """
+    if isinstance(module, nn.TransformerEncoderLayer):
+        name, off = "activation_relu_or_gelu", 0
+    elif isinstance(module, nn.TransformerEncoder) and hasattr(module, "use_nested_tensor"):
+        name, off = "use_nested_tensor", False
+    else:
+        return None
+    former = getattr(module, name)
+    setattr(module, name, off)
+    return name, former
+
+
+def restore_fused_encoder(module: nn.Module, former: tuple[str, Any]) -> None:
+    """Undo `disable_fused_encoder`."""
+    setattr(module, *former)
+
+
+def compile_cpp(source: str) -> Any:
+    """Compile C++ for this processor with the compiler that Inductor uses, and load it.
+
+    The library is kept in Inductor's cache, keyed by source and flags, behind a file lock; OpenMP
+    is torch's own, so `torch.set_num_threads` holds. Private because torch's public way,
+    `cpp_extension.load_inline`, needs ninja and takes a minute over torch's headers.
+
+    Returns:
+        A `ctypes.CDLL`.
+
+    Raises:
+        Exception: Whatever Inductor raises where there is no compiler or it fails.
+    """
+    from torch._inductor.codecache import CppCodeCache
+
+    return CppCodeCache.load(source, device_type="cpu", extra_flags=("-ffp-contract=fast",))
