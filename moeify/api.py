@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import fx, nn
 
 from moeify import compat, losses
-from moeify.calibration import Calibration, mlp_inputs
+from moeify.calibration import mlp_inputs
 from moeify.capture import ExampleInputs
 from moeify.conversion import (
     ATTRIBUTE,
@@ -24,7 +23,6 @@ from moeify.conversion import (
     skeleton,
 )
 from moeify.discovery import Discovery, FoundSite
-from moeify.errors import PassError, UnsupportedModuleError
 from moeify.expert_models import averaging
 from moeify.input_spec import describe_inputs
 from moeify.mesh import World
@@ -36,19 +34,11 @@ from moeify.parallel import (
     sharded_names,
     together,
 )
-from moeify.passes.base import Fact, Pass, PlanContext
-from moeify.passes.blocks import MOE_ROLE, SLICES, ZERO, block_path, find_site
-from moeify.passes.dataflow import weight_of
-from moeify.passes.find_mlps import FindMlps
-from moeify.passes.gather_partitions import GatherPartitions
-from moeify.passes.lower_kernels import LowerKernels
-from moeify.passes.manager import PassManager
-from moeify.passes.observers import Observer, observers_from_env
-from moeify.passes.records import record_of
-from moeify.passes.replace_mlps import ReplaceMlps
+from moeify.passes.base import Pass
+from moeify.passes.blocks import block_path, find_site
+from moeify.pipeline import Built, prepare, read_plan, run_pipeline
 from moeify.plan import Plan
-from moeify.refusing import discover_float, refuse_adapters, refuse_quantised
-from moeify.resolve import LayerPlan, ResolvedPlan, resolve_sites
+from moeify.resolve import LayerPlan, ResolvedPlan
 from moeify.site_weights import agree_on_starts
 from moeify.verification import Snapshot, check, check_untouched, coarsest, compare, snapshot
 from moeify.zero import Partitioned, partition
@@ -82,7 +72,8 @@ def moeify(
             from the config of a Hugging Face model if None.
         mesh: Your own DeviceMesh with the dimensions "dp" and "tp", in a world of several ranks;
             made from the plan if None.
-        passes: Your own graph passes, ordered among moeify's by their facts.
+        passes: Your own graph passes. Each goes right before `lower-kernels`, unless its facts ask
+            for another place among moeify's.
         verify: Run the dense and the converted model on the example inputs and compare outputs
             and gradients; needs memory for the gradients.
 
@@ -110,7 +101,7 @@ def moeify(
         >>> type(model[0]).__name__
         'MoEBlock'
     """
-    chosen = together("take model and plan", lambda: _checked(model, plan))
+    chosen = together("take model and plan", lambda: read_plan(model, plan))
     world = join(chosen, mesh, model, verify=verify)
     inputs, discovery, resolved = together(
         "apply the plan", lambda: prepare(model, chosen, example_inputs)
@@ -120,140 +111,26 @@ def moeify(
         if world is not None:
             agree_on_layers(resolved, model, inputs)
             world.prepare(layer.experts for layer in resolved)
-        slices: list[Pass] = []
-        if world is not None and world.layout.tensor > 1:
-            from moeify.passes.slice_dense import SliceDense
-
-            slices = [SliceDense(discovery, inputs)]
         rows = together(
             "look at its MLPs' inputs", lambda: mlp_inputs(model, discovery, resolved, inputs)
         )
         built = together(
             "build its blocks",
-            lambda: run_pipeline(model, chosen, resolved, discovery, passes, world, slices, rows),
+            lambda: run_pipeline(
+                model,
+                chosen,
+                resolved,
+                discovery,
+                passes=passes,
+                world=world,
+                example_inputs=inputs,
+                calibrated=rows,
+            ),
         )
         if world is not None:
             agree_on_starts(model, resolved, discovery, rows)
         install_checked(model, chosen, resolved, discovery, built, inputs, verify, world)
     return model
-
-
-def _checked(model: nn.Module, plan: Plan | Mapping[str, Any] | str | os.PathLike[str]) -> Plan:
-    """Read the plan, and refuse what no plan can do."""
-    refuse_wrapped(model)
-    return Plan.of(plan)
-
-
-def prepare(
-    model: nn.Module, plan: Plan, example_inputs: ExampleInputs | None
-) -> tuple[ExampleInputs, Discovery, ResolvedPlan]:
-    """Find the model's sites and apply the plan to them; inputs are made up if there are none."""
-    if example_inputs is None:
-        from moeify.hf import example_inputs_for
-
-        example_inputs = example_inputs_for(model)
-    discovery = discover_float(model, example_inputs)
-    resolved = resolve_sites(
-        plan,
-        discovery.sites,
-        parameters=discovery.parameters,
-        parameter_bytes=discovery.parameter_bytes,
-        linears=discovery.linears,
-        near_misses=[str(miss) for miss in discovery.near_misses],
-    )
-    for layer in resolved:
-        refuse_quantised(model, [p.weight for p in (*layer.site.up, layer.site.down)])
-    return example_inputs, discovery, resolved
-
-
-def run_pipeline(
-    model: nn.Module,
-    plan: Plan,
-    resolved: ResolvedPlan,
-    discovery: Discovery,
-    passes: Sequence[Pass] = (),
-    world: World | None = None,
-    before: Sequence[Pass] = (),
-    inputs: Mapping[str, Calibration] | None = None,
-    observers: Sequence[Observer] = (),
-) -> Built:
-    """Run the graph passes, some before the MLPs are replaced; the model is only read."""
-    inputs = inputs or {}
-    gm = discovery.capture.graph_module
-    ctx = PlanContext(
-        plan=plan,
-        resolved=resolved,
-        mesh=world,
-        rank=0 if world is None else world.rank,
-        world_size=1 if world is None else world.layout.world,
-        facts=frozenset({Fact.CAPTURED, Fact.RESOLVED}),
-        model=model,
-    )
-    outside = _outside(gm, discovery, resolved)
-    replaced = ReplaceMlps(discovery, inputs=inputs)
-    ours: list[Pass] = [FindMlps(discovery.regions), *before, replaced]
-    if world is not None:
-        from moeify.parallel_passes import parallel_passes, share_of
-
-        shares = {layer.name: share_of(world, layer.experts) for layer in resolved}
-        ours = [*ours[:-1], replace(replaced, shares=shares), *parallel_passes()]
-    # Gathers hide calls of experts, which lower-kernels looks for.
-    last: list[Pass] = [LowerKernels(), *([] if world is None else [GatherPartitions()])]
-    manager = PassManager([*ours, *passes, *last], observers=[*observers_from_env(), *observers])
-    gm = manager.run(gm, ctx).graph_module
-    for report in manager.reports:
-        log.debug("%s", report)
-    blocks = {}
-    for layer in resolved:
-        path = block_path(find_site(discovery, layer), layer)
-        block = gm.get_submodule(path)
-        if not isinstance(block, fx.GraphModule):
-            raise PassError(f"{path}: the pass that replaces MLPs was disabled or left no block")
-        blocks[layer.name] = block
-    left = _signature(
-        node
-        for node in gm.graph.nodes
-        if (record := record_of(node)) is None or record.role != MOE_ROLE
-    )
-    foreign = sorted(set(left.items()) ^ set(outside.items()))
-    if foreign:
-        names = ", ".join(name for name, _ in foreign[:5])
-        raise PassError(
-            f"a pass changed the graph outside the MoE blocks ({names}): only blocks are installed "
-            "in the model; run such a pass on moeify.export(model, example_inputs)"
-        )
-    return Built(blocks, gm.meta.get(SLICES), gm.meta.get(ZERO))
-
-
-@dataclass(frozen=True, slots=True)
-class Built:
-    """What the passes made of a model.
-
-    Attributes:
-        blocks: The finished blocks by layer name.
-        slices: How dense layers are sliced over the tensor ranks (a `SlicePlan`), or None.
-        zero: What is partitioned (a `ZeroPlan`), or None.
-    """
-
-    blocks: dict[str, fx.GraphModule]
-    slices: Any = None
-    zero: Any = None
-
-
-def _outside(
-    gm: fx.GraphModule, discovery: Discovery, resolved: ResolvedPlan
-) -> dict[str, tuple[str, str]]:
-    """Return what must be left of the graph once the planned sites are gone."""
-    chosen = {layer.site.down.weight for layer in resolved if layer.expert == "mlp"}
-    inside = {n for r in discovery.regions if r.down.weight.name in chosen for n in r.nodes}
-    linear = {layer.site.down.weight for layer in resolved if layer.expert == "linear"}
-    inside |= {n for lin in discovery.linear_nodes if lin.weight.name in linear for n in lin.nodes}
-    return _signature(node for node in gm.graph.nodes if node not in inside)
-
-
-def _signature(nodes: Iterable[fx.Node]) -> dict[str, tuple[str, str]]:
-    """Return what the nodes do, weights and their views left out."""
-    return {n.name: (n.op, str(n.target)) for n in nodes if weight_of(n) is None}
 
 
 def install_checked(
@@ -380,27 +257,4 @@ def _untouched(before: Mapping[str, nn.Parameter], resolved: ResolvedPlan) -> li
     return [name for name in before if name not in touched]
 
 
-def refuse_wrapped(model: nn.Module) -> None:
-    """Refuse what cannot be converted in place.
-
-    Raises:
-        UnsupportedModuleError: The model is already converted, wrapped or sharded.
-        TypeError: It is no module.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    if ATTRIBUTE in model.__dict__:
-        raise UnsupportedModuleError(
-            type(model).__name__, "it is converted already: call moeify.demoeify(model) first"
-        )
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        raise UnsupportedModuleError(
-            type(model).__name__, "convert the model inside first, then wrap it"
-        )
-    refuse_adapters(model)
-    for name, parameter in model.named_parameters():
-        if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
-            raise UnsupportedModuleError(name, "it is sharded already: convert first, then shard")
-
-
-__all__ = ["moeify", "refuse_wrapped", "run_pipeline"]
+__all__ = ["moeify"]

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from moeify import compat, strict_yaml
-from moeify.api import refuse_wrapped
 from moeify.checkpoint_build import (
     build,
     config_texts,
@@ -59,6 +58,7 @@ from moeify.conversion import Conversion, require_conversion, require_one_proces
 from moeify.errors import CheckpointError, MoeifyError
 from moeify.hf import is_hf
 from moeify.passes.base import Pass
+from moeify.pipeline import refuse_wrapped
 
 _READ = ("plan.yaml", "source_config.json", "generation_config.json")
 

@@ -320,7 +320,7 @@ def _replay(
     facts: Facts, dense: nn.Module, plan: Plan, inputs: ExampleInputs | None
 ) -> ResolvedPlan:
     """Apply a plan to a dense model, which is only read, and watch the passes."""
-    from moeify.api import prepare, run_pipeline
+    from moeify.pipeline import prepare, run_pipeline
     from moeify.report_graphs import Stages
 
     inputs, discovery, resolved = prepare(dense, plan, inputs)

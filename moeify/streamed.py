@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from moeify.api import install_checked, prepare, refuse_wrapped, run_pipeline
+from moeify.api import install_checked
 from moeify.checkpoint_state import collect, tensors_of
 from moeify.cli_models import build_on_meta, model_folder
 from moeify.content import Spec, Stored
@@ -27,6 +27,7 @@ from moeify.errors import CaptureError, MoeifyError
 from moeify.expert_models import rest_of, sources_for
 from moeify.passes.blocks import find_site
 from moeify.passes.replace_mlps import build_block, expert_weights
+from moeify.pipeline import prepare, refuse_wrapped, run_pipeline
 from moeify.plan import Plan
 from moeify.resolve import LayerPlan, ResolvedPlan
 from moeify.selection import shorten

@@ -49,7 +49,6 @@ class CoordinateAllToAll:
     name: ClassVar[str] = "coordinate-all-to-all"
     requires: ClassVar[frozenset[str]] = frozenset({Fact.DISPATCHED})
     provides: ClassVar[frozenset[str]] = frozenset({Fact.COORDINATED})
-    invalidates: ClassVar[frozenset[str]] = frozenset()
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
         """Rewrite the exchanges of all blocks."""

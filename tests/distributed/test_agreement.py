@@ -38,7 +38,6 @@ class Fails:
     name: ClassVar[str] = "fails"
     requires: ClassVar[frozenset[str]] = frozenset({Fact.MOE_BLOCKS})
     provides: ClassVar[frozenset[str]] = frozenset({Fact.SHARDED})  # so it comes before others
-    invalidates: ClassVar[frozenset[str]] = frozenset()
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
         if ctx.rank in self.ranks:
@@ -54,7 +53,6 @@ class Doubles:
     name: ClassVar[str] = "doubles"
     requires: ClassVar[frozenset[str]] = frozenset({Fact.DISPATCHED})
     provides: ClassVar[frozenset[str]] = frozenset()
-    invalidates: ClassVar[frozenset[str]] = frozenset()
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
         for _, block in blocks_of(gm) if ctx.rank == self.on else ():

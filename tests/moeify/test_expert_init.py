@@ -13,12 +13,12 @@ from torch import nn
 
 import moeify as mf
 from moeify import expert_split
-from moeify.api import prepare
 from moeify.calibration import mlp_inputs
 from moeify.errors import MoeifyError, PlanError, UnsupportedModuleError
 from moeify.expert_split import balanced_clusters
 from moeify.passes.blocks import find_site
 from moeify.passes.replace_mlps import build_block, expert_weights, router_weight
+from moeify.pipeline import prepare
 from moeify.plan import Plan
 from moeify.verification import is_exact
 

@@ -34,7 +34,6 @@ class ReluToSilu:
     name: ClassVar[str] = "relu-to-silu"
     requires: ClassVar[frozenset[str]] = frozenset({Fact.CAPTURED})
     provides: ClassVar[frozenset[str]] = frozenset({"smooth"})
-    invalidates: ClassVar[frozenset[str]] = frozenset()
 
     def run(self, gm: GraphModule, ctx: PlanContext) -> PassResult:
         found = gm.graph.find_nodes(op="call_function", target=torch.relu)

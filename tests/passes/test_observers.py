@@ -19,7 +19,6 @@ class NegToAbs:
     name: ClassVar[str] = "neg-to-abs"
     requires: ClassVar[frozenset[str]] = frozenset()
     provides: ClassVar[frozenset[str]] = frozenset({"positive"})
-    invalidates: ClassVar[frozenset[str]] = frozenset()
 
     def run(self, gm: GraphModule, ctx: PlanContext) -> PassResult:
         found = gm.graph.find_nodes(op="call_function", target=torch.neg)
@@ -33,7 +32,6 @@ class CheckPositive:
     name: ClassVar[str] = "check-positive"
     requires: ClassVar[frozenset[str]] = frozenset({"positive"})
     provides: ClassVar[frozenset[str]] = frozenset()
-    invalidates: ClassVar[frozenset[str]] = frozenset()
 
     def run(self, gm: GraphModule, ctx: PlanContext) -> PassResult:
         return PassResult(gm, False)

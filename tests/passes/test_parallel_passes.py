@@ -14,9 +14,10 @@ from moeify.discovery import discover
 from moeify.errors import PassError, PlanError, UnsupportedModuleError
 from moeify.layout import Layout
 from moeify.mesh import World
-from moeify.passes.base import Fact, Pass, PlanContext
+from moeify.passes.base import Fact, Pass, PassResult, PlanContext
 from moeify.passes.blocks import blocks_of
 from moeify.passes.coordinate_all_to_all import CoordinateAllToAll
+from moeify.passes.facts import CHECKS
 from moeify.passes.find_mlps import FindMlps
 from moeify.passes.hierarchical_all_to_all import HierarchicalAllToAll
 from moeify.passes.insert_all_to_all import InsertAllToAll
@@ -31,8 +32,6 @@ from moeify.passes.slice_experts import SliceExperts
 from moeify.plan import Plan
 from moeify.resolve import resolve_sites
 from moeify.simulate_counter import fake_world
-
-FACTS = frozenset({Fact.CAPTURED, Fact.RESOLVED})
 
 
 def block_after(passes: list[Pass], *, world: int = 4, node: int = 2, **parallel: Any) -> Any:
@@ -55,9 +54,9 @@ def block_after(passes: list[Pass], *, world: int = 4, node: int = 2, **parallel
     )
     mesh = World.create(Layout.of(plan.parallel, world))
     mesh.node = node
-    ctx = PlanContext(plan=plan, resolved=resolved, mesh=mesh, facts=FACTS, model=model)
+    ctx = PlanContext(plan=plan, resolved=resolved, mesh=mesh, model=model)
     first: list[Pass] = [FindMlps(found.regions), ReplaceMlps(found), ShardExperts()]
-    manager = PassManager([*first, *passes])
+    manager = PassManager([*first, *passes], checks=CHECKS)
     gm = manager.run(found.capture.graph_module, ctx).graph_module
     ((_, block),) = blocks_of(gm)
     return ctx, manager, gm, block
@@ -120,8 +119,8 @@ def _alone(passes: list[Pass]) -> Any:
     resolved = resolve_sites(
         plan, found.sites, parameters=found.parameters, parameter_bytes=found.parameter_bytes
     )
-    ctx = PlanContext(plan=plan, resolved=resolved, facts=FACTS, model=model)
-    manager = PassManager([FindMlps(found.regions), ReplaceMlps(found), *passes])
+    ctx = PlanContext(plan=plan, resolved=resolved, model=model)
+    manager = PassManager([FindMlps(found.regions), ReplaceMlps(found), *passes], checks=CHECKS)
     gm = manager.run(found.capture.graph_module, ctx).graph_module
     ((_, block),) = blocks_of(gm)
     return block
@@ -170,11 +169,8 @@ class _Rename:
     name = "rename"
     requires = frozenset({Fact.MOE_BLOCKS})
     provides: frozenset[str] = frozenset({Fact.SHARDED})
-    invalidates: frozenset[str] = frozenset()
 
-    def run(self, gm: fx.GraphModule, ctx: PlanContext) -> Any:
-        from moeify.passes.base import PassResult
-
+    def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
         ((_, block),) = blocks_of(gm)
         for call in block.graph.find_nodes(op="call_module", target="experts"):
             with block.graph.inserting_after(call):
