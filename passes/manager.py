@@ -211,10 +211,10 @@ class PassManager:
                 )
 
     def _annotate(self, error: Exception, p: Pass, before: Sequence[str], gm: GraphModule) -> None:
-        """Add to an exception where it happened; and the graph, unless the user has to mend it."""
+        """Add to an exception where it happened; and the graph, unless the message says all."""
         after = ", ".join(before) or "no other pass"
         error.add_note(f"while running pass {p.name!r}, after {after}")
-        if isinstance(error, InputError):
+        if isinstance(error, InputError | PassOrderError):
             return
         written = [where for ob in self.observers if (where := ob.failed(p, gm))]
         if written:

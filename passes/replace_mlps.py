@@ -133,8 +133,9 @@ def _marked_runs(
                 for source in node.all_input_nodes
                 if source not in nodes and marks[source] and not (first and marks[source] == "down")
             ]
-        ups = [linear for n in nodes if marks[n] == "up" and (linear := linear_of(n)) is not None]
-        if {linear.weight.name for linear in ups} == firsts:  # else an MLP that shares the second
+        projections = [linear_of(n) for n in marks if n in nodes and marks[n] == "up"]
+        ups = [projection for projection in projections if projection is not None]
+        if {up.weight.name for up in ups} == firsts:  # else another MLP with the same second one
             yield ups[0].source, out, tuple(nodes)
 
 
