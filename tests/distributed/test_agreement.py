@@ -40,8 +40,8 @@ class Fails:
     provides: ClassVar[frozenset[str]] = frozenset({Fact.SHARDED})  # so it comes before others
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
-        if ctx.rank in self.ranks:
-            raise ValueError(f"not on rank {ctx.rank}")
+        if ctx.mesh.rank in self.ranks:
+            raise ValueError(f"not on rank {ctx.mesh.rank}")
         return PassResult(gm, False)
 
 
@@ -55,13 +55,13 @@ class Doubles:
     provides: ClassVar[frozenset[str]] = frozenset()
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
-        for _, block in blocks_of(gm) if ctx.rank == self.on else ():
+        for _, block in blocks_of(gm) if ctx.mesh.rank == self.on else ():
             (output,) = block.graph.find_nodes(op="output")
             (y,) = output.all_input_nodes
             with block.graph.inserting_before(output):
                 output.replace_input_with(y, block.graph.call_function(torch.add, (y, y)))
             block.recompile()
-        return PassResult(gm, True)
+        return PassResult(gm, ctx.mesh.rank == self.on)
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Patches(Fails):
     ranks: tuple[int, ...] = (1,)
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
-        if ctx.rank in self.ranks:
+        if ctx.mesh.rank in self.ranks:
             ctx.model.b.forward = type(ctx.model.b).forward.__get__(ctx.model.b)
         return PassResult(gm, False)
 

@@ -156,8 +156,10 @@ def test_widths_that_do_not_slice():
 
 
 def test_stages_need_several_nodes():
-    with fake_world(4, 4), pytest.raises(PlanError, match="LOCAL_WORLD_SIZE"):
+    with fake_world(4, 4), pytest.raises(PlanError, match="LOCAL_WORLD_SIZE") as caught:
         block_after(CASES["hierarchical"][0], node=4, expert=4, all_to_all="hierarchical")
+    (note,) = caught.value.__notes__  # and not the graph
+    assert note.startswith("while running pass 'hierarchical-all-to-all', after find-mlps, ")
 
 
 def test_a_block_that_another_pass_has_changed():
