@@ -21,7 +21,7 @@ from moeify.passes.observers import Observer
 from moeify.passes.order import order_passes
 from moeify.passes.printer import print_graph
 from moeify.passes.report import PassReport, count_nodes, count_ops, diff_ops
-from moeify.passes.snapshot import Snapshot
+from moeify.passes.snapshot import Changes, Snapshot
 from moeify.passes.verifier import DEFAULT_RULES, Check, Rule, verify_graph
 
 __all__ = ["PassManager", "PassReport", "order_passes"]
@@ -184,7 +184,8 @@ class PassManager:
     ) -> None:
         """See that a pass did what it says, recompile what it changed, and tell about it."""
         gm = result.graph_module
-        _check_changes(p, result, before)
+        changes = before.compare(gm)
+        _check_changes(p, result, changes)
         facts = ctx.facts | p.provides
         verify_graph(gm, replace(ctx, facts=facts), self.rules)
         self._check_provided(p, gm, ctx)
@@ -192,9 +193,14 @@ class PassManager:
             for module in gm.modules():
                 if isinstance(module, GraphModule):
                     module.recompile()
-        changes = diff_ops(before.ops, count_ops(gm))
         report = PassReport(
-            p.name, result.modified, seconds, before.nodes, count_nodes(gm), changes
+            p.name,
+            result.modified,
+            seconds,
+            before.nodes,
+            count_nodes(gm),
+            diff_ops(before.ops, count_ops(gm)),
+            analysis=bool(changes.notes),
         )
         self.facts = facts
         self.reports.append(report)
@@ -260,9 +266,8 @@ def _check_result(p: Pass, result: object) -> None:
         raise PassError(f"{p.name} returned a {kind} for the graph; return a GraphModule")
 
 
-def _check_changes(p: Pass, result: PassResult, before: Snapshot) -> None:
+def _check_changes(p: Pass, result: PassResult, changes: Changes) -> None:
     """Compare what a pass says with what it did."""
-    changes = before.compare(result.graph_module)
     if changes and not result.modified:
         what = changes.program or changes.notes
         raise PassError(f"{p.name} changed {what} and returned modified=False; return True")

@@ -525,7 +525,19 @@ def test_an_analysis_changes_records_only(gm):
 
     manager = PassManager([returning(mark_all)])
     assert manager.run(gm, CTX).modified
+    assert str(manager.reports[0]).startswith("odd: wrote down what it found, ")
     assert not manager.run(gm, CTX).modified
+    assert str(manager.reports[0]).startswith("odd: nothing changed, ")
+
+
+def test_a_transformation_may_change_modules_only(gm):
+    def set_training(gm):
+        return PassResult(gm.eval(), True)
+
+    manager = PassManager([returning(set_training)])
+    manager.run(gm, CTX)
+    text = "odd: the same 4 nodes, what they call or read changed, "
+    assert str(manager.reports[0]).startswith(text)
 
 
 def test_records_of_new_nodes_belong_to_the_transformation(gm):
