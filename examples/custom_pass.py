@@ -45,7 +45,6 @@ class ClampExperts:
     name: ClassVar[str] = "clamp-experts"
     requires: ClassVar[frozenset[str]] = frozenset({Fact.MOE_BLOCKS})
     provides: ClassVar[frozenset[str]] = frozenset({"experts-clamped"})
-    invalidates: ClassVar[frozenset[str]] = frozenset()
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
         changed = False

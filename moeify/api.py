@@ -51,7 +51,8 @@ def moeify(
             from the config of a Hugging Face model if None.
         mesh: Your own DeviceMesh with the dimensions "dp" and "tp", in a world of several ranks;
             made from the plan if None.
-        passes: Your own graph passes, ordered among moeify's by their facts.
+        passes: Your own graph passes. Each goes right before `lower-kernels`, unless its facts ask
+            for another place among moeify's.
         verify: Run the dense and the converted model on the example inputs and compare outputs
             and gradients; needs memory for the gradients.
 

@@ -23,8 +23,7 @@ from moeify.expert_models import averaging
 from moeify.install import Installation
 from moeify.parallel import assert_same_layers, init_world
 from moeify.passes.base import Pass
-from moeify.passes.slice_dense import SliceDense
-from moeify.pipeline import prepare, refuse_wrapped, run_pipeline
+from moeify.pipeline import prepare, read_plan, run_pipeline
 from moeify.plan import Plan
 from moeify.site_weights import assert_same_starts
 
@@ -39,7 +38,7 @@ def convert(
     verify: bool = True,
 ) -> None:
     """Convert a model in place; arguments and errors as of `moeify.moeify`."""
-    chosen = run_on_all_ranks("take model and plan", lambda: _checked(model, plan))
+    chosen = run_on_all_ranks("take model and plan", lambda: read_plan(model, plan))
     world = init_world(chosen, mesh, model, verify=verify)
     inputs, discovery, resolved = run_on_all_ranks(
         "apply the plan", lambda: prepare(model, chosen, example_inputs)
@@ -48,30 +47,30 @@ def convert(
         run_on_all_ranks(
             "average its checkpoints", lambda: undo.enter_context(averaging(model, resolved))
         )
-        slices: list[Pass] = []
         if world is not None:
             assert_same_layers(resolved, model, inputs)
             world.prepare(layer.experts for layer in resolved)
-            if world.layout.tensor > 1:
-                slices = [SliceDense(discovery, inputs)]
         rows = run_on_all_ranks(
             "look at its MLPs' inputs", lambda: mlp_inputs(model, discovery, resolved, inputs)
         )
         built = run_on_all_ranks(
             "build its blocks",
-            lambda: run_pipeline(model, chosen, resolved, discovery, passes, world, slices, rows),
+            lambda: run_pipeline(
+                model,
+                chosen,
+                resolved,
+                discovery,
+                passes=passes,
+                world=world,
+                example_inputs=inputs,
+                calibrated=rows,
+            ),
         )
         if world is not None:
             assert_same_starts(model, resolved, discovery, rows)
         Installation(
             model, chosen, resolved, discovery, built, inputs, verify=verify, world=world
         ).run()
-
-
-def _checked(model: nn.Module, plan: Plan | Mapping[str, Any] | str | os.PathLike[str]) -> Plan:
-    """Read the plan, and refuse what no plan can do."""
-    refuse_wrapped(model)
-    return Plan.of(plan)
 
 
 def convert_without_values(

@@ -11,7 +11,14 @@ class MoeifyError(Exception):
     """Base of every error that moeify raises on purpose."""
 
 
-class PlanError(MoeifyError, ValueError):
+class InputError(MoeifyError):
+    """What the user gave cannot be used; the message says all, and no graph would say more.
+
+    Raised while a pass runs, it is shown without the graph that the pass was at.
+    """
+
+
+class PlanError(InputError, ValueError):
     """A plan that cannot be read, or that does not fit the model or the world.
 
     Args:
@@ -29,11 +36,11 @@ class PlanError(MoeifyError, ValueError):
         super().__init__(": ".join(part for part in (where, path, message) if part))
 
 
-class CaptureError(MoeifyError, RuntimeError):
+class CaptureError(InputError, RuntimeError):
     """The model could not be run once to record its graph."""
 
 
-class UnsupportedModuleError(MoeifyError, TypeError):
+class UnsupportedModuleError(InputError, TypeError):
     """A chosen part of the model cannot be converted; `module` names it."""
 
     def __init__(self, module: str, reason: str) -> None:
@@ -46,14 +53,14 @@ class PassError(MoeifyError, RuntimeError):
 
 
 class PassOrderError(MoeifyError, ValueError):
-    """The passes cannot be ordered: a fact has no provider, or the order is a cycle."""
+    """A fact that a pass requires does not hold, or the facts ask for an order in a circle."""
 
 
 class VerificationError(MoeifyError, RuntimeError):
     """The converted model failed a check; the model has been rolled back to the dense one."""
 
 
-class CheckpointError(MoeifyError, RuntimeError):
+class CheckpointError(InputError, RuntimeError):
     """A saved model is incomplete, damaged, or does not fit."""
 
 

@@ -36,8 +36,9 @@ from moeify.errors import (
 from moeify.fresh_weights import draw_again
 from moeify.hf import example_inputs_for, is_hf
 from moeify.input_spec import make_inputs
-from moeify.passes.base import Fact, PlanContext
+from moeify.passes.base import PlanContext
 from moeify.passes.drop_layers import DropLayers
+from moeify.passes.facts import CHECKS
 from moeify.passes.manager import PassManager
 from moeify.passes.observers import observers_from_env
 from moeify.passes.stacks import Miss, Stack, find_stacks
@@ -269,8 +270,10 @@ def _refuse_shared(model: nn.Module, cut: Cut) -> None:
 
 def _on_graph(model: nn.Module, found: Capture, stacks: list[Stack], cuts: list[Cut]) -> None:
     drop = DropLayers(stacks, {cut.path: cut.kept for cut in cuts})
-    context = PlanContext(facts=frozenset({Fact.CAPTURED}), model=model)
-    PassManager([drop], observers=observers_from_env()).run(found.graph_module, context)
+    context = PlanContext(model=model)
+    PassManager([drop], observers=observers_from_env(), checks=CHECKS).run(
+        found.graph_module, context
+    )
 
 
 def _same_nodes(before: list[Stack], cuts: list[Cut], after: list[Stack]) -> None:

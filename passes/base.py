@@ -1,21 +1,22 @@
-"""What a pass is: a frozen dataclass that says which facts it needs, gives and breaks.
+"""What a pass is: a frozen dataclass that says which facts it needs and which it makes true.
 
-Passes never name each other. One *provides* the fact `moe-blocks`, another *requires* it, a third
-*invalidates* it; the manager works out the order. A fact is a string, so that passes of your own
-can use facts of their own; `Fact` holds the ones that moeify's passes use.
+Passes never name each other. One *provides* the fact `moe-blocks`, another *requires* it. A fact is
+a string, so that passes of your own can use facts of their own; `Fact` holds the ones that
+moeify's passes use. Those have a check (`moeify.passes.facts`): the graph itself is asked whether
+they hold, before a pass that requires them and after one that provides them.
 
-There are two kinds of pass. An *analysis* pass writes what it finds onto the nodes (through
-`moeify.passes.records`) and never changes the graph: it returns `modified=False`. A
-*transformation* pass changes the graph, and says so; run a second time it finds nothing left
-to do and returns `modified=False`.
+There are two kinds of pass, and no pass is both. An *analysis* writes what it finds onto nodes
+(through `moeify.passes.records`) or into the graph's `meta`, and leaves what the graph computes
+alone. A *transformation* changes the graph, or the modules that it calls. Either returns
+`modified=True` if anything changed; run a second time it finds nothing left to do and returns
+`modified=False`. The manager compares, and raises where a pass says otherwise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
@@ -24,38 +25,38 @@ if TYPE_CHECKING:
     import torch
 
     from moeify.layer_plan import ResolvedPlan
+    from moeify.mesh import World
     from moeify.plan import Plan
+
 
 __all__ = ["Fact", "Pass", "PassResult", "PlanContext"]
 
 
 class Fact(StrEnum):
-    """What passes may know about a graph. Any other string is a fact as well."""
+    """What passes may ask of a graph. Any other string is a fact as well."""
 
     CAPTURED = "captured"
-    """Every node has a record: where it comes from, what it reads, what it returns."""
-    MLP_SITES = "mlp-sites"
-    """The nodes of each MLP carry the name of their site and their role in it."""
+    """Nodes have records: where they come from, what they read, what they return."""
     RESOLVED = "resolved"
     """The plan has been applied to the sites: every site has its layer plan."""
+    MLP_SITES = "mlp-sites"
+    """The nodes of each planned MLP carry the name of their site and their role in it."""
     MOE_BLOCKS = "moe-blocks"
-    """The chosen sites are MoE blocks."""
-    SLICED = "sliced"
-    """Dense layers know which of them are sliced over the tensor ranks."""
+    """Every planned site is a call of a MoE block."""
+    EXPERT_CALLS = "expert-calls"
+    """Blocks call their experts as modules, where a rewrite can find them."""
     SHARDED = "sharded"
-    """Experts and dense layers hold this rank's share of their weights."""
+    """Experts that are spread over ranks hold this rank's share of their weights."""
     DISPATCHED = "dispatched"
-    """Collectives carry tokens to the ranks of their experts and back."""
+    """Blocks whose experts are spread over ranks exchange tokens with those ranks."""
     COORDINATED = "coordinated"
-    """The collectives have been rewritten for the mesh: among equal tensor ranks, or in stages."""
+    """The ranks of a tensor group share out the rows that they exchange, where that was asked."""
+    OVERLAPPED = "overlapped"
+    """Rows travel in as many pieces as were asked for."""
     PARTITIONED = "partitioned"
-    """Every parameter has its ZeRO partition."""
+    """It is decided over which ranks ZeRO partitions every parameter."""
     LOWERED = "lowered"
-    """Reference ops have been replaced by fused ones."""
-    INSTALLED = "installed"
-    """The blocks are in the user's model."""
-    VERIFIED = "verified"
-    """The converted model has been compared with the dense one."""
+    """Every block is fused as far as its graph allows. For passes of yours that come after that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,28 +66,17 @@ class PlanContext:
     Args:
         plan: The user's plan; None where a pass runs without one.
         resolved: The plan applied to this model.
-        mesh: The device mesh, or None in a single process.
-        rank: This process's rank.
-        world_size: Number of processes.
-        dtype: The dtype to compute in; None keeps the model's.
-        fake_mode: The fake tensor mode that shapes are computed under.
-        training: The graph is for training.
-        facts: What already holds for the graph before the first pass.
+        mesh: The meshes of a world of several ranks and this process's rank in it; None in a
+            single process.
+        facts: What already holds for the graph before the first pass, where no check can tell.
         model: The model that the graph was taken from. Read only.
-        extras: Options of passes that moeify does not know.
     """
 
     plan: Plan | None = None
     resolved: ResolvedPlan | None = None
-    mesh: Any | None = None
-    rank: int = 0
-    world_size: int = 1
-    dtype: torch.dtype | None = None
-    fake_mode: Any | None = None
-    training: bool = False
+    mesh: World | None = None
     facts: frozenset[str] = frozenset()
     model: torch.nn.Module | None = None
-    extras: Mapping[str, object] = field(default_factory=dict)
 
 
 @runtime_checkable
@@ -97,7 +87,6 @@ class Pass(Protocol):
         name: Verb and noun, such as `insert-all-to-all`. Unique in a pipeline.
         requires: Facts that must hold before it runs.
         provides: Facts that hold after it.
-        invalidates: Facts that no longer hold after it.
 
     Example:
         >>> from dataclasses import dataclass
@@ -108,7 +97,6 @@ class Pass(Protocol):
         ...     name: ClassVar[str] = "drop-identity"
         ...     requires: ClassVar[frozenset[str]] = frozenset()
         ...     provides: ClassVar[frozenset[str]] = frozenset({"no-identity"})
-        ...     invalidates: ClassVar[frozenset[str]] = frozenset()
         ...
         ...     def run(self, gm: GraphModule, ctx: PlanContext) -> PassResult:
         ...         found = gm.graph.find_nodes(op="call_function", target=torch.clone)
@@ -128,9 +116,6 @@ class Pass(Protocol):
 
     @property
     def provides(self) -> frozenset[str]: ...
-
-    @property
-    def invalidates(self) -> frozenset[str]: ...
 
     def run(self, gm: GraphModule, ctx: PlanContext) -> PassResult:
         """Analyse or rewrite the graph.

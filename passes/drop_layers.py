@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Final
+from typing import ClassVar
 
 from torch import fx
 
@@ -28,9 +28,6 @@ from moeify.errors import UnsupportedModuleError
 from moeify.passes.base import Fact, PassResult, PlanContext
 from moeify.passes.records import record_of
 from moeify.passes.stacks import Block, Stack
-
-SHORTENED: Final = "shortened"
-"""The fact that layers to drop are gone from the graph."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +43,7 @@ class DropLayers:
     kept: Mapping[str, Sequence[int]]
     name: ClassVar[str] = "drop-layers"
     requires: ClassVar[frozenset[str]] = frozenset({Fact.CAPTURED})
-    provides: ClassVar[frozenset[str]] = frozenset({SHORTENED})
-    invalidates: ClassVar[frozenset[str]] = frozenset()
+    provides: ClassVar[frozenset[str]] = frozenset()
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
         """Erase the nodes of every dropped layer.
@@ -93,4 +89,4 @@ def _erase(graph: fx.Graph, block: Block, source: fx.Node) -> None:
         graph.erase_node(node)
 
 
-__all__ = ["SHORTENED", "DropLayers"]
+__all__ = ["DropLayers"]

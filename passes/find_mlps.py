@@ -46,7 +46,7 @@ from moeify.passes.operations import (
     shape_of,
     strip,
 )
-from moeify.passes.records import record_of, update_record
+from moeify.passes.records import mark, record_of
 
 _INNER = ELEMENTWISE | RESHAPES | CASTS | DROPOUTS | OVER_WIDTH | SPLITS | {"glu", "prelu"}
 
@@ -110,7 +110,7 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class FindMlps:
-    """Write `site` and `role` on the nodes of every MLP.
+    """Write `site` and `role` on the nodes of every MLP, for whoever replaces them.
 
     Args:
         regions: The MLPs, where they have been found before; searched for if None.
@@ -120,19 +120,19 @@ class FindMlps:
     name: ClassVar[str] = "find-mlps"
     requires: ClassVar[frozenset[str]] = frozenset({Fact.CAPTURED})
     provides: ClassVar[frozenset[str]] = frozenset({Fact.MLP_SITES})
-    invalidates: ClassVar[frozenset[str]] = frozenset()
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
         """Mark the regions of `gm`; the site's provisional name is its last projection's weight."""
         regions = self.regions if self.regions is not None else find_regions(gm.graph)[0]
+        changed = False
         for region in regions:
             name = region.down.weight.name
             roles = [(node, "up") for up in region.ups for node in up.nodes]
             roles += [(node, "inner") for node in region.interior]
             roles += [(node, "down") for node in region.down.nodes]
             for node, role in roles:
-                update_record(node, site=name, role=role)
-        return PassResult(gm, False)
+                changed |= mark(node, site=name, role=role)
+        return PassResult(gm, changed)
 
 
 def find_regions(graph: fx.Graph, *, training: bool = False) -> tuple[list[Region], list[NearMiss]]:

@@ -35,13 +35,12 @@ from moeify.passes.exchange_nodes import node
 class GatherPartitions:
     """Gather the parameters of every block by nodes, for `zero: {engine: graph}`.
 
-    Declare it after the passes that look for calls of experts: it turns them into functions.
+    The last pass: it turns the calls of experts, which others look for, into functions.
     """
 
     name: ClassVar[str] = "gather-partitions"
     requires: ClassVar[frozenset[str]] = frozenset({Fact.MOE_BLOCKS, Fact.PARTITIONED})
     provides: ClassVar[frozenset[str]] = frozenset()
-    invalidates: ClassVar[frozenset[str]] = frozenset()
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
         """Add the gathers; stages below 2 and other engines leave the graph as it is."""
@@ -52,10 +51,7 @@ class GatherPartitions:
             return PassResult(gm, False)
         changed = False
         for _, block in blocks_of(gm):
-            if _rewrite(block, ahead=zero.prefetch > 0):
-                block.graph.lint()
-                block.recompile()
-                changed = True
+            changed |= _rewrite(block, ahead=zero.prefetch > 0)
         return PassResult(gm, changed)
 
 

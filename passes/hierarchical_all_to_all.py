@@ -51,9 +51,8 @@ class HierarchicalAllToAll:
     """Split the all-to-alls of every block in two stages, where that was chosen."""
 
     name: ClassVar[str] = "hierarchical-all-to-all"
-    requires: ClassVar[frozenset[str]] = frozenset({Fact.DISPATCHED})
+    requires: ClassVar[frozenset[str]] = frozenset({Fact.DISPATCHED, Fact.OVERLAPPED})
     provides: ClassVar[frozenset[str]] = frozenset()
-    invalidates: ClassVar[frozenset[str]] = frozenset()
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
         """Rewrite the exchanges of all blocks.
@@ -84,8 +83,6 @@ class HierarchicalAllToAll:
                 continue
             for trip in found.trips():
                 _rewrite(trip, _Groups.of(mesh, world.rank, path))
-            block.graph.lint()
-            block.recompile()
             changed = True
         if parallel.all_to_all == "hierarchical" and not spread:
             raise ctx.plan.fault(

@@ -54,9 +54,8 @@ class InsertAllToAll:
     """Exchange rows in every block whose experts are spread over ranks."""
 
     name: ClassVar[str] = "insert-all-to-all"
-    requires: ClassVar[frozenset[str]] = frozenset({Fact.MOE_BLOCKS, Fact.SHARDED})
+    requires: ClassVar[frozenset[str]] = frozenset({Fact.EXPERT_CALLS, Fact.SHARDED})
     provides: ClassVar[frozenset[str]] = frozenset({Fact.DISPATCHED})
-    invalidates: ClassVar[frozenset[str]] = frozenset()
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
         """Rewrite the blocks.
@@ -81,8 +80,6 @@ class InsertAllToAll:
                 gather_tokens(block.graph, group, layer.experts, path, splits)
             else:
                 _rewrite(block.graph, group, path, splits)
-            block.graph.lint()
-            block.recompile()
             changed = True
         return PassResult(gm, changed)
 

@@ -27,19 +27,28 @@ class JoinRouters:
     name: ClassVar[str] = "join-routers"
     requires: ClassVar[frozenset[str]] = frozenset({Fact.MOE_BLOCKS})
     provides: ClassVar[frozenset[str]] = frozenset()
-    invalidates: ClassVar[frozenset[str]] = frozenset()
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
         """Set the routers' groups; in one process nothing changes."""
         world: World | None = ctx.mesh
         if world is None:
             return PassResult(gm, False)
+        changed = False
         for path, block in blocks_of(gm):
             router = block.get_submodule("router")
             assert isinstance(router, Router)
-            router.where = path
-            if world.layout.dp > 1:
-                router.group = world.dense.get_group("dp").group_name
-            if world.layout.tensor > 1:
-                router.tensor_group = world.dense.get_group("tp").group_name
-        return PassResult(gm, False)
+            wanted = (
+                path,
+                _group(world, "dp", world.layout.dp),
+                _group(world, "tp", world.layout.tensor),
+            )
+            if (router.where, router.group, router.tensor_group) != wanted:
+                router.where, router.group, router.tensor_group = wanted
+                changed = True
+        return PassResult(gm, changed)
+
+
+def _group(world: World, dimension: str, ranks: int) -> str:
+    """Return the name of this rank's group along a dimension; "" if it is alone there."""
+    name: str = world.dense.get_group(dimension).group_name if ranks > 1 else ""
+    return name

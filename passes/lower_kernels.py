@@ -44,9 +44,8 @@ class LowerKernels:
 
     kernel: str = "auto"
     name: ClassVar[str] = "lower-kernels"
-    requires: ClassVar[frozenset[str]] = frozenset({Fact.MOE_BLOCKS})
+    requires: ClassVar[frozenset[str]] = frozenset({Fact.MOE_BLOCKS, Fact.EXPERT_CALLS})
     provides: ClassVar[frozenset[str]] = frozenset({Fact.LOWERED})
-    invalidates: ClassVar[frozenset[str]] = frozenset()
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
         """Choose a kernel for each block and rewrite its graph.
@@ -72,8 +71,6 @@ class LowerKernels:
                     changed = True
                 else:
                     log.info("%s: not fused: other nodes lie between its experts", path)
-            block.graph.lint()
-            block.recompile()
         return PassResult(gm, changed)
 
 

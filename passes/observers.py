@@ -38,7 +38,7 @@ class Observer:
         """A run begins.
 
         Args:
-            names: The passes in the order of the run, those of nested managers included.
+            names: The passes in the order of the run.
             gm: The graph before the first pass.
         """
 
@@ -69,6 +69,18 @@ class Observer:
             gm: The graph after it.
             report: What it did.
         """
+
+    def failed(self, pass_: Pass, gm: GraphModule) -> str:
+        """A pass has failed, and not because of what the user gave.
+
+        Args:
+            pass_: The pass.
+            gm: The graph as it left it; may break rules.
+
+        Returns:
+            The file in which the graph is now, for the error; "" if it is in none.
+        """
+        return ""
 
     def end(self, reports: Sequence[PassReport]) -> None:
         """The run is over, or has failed.
@@ -132,8 +144,9 @@ class Timing(Observer):
 class Dump(Observer):
     """Write each stage to a file: `00-capture.txt`, `01-find-mlps.txt`, and `01-find-mlps.diff`.
 
-    Files of an earlier run under the same names are overwritten. A second run that is told to the
-    same object goes on with the numbers.
+    Where a pass fails, `02-lower-squares.failed.txt` is the graph as it left it. Files of an
+    earlier run under the same names are overwritten. A second run that is told to the same object
+    goes on with the numbers.
 
     Args:
         folder: Where to write; made if missing.
@@ -159,10 +172,14 @@ class Dump(Observer):
         self._text = text
         self._number += 1
 
-    def _write(self, stage: str, suffix: str, text: str) -> None:
+    def failed(self, pass_: Pass, gm: GraphModule) -> str:
+        return str(self._write(pass_.name, ".failed.txt", print_graph(gm)))
+
+    def _write(self, stage: str, suffix: str, text: str) -> Path:
         stem = "".join(c if c.isalnum() or c in "-_." else "_" for c in stage)
         path = self.folder / f"{self._number:02d}-{stem}{suffix}"
         path.write_text(text, encoding="utf-8")
+        return path
 
 
 class DisableByName(Observer):

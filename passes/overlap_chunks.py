@@ -40,9 +40,8 @@ class OverlapChunks:
     """Cut the exchange of every block in `parallel.overlap_chunks` pieces."""
 
     name: ClassVar[str] = "overlap-chunks"
-    requires: ClassVar[frozenset[str]] = frozenset({Fact.DISPATCHED})
-    provides: ClassVar[frozenset[str]] = frozenset()
-    invalidates: ClassVar[frozenset[str]] = frozenset()
+    requires: ClassVar[frozenset[str]] = frozenset({Fact.DISPATCHED, Fact.COORDINATED})
+    provides: ClassVar[frozenset[str]] = frozenset({Fact.OVERLAPPED})
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
         """Rewrite the exchanges of all blocks; 1 piece changes nothing.
@@ -58,8 +57,6 @@ class OverlapChunks:
                 continue
             _check(found)
             _rewrite(found, pieces)
-            block.graph.lint()
-            block.recompile()
             changed = True
         return PassResult(gm, changed)
 

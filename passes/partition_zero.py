@@ -42,19 +42,18 @@ class PartitionZero:
     """Decide what is partitioned, over which ranks, and in which units."""
 
     name: ClassVar[str] = "partition-zero"
-    requires: ClassVar[frozenset[str]] = frozenset({Fact.MOE_BLOCKS, Fact.DISPATCHED})
+    requires: ClassVar[frozenset[str]] = frozenset({Fact.MOE_BLOCKS, Fact.SHARDED})
     provides: ClassVar[frozenset[str]] = frozenset({Fact.PARTITIONED})
-    invalidates: ClassVar[frozenset[str]] = frozenset()
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
-        """Decide, log it and write it down; the graph is not changed."""
+        """Decide, log it and write it into the graph's `meta`."""
         world: World | None = ctx.mesh
         if world is None or ctx.plan is None or ctx.resolved is None or ctx.model is None:
             return PassResult(gm, False)
         spec = ctx.plan.zero
         names = _names(gm, ctx, world)
         units, merged = _units(gm, ctx.model, names)
-        gm.meta[ZERO] = ZeroPlan(
+        decided = ZeroPlan(
             spec.stage,
             _with_prefetch(units, spec.prefetch),
             spec.engine,
@@ -66,9 +65,12 @@ class PartitionZero:
             world.device_type,
         )
         if spec.stage:
-            for line in gm.meta[ZERO].lines():
+            for line in decided.lines():
                 log.info("%s", line)
-        return PassResult(gm, False)
+        if zero_of(gm) == decided:
+            return PassResult(gm, False)
+        gm.meta[ZERO] = decided
+        return PassResult(gm, True)
 
 
 def zero_of(gm: fx.GraphModule) -> ZeroPlan | None:

@@ -106,3 +106,28 @@ def update_record(node: Node, **changes: Any) -> NodeRecord:
     rec = replace(record_of(node) or NodeRecord(module_path=""), **changes)
     set_record(node, rec)
     return rec
+
+
+def mark(node: Node, **changes: Any) -> bool:
+    """Change fields of a node's record as `update_record` does, and tell whether they differed.
+
+    Args:
+        node: The node to write to.
+        **changes: Fields of `NodeRecord` and their new values.
+
+    Returns:
+        True if the record is another one now: what an analysis returns as `modified`.
+
+    Raises:
+        TypeError: A name in `changes` is no field of `NodeRecord`.
+
+    Example:
+        >>> from torch.fx import Graph
+        >>> node = Graph().placeholder("x")
+        >>> mark(node, site="layers.0.mlp", role="input")
+        True
+        >>> mark(node, site="layers.0.mlp", role="input")
+        False
+    """
+    before = record_of(node)
+    return update_record(node, **changes) != before

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -46,12 +46,13 @@ from moeify.kernels import route
 from moeify.layer_plan import LayerPlan
 from moeify.passes.base import Fact, PassResult, PlanContext
 from moeify.passes.blocks import MOE_ROLE, block_path, find_site
-from moeify.passes.dataflow import Linear, linear_of, weight_of
+from moeify.passes.dataflow import linear_of, weight_of
 from moeify.passes.find_mlps import Region
 from moeify.passes.placement import parameter_names
 from moeify.passes.records import NodeRecord, record_of, set_record
 from moeify.router import Router
 from moeify.site_weights import expert_weights, router_weight
+from moeify.sites import Site
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +70,7 @@ class ReplaceMlps:
     inputs: Mapping[str, Calibration] = field(default_factory=dict)
     name: ClassVar[str] = "replace-mlps"
     requires: ClassVar[frozenset[str]] = frozenset({Fact.MLP_SITES, Fact.RESOLVED})
-    provides: ClassVar[frozenset[str]] = frozenset({Fact.MOE_BLOCKS})
-    invalidates: ClassVar[frozenset[str]] = frozenset()
+    provides: ClassVar[frozenset[str]] = frozenset({Fact.MOE_BLOCKS, Fact.EXPERT_CALLS})
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
         """Build the blocks of `ctx.resolved` and call them instead of the MLPs.
@@ -102,20 +102,53 @@ class ReplaceMlps:
         self, gm: fx.GraphModule, site: FoundSite | None, layer: LayerPlan
     ) -> list[tuple[fx.Node, fx.Node, tuple[fx.Node, ...]]]:
         """Return (input, output, nodes) of each run that is still in the graph."""
-        alive = set(gm.graph.nodes)
         if site is not None:
-            regions = [r for r in self.discovery.regions if r.key == site.region.key]
-            return [
-                (_source(r.ups[0]), r.down.out, r.nodes) for r in regions if r.down.out in alive
-            ]
-        name = layer.site.down.weight
+            return list(_marked_runs(gm.graph, layer.site))
+        name, alive = layer.site.down.weight, set(gm.graph.nodes)
         found = [lin for lin in self.discovery.linear_nodes if lin.weight.name == name]
-        return [(_source(lin), lin.out, lin.nodes) for lin in found if lin.out in alive]
+        return [(_source(lin.node), lin.out, lin.nodes) for lin in found if lin.out in alive]
 
 
-def _source(linear: Linear) -> fx.Node:
+def _marked_runs(
+    graph: fx.Graph, site: Site
+) -> Iterator[tuple[fx.Node, fx.Node, tuple[fx.Node, ...]]]:
+    """Yield (input, output, nodes) of each run of an MLP, by the roles of its nodes.
+
+    From the last node of the second projection back to the first ones: what these read belongs to
+    the model, or to a run before.
+    """
+    marks = {node: _role(node, site.down.weight) for node in graph.nodes}
+    firsts = {projection.weight for projection in site.up}
+    for out, role in marks.items():
+        if role != "down" or any(marks.get(user) == "down" for user in out.users):
+            continue
+        nodes: dict[fx.Node, None] = {}
+        todo = [out]
+        while todo:
+            node = todo.pop()
+            nodes[node] = None
+            first = marks[node] == "up"
+            todo += [
+                source
+                for source in node.all_input_nodes
+                if source not in nodes and marks[source] and not (first and marks[source] == "down")
+            ]
+        projections = [linear_of(n) for n in marks if n in nodes and marks[n] == "up"]
+        ups = [projection for projection in projections if projection is not None]
+        if {up.weight.name for up in ups} == firsts:  # else another MLP with the same second one
+            yield ups[0].source, out, tuple(nodes)
+
+
+def _role(node: fx.Node, site: str) -> str:
+    record = record_of(node)
+    if record is None or record.site != site or record.role is None:
+        return ""
+    return record.role
+
+
+def _source(projection: fx.Node) -> fx.Node:
     """Return what a projection reads now: an MLP before it may have become a block."""
-    now = linear_of(linear.node)
+    now = linear_of(projection)
     assert now is not None
     return now.source
 
@@ -237,7 +270,6 @@ def _block_graph(layer: LayerPlan, channel: int, argument: str, root: nn.Module)
     if channel != -1:
         out = graph.call_method("movedim", (out, -1, channel))
     graph.output(out)
-    graph.lint()
     return graph
 
 

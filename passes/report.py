@@ -23,6 +23,7 @@ class PassReport:
         nodes_after: Number of nodes after it.
         ops: How many more (or fewer) calls of each function, method and module type there are.
         skipped: It was disabled and did not run.
+        analysis: What it changed are notes: records of nodes, or the graph's `meta`.
     """
 
     name: str
@@ -32,13 +33,18 @@ class PassReport:
     nodes_after: int
     ops: Mapping[str, int] = field(default_factory=dict)
     skipped: bool = False
+    analysis: bool = False
 
     def __str__(self) -> str:
         if self.skipped:
             return f"{self.name}: disabled"
         if not self.modified:
             return f"{self.name}: nothing changed, {self.seconds * 1e3:.1f} ms"
+        if self.analysis:
+            return f"{self.name}: wrote down what it found, {self.seconds * 1e3:.1f} ms"
         nodes = f"{self.nodes_before} -> {self.nodes_after} nodes"
+        if not self.ops and self.nodes_before == self.nodes_after:
+            nodes = f"the same {self.nodes_after} nodes, what they call or read changed"
         changes = "".join(f", {count:+d} {op}" for op, count in self.ops.items())
         return f"{self.name}: {nodes}{changes}, {self.seconds * 1e3:.1f} ms"
 

@@ -39,13 +39,13 @@ class ShardExperts:
     name: ClassVar[str] = "shard-experts"
     requires: ClassVar[frozenset[str]] = frozenset({Fact.MOE_BLOCKS})
     provides: ClassVar[frozenset[str]] = frozenset({Fact.SHARDED})
-    invalidates: ClassVar[frozenset[str]] = frozenset()
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
         """Shard the blocks over `ctx.mesh`; without one nothing changes."""
         world: World | None = ctx.mesh
         if world is None or ctx.resolved is None:
             return PassResult(gm, False)
+        changed = False
         for path, block in blocks_of(gm):
             layer = layer_at(gm, path, ctx.resolved)
             experts = block.get_submodule("experts")
@@ -53,7 +53,8 @@ class ShardExperts:
                 continue
             _shard(experts, world, layer, path)
             log.info("%s: %s", path, describe(world.layout, layer))
-        return PassResult(gm, False)
+            changed = True
+        return PassResult(gm, changed)
 
 
 def share_of(world: World, experts: int) -> range:

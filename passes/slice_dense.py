@@ -27,7 +27,7 @@ from moeify.capture import ExampleInputs
 from moeify.discovery import Discovery
 from moeify.passes.base import Fact, PassResult, PlanContext
 from moeify.passes.blocks import SLICES
-from moeify.passes.records import record_of, update_record
+from moeify.passes.records import mark, record_of
 from moeify.tensor_parallel import SlicePlan
 from moeify.tensor_parallel_derive import derive
 
@@ -48,11 +48,10 @@ class SliceDense:
     example_inputs: ExampleInputs | None = None
     name: ClassVar[str] = "slice-dense"
     requires: ClassVar[frozenset[str]] = frozenset({Fact.RESOLVED})
-    provides: ClassVar[frozenset[str]] = frozenset({Fact.SLICED})
-    invalidates: ClassVar[frozenset[str]] = frozenset()
+    provides: ClassVar[frozenset[str]] = frozenset()
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
-        """Derive the slices, log them and write them down; the graph is not changed."""
+        """Derive the slices, log them and write them down, on nodes and in the graph's `meta`."""
         assert ctx.resolved is not None
         assert ctx.model is not None
         plan = derive(
@@ -64,9 +63,11 @@ class SliceDense:
         )
         for line in plan.lines():
             log.info("%s", line)
-        _mark(gm, self.discovery, plan)
-        gm.meta[SLICES] = plan
-        return PassResult(gm, False)
+        changed = _mark(gm, self.discovery, plan)
+        if slices_of(gm) != plan:
+            gm.meta[SLICES] = plan
+            changed = True
+        return PassResult(gm, changed)
 
 
 def slices_of(gm: fx.GraphModule) -> SlicePlan | None:
@@ -76,15 +77,17 @@ def slices_of(gm: fx.GraphModule) -> SlicePlan | None:
     return found
 
 
-def _mark(gm: fx.GraphModule, discovery: Discovery, plan: SlicePlan) -> None:
-    """Write layer and way onto the sliced projections that belong to no site."""
+def _mark(gm: fx.GraphModule, discovery: Discovery, plan: SlicePlan) -> bool:
+    """Write layer and way onto the sliced projections that belong to no site; tell if any."""
     layer = {path: pair.name for pair in plan.pairs for path in (*pair.colwise, pair.rowwise)}
     alive = set(gm.graph.nodes)
+    changed = False
     for linear in discovery.linear_nodes:
         path = linear.weight.name.rpartition(".")[0]
         record = record_of(linear.node)
         if path in layer and linear.node in alive and (record is None or record.site is None):
-            update_record(linear.node, site=layer[path], role=plan.modules[path])
+            changed |= mark(linear.node, site=layer[path], role=plan.modules[path])
+    return changed
 
 
 __all__ = ["SliceDense", "slices_of"]

@@ -41,9 +41,8 @@ class SliceExperts:
     """Slice the experts of every block where the plan says `experts_in_tp: slice`."""
 
     name: ClassVar[str] = "slice-experts"
-    requires: ClassVar[frozenset[str]] = frozenset({Fact.MOE_BLOCKS, Fact.SHARDED})
+    requires: ClassVar[frozenset[str]] = frozenset({Fact.EXPERT_CALLS, Fact.SHARDED})
     provides: ClassVar[frozenset[str]] = frozenset()
-    invalidates: ClassVar[frozenset[str]] = frozenset()
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
         """Slice the weights and rewrite the blocks.
@@ -77,8 +76,6 @@ class SliceExperts:
             )
             _slice(experts, world, layer_at(gm, path, ctx.resolved).experts)
             _rewrite(block.graph, group, path)
-            block.graph.lint()
-            block.recompile()
             changed = True
         return PassResult(gm, changed)
 

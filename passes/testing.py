@@ -1,33 +1,89 @@
-"""Helpers for tests of passes, ours and yours."""
+"""Helpers for tests of passes, ours and yours.
+
+A test file of a pass has four kinds of test: the graph before and after (`before_and_after` with a
+golden file), a graph on which it must do nothing (`assert_untouched`), a second run that finds
+nothing left to do (`assert_idempotent`), and graphs that it must refuse (`assert_requires`). All
+run the pass in a manager, with every check that a pipeline makes.
+"""
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from pathlib import Path
 
 from torch.fx import GraphModule
 
+from moeify.errors import PassOrderError
 from moeify.passes.base import Pass, PassResult, PlanContext
+from moeify.passes.facts import CHECKS
 from moeify.passes.manager import PassManager
 from moeify.passes.printer import diff_graphs, print_graph
 
 
 def run_pass(pass_: Pass, gm: GraphModule, ctx: PlanContext | None = None) -> PassResult:
-    """Run one pass as the manager does, with contract, rules and recompilation.
+    """Run one pass as the manager does, with contract, rules, facts and recompilation.
 
     Args:
         pass_: The pass.
         gm: The graph to run it on.
-        ctx: Its context; None gives one in which the facts that the pass requires hold.
+        ctx: Its context; None gives one that states the facts that the pass requires. Facts of
+            moeify are looked for in the graph, whatever is stated.
 
     Returns:
         What the pass returned.
 
     Raises:
-        PassOrderError: `ctx` lacks a fact that the pass requires.
+        PassOrderError: A fact that the pass requires is not stated, or does not hold for `gm`.
         PassError: The pass broke its contract or left a graph that breaks a rule.
     """
-    return PassManager([pass_]).run(gm, ctx or PlanContext(facts=pass_.requires))
+    return PassManager([pass_], checks=CHECKS).run(gm, ctx or PlanContext(facts=pass_.requires))
+
+
+def before_and_after(
+    pass_: Pass,
+    gm: GraphModule,
+    ctx: PlanContext | None = None,
+    show: Callable[[GraphModule], str] = print_graph,
+) -> str:
+    """Run a pass that must find something to do, and print the graph before and after it.
+
+    Args:
+        pass_: The pass.
+        gm: The graph to run it on.
+        ctx: Its context, as for `run_pass`.
+        show: Prints what the pass is about: one block of the graph, say.
+
+    Returns:
+        Both texts, for a golden file.
+
+    Raises:
+        AssertionError: The pass found nothing to do.
+    """
+    before = show(gm)
+    result = run_pass(pass_, gm, ctx)
+    if not result.modified:
+        raise AssertionError(f"{pass_.name} found nothing to do in\n{before}")
+    return f"before\n{before}\nafter\n{show(result.graph_module)}"
+
+
+def assert_untouched(pass_: Pass, gm: GraphModule, ctx: PlanContext | None = None) -> None:
+    """Run a pass on a graph in which it must find nothing to do.
+
+    Args:
+        pass_: The pass.
+        gm: The graph to run it on.
+        ctx: Its context, as for `run_pass`.
+
+    Raises:
+        AssertionError: The pass changed something. (That it changed something and kept quiet about
+            it is a `PassError` of the manager.)
+    """
+    before = print_graph(gm, numbers=False)
+    result = run_pass(pass_, gm, ctx)
+    if result.modified:
+        changes = diff_graphs(before, result.graph_module)
+        raise AssertionError(f"{pass_.name} must find nothing to do here\n{changes}")
 
 
 def assert_idempotent(pass_: Pass, gm: GraphModule, ctx: PlanContext | None = None) -> GraphModule:
@@ -36,7 +92,7 @@ def assert_idempotent(pass_: Pass, gm: GraphModule, ctx: PlanContext | None = No
     Args:
         pass_: The pass.
         gm: The graph to run it on.
-        ctx: Its context; None gives one in which the facts that the pass requires hold.
+        ctx: Its context, as for `run_pass`.
 
     Returns:
         The module after the pass.
@@ -53,6 +109,35 @@ def assert_idempotent(pass_: Pass, gm: GraphModule, ctx: PlanContext | None = No
             f"{pass_.name} run twice: modified={twice.modified}, expected False\n{changes}"
         )
     return once
+
+
+def assert_requires(pass_: Pass, fact: str, gm: GraphModule, ctx: PlanContext | None = None) -> str:
+    """Run a pass on a graph for which a fact does not hold; it must refuse, and change nothing.
+
+    Args:
+        pass_: The pass.
+        fact: The fact.
+        gm: A graph for which it does not hold.
+        ctx: Its context; None states no fact.
+
+    Returns:
+        The message of the refusal.
+
+    Raises:
+        AssertionError: The pass ran, or complained of something else.
+    """
+    before = print_graph(gm)
+    try:
+        run_pass(pass_, gm, ctx or PlanContext())
+    except PassOrderError as error:
+        message = str(error)
+    else:
+        raise AssertionError(f"{pass_.name} ran without {str(fact)!r}")
+    if f"{pass_.name} requires {str(fact)!r}" not in message:
+        raise AssertionError(f"{pass_.name} refuses for another reason: {message}")
+    if print_graph(gm) != before:
+        raise AssertionError(f"{pass_.name} refused the graph and changed it")
+    return message
 
 
 def assert_golden(text: str, path: str | Path, update: bool = False) -> None:

@@ -18,9 +18,10 @@ from moeify.passes.base import PlanContext
 from moeify.passes.printer import format_node
 from moeify.passes.records import record_of
 
-__all__ = ["DEFAULT_RULES", "Rule", "find_problems", "verify_graph"]
+__all__ = ["DEFAULT_RULES", "Check", "Rule", "find_problems", "verify_graph"]
 
 Check = Callable[[GraphModule, PlanContext], list[str]]
+"""Return one sentence for each problem with a graph; none if all is well."""
 
 
 @dataclass(frozen=True, slots=True)

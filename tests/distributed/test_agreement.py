@@ -38,11 +38,10 @@ class Fails:
     name: ClassVar[str] = "fails"
     requires: ClassVar[frozenset[str]] = frozenset({Fact.MOE_BLOCKS})
     provides: ClassVar[frozenset[str]] = frozenset({Fact.SHARDED})  # so it comes before others
-    invalidates: ClassVar[frozenset[str]] = frozenset()
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
-        if ctx.rank in self.ranks:
-            raise ValueError(f"not on rank {ctx.rank}")
+        if ctx.mesh.rank in self.ranks:
+            raise ValueError(f"not on rank {ctx.mesh.rank}")
         return PassResult(gm, False)
 
 
@@ -54,16 +53,15 @@ class Doubles:
     name: ClassVar[str] = "doubles"
     requires: ClassVar[frozenset[str]] = frozenset({Fact.DISPATCHED})
     provides: ClassVar[frozenset[str]] = frozenset()
-    invalidates: ClassVar[frozenset[str]] = frozenset()
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
-        for _, block in blocks_of(gm) if ctx.rank == self.on else ():
+        for _, block in blocks_of(gm) if ctx.mesh.rank == self.on else ():
             (output,) = block.graph.find_nodes(op="output")
             (y,) = output.all_input_nodes
             with block.graph.inserting_before(output):
                 output.replace_input_with(y, block.graph.call_function(torch.add, (y, y)))
             block.recompile()
-        return PassResult(gm, True)
+        return PassResult(gm, ctx.mesh.rank == self.on)
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ class Patches(Fails):
     ranks: tuple[int, ...] = (1,)
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
-        if ctx.rank in self.ranks:
+        if ctx.mesh.rank in self.ranks:
             ctx.model.b.forward = type(ctx.model.b).forward.__get__(ctx.model.b)
         return PassResult(gm, False)
 

@@ -7,7 +7,7 @@ import torch.testing._internal.distributed.fake_pg  # noqa: F401
 
 import moeify.demo
 import moeify.gradients
-import moeify.parallel_passes  # noqa: F401
+import moeify.pipeline  # noqa: F401
 from moeify.kernels.native import library
 
 for name in ("gate", "rows", "experts", "experts_backward"):

@@ -355,7 +355,6 @@ class Doubled:
     name: ClassVar[str] = "double"
     requires: ClassVar[frozenset[str]] = frozenset({Fact.MOE_BLOCKS})
     provides: ClassVar[frozenset[str]] = frozenset()
-    invalidates: ClassVar[frozenset[str]] = frozenset()
 
     def run(self, gm: Any, ctx: Any) -> PassResult:
         for _, block in blocks_of(gm):

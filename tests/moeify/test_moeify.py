@@ -240,7 +240,6 @@ class ScaleHidden:
     name: ClassVar[str] = "scale-hidden"
     requires: ClassVar[frozenset[str]] = frozenset({Fact.MOE_BLOCKS})
     provides: ClassVar[frozenset[str]] = frozenset()
-    invalidates: ClassVar[frozenset[str]] = frozenset()
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
         if self.fails:

@@ -12,8 +12,9 @@ from torch import fx, nn
 from moeify.discovery import discover
 from moeify.layout import Layout
 from moeify.mesh import World
-from moeify.passes.base import Fact, Pass, PlanContext
+from moeify.passes.base import Pass, PlanContext
 from moeify.passes.blocks import blocks_of
+from moeify.passes.facts import CHECKS
 from moeify.passes.find_mlps import FindMlps
 from moeify.passes.manager import PassManager
 from moeify.passes.printer import print_graph
@@ -21,8 +22,6 @@ from moeify.passes.replace_mlps import ReplaceMlps
 from moeify.passes.shard_experts import ShardExperts
 from moeify.plan import Plan
 from moeify.resolve import resolve_sites
-
-FACTS = frozenset({Fact.CAPTURED, Fact.RESOLVED})
 
 
 def block_after(passes: list[Pass], *, world: int = 4, node: int = 2, **parallel: Any) -> Any:
@@ -60,8 +59,8 @@ def _run(
     resolved = resolve_sites(
         plan, found.sites, parameters=found.parameters, parameter_bytes=found.parameter_bytes
     )
-    ctx = PlanContext(plan=plan, resolved=resolved, mesh=mesh, facts=FACTS, model=model)
-    manager = PassManager([FindMlps(found.regions), ReplaceMlps(found), *passes])
+    ctx = PlanContext(plan=plan, resolved=resolved, mesh=mesh, model=model)
+    manager = PassManager([FindMlps(found.regions), ReplaceMlps(found), *passes], checks=CHECKS)
     gm = manager.run(found.capture.graph_module, ctx).graph_module
     ((_, block),) = blocks_of(gm)
     return ctx, manager, gm, block

@@ -78,7 +78,6 @@ class _Rename:
     name = "rename"
     requires = frozenset({Fact.MOE_BLOCKS})
     provides: frozenset[str] = frozenset({Fact.SHARDED})
-    invalidates: frozenset[str] = frozenset()
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
         ((_, block),) = blocks_of(gm)

@@ -15,13 +15,14 @@ import moeify as mf
 from moeify.discovery import discover
 from moeify.passes.base import Fact, PlanContext
 from moeify.passes.blocks import blocks_of
+from moeify.passes.facts import CHECKS
 from moeify.passes.find_mlps import FindMlps
 from moeify.passes.lower_kernels import LowerKernels, workload
 from moeify.passes.manager import PassManager
 from moeify.passes.printer import print_graph
 from moeify.passes.records import record_of
 from moeify.passes.replace_mlps import ReplaceMlps
-from moeify.passes.testing import assert_idempotent, run_pass
+from moeify.passes.testing import assert_idempotent, assert_requires, run_pass
 from moeify.plan import Plan
 from moeify.resolve import resolve_sites
 
@@ -150,10 +151,10 @@ def test_a_second_run_finds_nothing() -> None:
 
 def test_the_fact_is_needed_and_given() -> None:
     gm, ctx = replaced(stack())
-    bare = PlanContext(plan=ctx.plan, resolved=ctx.resolved, model=ctx.model)
-    with pytest.raises(mf.PassOrderError, match="moe-blocks"):
-        run_pass(LowerKernels(), gm, bare)
-    manager = PassManager([LowerKernels()])
+    dense = discover(stack(), x()).capture.graph_module
+    message = assert_requires(LowerKernels(), Fact.MOE_BLOCKS, dense, ctx)
+    assert "no node calls its block; " in message
+    manager = PassManager([LowerKernels()], checks=CHECKS)
     manager.run(gm, ctx)
     assert Fact.LOWERED in manager.facts
 

@@ -7,11 +7,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.fx import GraphModule, symbolic_trace
 
-from moeify.errors import MoeifyError, PassError, PassOrderError
-from moeify.passes.base import Fact, Pass, PassResult, PlanContext
+from moeify.errors import (
+    CaptureError,
+    CheckpointError,
+    MoeifyError,
+    PassError,
+    PassOrderError,
+    PlanError,
+    UnsupportedModuleError,
+)
+from moeify.passes.base import Fact, PassResult, PlanContext
 from moeify.passes.manager import PassManager, order_passes
+from moeify.passes.observers import DisableByName, Dump
 from moeify.passes.printer import print_graph
-from moeify.passes.testing import assert_golden, assert_idempotent, run_pass
+from moeify.passes.records import NodeRecord, mark, record_of, set_record, update_record
+from moeify.passes.testing import (
+    assert_golden,
+    assert_idempotent,
+    assert_requires,
+    assert_untouched,
+    before_and_after,
+    run_pass,
+)
 
 
 @dataclass(frozen=True)
@@ -21,7 +38,6 @@ class Stub:
     name: str
     requires: frozenset[str] = frozenset()
     provides: frozenset[str] = frozenset()
-    invalidates: frozenset[str] = frozenset()
     log: list = field(default_factory=list, compare=False)
 
     def run(self, gm: GraphModule, ctx: PlanContext) -> PassResult:
@@ -32,9 +48,8 @@ class Stub:
 @dataclass(frozen=True)
 class ReluToSilu:
     name: ClassVar[str] = "relu-to-silu"
-    requires: ClassVar[frozenset[str]] = frozenset({Fact.CAPTURED})
+    requires: ClassVar[frozenset[str]] = frozenset()
     provides: ClassVar[frozenset[str]] = frozenset({"smooth"})
-    invalidates: ClassVar[frozenset[str]] = frozenset()
 
     def run(self, gm: GraphModule, ctx: PlanContext) -> PassResult:
         found = gm.graph.find_nodes(op="call_function", target=torch.relu)
@@ -43,13 +58,13 @@ class ReluToSilu:
         return PassResult(gm, bool(found))
 
 
-def stub(name, requires="", provides="", invalidates="", log=None):
-    sets = (frozenset(text.split()) for text in (requires, provides, invalidates))
+def stub(name, requires="", provides="", log=None):
+    sets = (frozenset(text.split()) for text in (requires, provides))
     return Stub(name, *sets, log=[] if log is None else log)
 
 
-def ordered(*passes, given=""):
-    return [p.name for p in order_passes(passes, frozenset(given.split()))]
+def ordered(*passes, given="", fixed=""):
+    return [p.name for p in order_passes(passes, frozenset(given.split()), fixed.split())]
 
 
 def model(x):
@@ -73,16 +88,6 @@ def test_providers_come_first():
 
 def test_all_providers_come_first():
     assert ordered(stub("c", "x"), stub("a", "", "x"), stub("b", "", "x")) == ["a", "b", "c"]
-
-
-def test_users_of_a_fact_come_before_it_is_broken():
-    passes = (
-        stub("shard", "moe", "sharded", "whole"),
-        stub("verify", "moe whole"),
-        stub("replace", "sites", "moe"),
-        stub("find", "", "sites whole"),
-    )
-    assert ordered(*passes) == ["find", "replace", "verify", "shard"]
 
 
 def test_declaration_decides_the_rest():
@@ -118,19 +123,33 @@ def test_cycle_is_told_with_its_facts():
     )
 
 
-def test_cycle_through_invalidation():
-    with pytest.raises(PassOrderError, match="a comes after b because it invalidates 'y'"):
-        ordered(stub("a", "", "x", "y"), stub("b", "x", "y"))
+def test_fixed_passes_keep_their_order():
+    a, b, c = stub("a", "", "x"), stub("b", "", "y"), stub("c", "", "z")
+    assert ordered(c, b, a, fixed="c b a") == ["c", "b", "a"]
+    # A pass of the user's stays where it is declared ...
+    assert ordered(a, b, stub("u"), c, fixed="a b c") == ["a", "b", "u", "c"]
+    # ... or comes after the last that provides what it requires ...
+    last = stub("c", "", "x")
+    assert ordered(a, stub("u", "x"), b, last, fixed="a b c") == ["a", "b", "c", "u"]
+    # ... and before the first that requires what it provides, with what it requires before it.
+    needs = stub("b", "w")
+    users = (stub("u", "v", "w"), stub("v", "", "v"))
+    assert ordered(a, needs, c, *users, fixed="a b c") == ["a", "v", "u", "b", "c"]
+
+
+def test_a_fixed_order_that_facts_forbid():
+    with pytest.raises(PassOrderError) as error:
+        ordered(stub("b", "x"), stub("a", "", "x"), fixed="a b")
+    assert str(error.value) == (
+        "the passes ask for a cycle: b -> a -> b "
+        "(a comes after b because it is listed after it in the pipeline; "
+        "b comes after a because it requires 'x')"
+    )
 
 
 def test_duplicate_names():
     with pytest.raises(PassOrderError, match="two passes are named 'a'"):
         ordered(stub("a"), stub("a"))
-
-
-def test_provide_and_invalidate():
-    with pytest.raises(PassOrderError, match="both provides and invalidates 'x'"):
-        ordered(stub("a", "", "x", "x"))
 
 
 @given(st.permutations(range(6)), st.sets(st.tuples(st.integers(0, 5), st.integers(0, 5))))
@@ -152,7 +171,7 @@ def test_runs_in_order_and_tracks_facts(gm):
         [
             stub("c", "y", log=log),
             stub("a", "", "x", log=log),
-            stub("b", "x", "y", "captured", log=log),
+            stub("b", "x", "y", log=log),
         ]
     )
     result = manager.run(gm, CTX)
@@ -160,9 +179,9 @@ def test_runs_in_order_and_tracks_facts(gm):
     assert log == [
         ("a", frozenset({"captured"})),
         ("b", frozenset({"captured", "x"})),
-        ("c", frozenset({"x", "y"})),
+        ("c", frozenset({"captured", "x", "y"})),
     ]
-    assert manager.facts == {"x", "y"}
+    assert manager.facts == {"captured", "x", "y"}
 
 
 def test_the_graph_is_recompiled_and_reported(gm):
@@ -231,35 +250,19 @@ def test_a_missing_fact_is_found_before_anything_runs(gm):
     assert log == []
 
 
-def test_composed_facts():
-    manager = PassManager(
-        [stub("a", "in", "x"), stub("b", "x", "y", "x in"), stub("c", "y", "z")], name="inner"
-    )
-    assert isinstance(manager, Pass)
-    assert manager.requires == {"in"}
-    assert manager.provides == {"y", "z"}
-    assert manager.invalidates == {"x", "in"}
-
-
-def test_a_manager_runs_inside_another(gm):
-    log = []
-    inner = PassManager([stub("b", "x", "y", log=log), ReluToSilu()], name="inner")
-    outer = PassManager([inner, stub("c", "y", log=log), stub("a", "", "x", log=log)])
-    assert [p.name for p in outer.passes] == ["a", "inner", "c"]
-    assert outer.run(gm, CTX).modified
-    assert [name for name, _ in log] == ["a", "b", "c"]
-    assert [r.name for r in inner.reports] == ["b", "relu-to-silu"]
+def without(*names):
+    return {"observers": [DisableByName(*names)]}
 
 
 def test_disabled(gm):
-    manager = PassManager([ReluToSilu(), stub("a")], disabled=frozenset({"relu-to-silu"}))
+    manager = PassManager([ReluToSilu(), stub("a")], **without("relu-to-silu"))
     assert not manager.run(gm, CTX).modified
     assert str(manager.reports[0]) == "relu-to-silu: disabled"
 
 
 def test_disabling_a_provider_says_who_needs_it(gm):
     passes = [ReluToSilu(), stub("lower", "smooth")]
-    manager = PassManager(passes, disabled=frozenset({"relu-to-silu"}))
+    manager = PassManager(passes, **without("relu-to-silu"))
     message = "lower requires 'smooth', which only the disabled relu-to-silu provides"
     with pytest.raises(PassOrderError, match=message):
         manager.run(gm, CTX)
@@ -267,7 +270,7 @@ def test_disabling_a_provider_says_who_needs_it(gm):
 
 def test_disabling_an_unknown_pass(gm):
     with pytest.raises(MoeifyError, match="cannot disable nope: no such pass; there are a"):
-        PassManager([stub("a")], disabled=frozenset({"nope"})).run(gm, CTX)
+        PassManager([stub("a")], **without("nope")).run(gm, CTX)
 
 
 # Failure
@@ -291,18 +294,6 @@ def test_failure_keeps_the_exception_and_adds_notes(gm):
     assert "call_function[torch.relu](%x)" in second
 
 
-def test_failure_in_a_nested_manager_prints_the_graph_once(gm):
-    error = ZeroDivisionError("boom")
-    inner = PassManager([failing(error)], name="inner")
-    with pytest.raises(ZeroDivisionError):
-        PassManager([stub("a"), inner]).run(gm, CTX)
-    assert [note.splitlines()[0] for note in error.__notes__] == [
-        "while running pass 'b', after no other pass",
-        "the graph at this point:",
-        "while running pass 'inner', after a",
-    ]
-
-
 def test_long_graphs_are_cut_in_notes():
     graph = torch.fx.Graph()
     node = graph.placeholder("x")
@@ -312,8 +303,33 @@ def test_long_graphs_are_cut_in_notes():
     error = ValueError("boom")
     with pytest.raises(ValueError):
         PassManager([failing(error)]).run(GraphModule(torch.nn.Module(), graph), CTX)
-    assert len(error.__notes__[1].splitlines()) == 202
-    assert "303 lines; MOEIFY_DUMP=dir writes all" in error.__notes__[1]
+    assert len(error.__notes__[1].splitlines()) == 42
+    assert "463 lines; MOEIFY_DUMP=dir writes all" in error.__notes__[1]
+
+
+def test_a_dump_takes_the_graph_of_a_failure(gm, tmp_path):
+    error = ZeroDivisionError("boom")
+    with pytest.raises(ZeroDivisionError):
+        PassManager([failing(error)], observers=[Dump(tmp_path)]).run(gm, CTX)
+    path = tmp_path / "01-b.failed.txt"
+    assert error.__notes__[1] == f"the graph at this point is in {path}"
+    assert path.read_text() == print_graph(gm)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PlanError("no", path="layers"),
+        UnsupportedModuleError("mlp", "no"),
+        CaptureError("no"),
+        CheckpointError("no"),
+    ],
+)
+def test_what_the_user_has_to_mend_comes_without_the_graph(gm, error, tmp_path):
+    with pytest.raises(type(error)):
+        PassManager([stub("a"), failing(error)], observers=[Dump(tmp_path)]).run(gm, CTX)
+    assert error.__notes__ == ["while running pass 'b', after a"]
+    assert not list(tmp_path.glob("*.failed.txt"))
 
 
 def returning(make):
@@ -329,15 +345,67 @@ def change_silently(gm):
     return PassResult(gm, False)
 
 
+def set_parameter(gm):
+    gm.inner.weight = torch.nn.Parameter(gm.inner.weight.detach())
+    return PassResult(gm, False)
+
+
+def write_into_a_parameter(gm):
+    with torch.no_grad():
+        gm.inner.weight.zero_()
+    return PassResult(gm, False)
+
+
+def set_attribute(gm):
+    gm.inner.where = "here"
+    return PassResult(gm, False)
+
+
+def replace_module(gm):
+    gm.inner = torch.nn.Linear(2, 2)
+    return PassResult(gm, False)
+
+
+def write_records(gm):
+    update_record(next(iter(gm.graph.nodes)), site="a", role="input")
+    return PassResult(gm, False)
+
+
+def write_meta(gm):
+    gm.meta["decision"] = 1
+    return PassResult(gm, False)
+
+
+def do_both(gm):
+    write_records(gm)
+    return ReluToSilu().run(gm, CTX)
+
+
+def do_both_in_meta(gm):
+    write_meta(gm)
+    set_attribute(gm)
+    return PassResult(gm, True)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda gm: None, "odd returned NoneType; return a PassResult"),
         (lambda gm: PassResult(torch.nn.ReLU(), True), "odd returned a ReLU for the graph"),
         (change_silently, "odd changed the graph and returned modified=False"),
+        (set_parameter, r"odd changed inner\.weight and returned modified=False"),
+        (write_into_a_parameter, r"odd changed inner\.weight and returned modified=False"),
+        (set_attribute, r"odd changed inner\.where and returned modified=False"),
+        (replace_module, "odd changed inner and returned modified=False"),
+        (write_records, "odd changed the record of %x and returned modified=False"),
+        (write_meta, r"odd changed the graph\.meta\['decision'\] and returned modified=False"),
+        (lambda gm: PassResult(gm, True), "odd changed nothing and returned modified=True"),
+        (do_both, "odd changed the graph and also the record of %x: .* no pass does both"),
+        (do_both_in_meta, r"odd changed inner\.where and also the graph\.meta"),
     ],
 )
 def test_broken_contracts(gm, make, message):
+    gm.inner = torch.nn.Linear(2, 2)
     with pytest.raises(PassError, match=message):
         PassManager([returning(make)]).run(gm, CTX)
 
@@ -381,3 +449,136 @@ def test_assert_golden(tmp_path):
     assert_golden("one", path)
     with pytest.raises(AssertionError, match=r"--update-golden[\s\S]*\n-one\n\+two"):
         assert_golden("two", path)
+
+
+# Facts with a check
+
+
+def no_relu(gm, ctx):
+    return [f"%{n.name} is one" for n in gm.graph.find_nodes(op="call_function", target=torch.relu)]
+
+
+CHECKS = {"smooth": no_relu}
+
+
+def test_a_required_fact_is_looked_for_in_the_graph(gm):
+    log = []
+    manager = PassManager([stub("lower", "smooth", log=log)], checks=CHECKS)
+    stated = PlanContext(facts=frozenset({"smooth"}))
+    with pytest.raises(PassOrderError) as caught:
+        manager.run(gm, stated)
+    assert str(caught.value) == (
+        "lower requires 'smooth', which does not hold: %relu is one; no pass here provides it"
+    )
+    assert not log
+    manager.run(symbolic_trace(lambda x: x + 1), PlanContext())  # nobody has to state it
+    assert log
+
+
+def test_a_pass_that_did_not_do_what_it_provides(gm):
+    log = []
+    passes = [stub("a", "", "smooth"), stub("b", "smooth", log=log)]
+    message = "a provides 'smooth', which does not hold after it: %relu is one"
+    manager = PassManager(passes, checks=CHECKS)
+    with pytest.raises(PassError, match=message):
+        manager.run(gm, CTX)
+    assert not log
+    assert "smooth" not in manager.facts
+
+
+def test_a_pass_that_undid_a_fact(gm):
+    def undo(gm):
+        gm.graph.find_nodes(op="call_function", target=torch.nn.functional.silu)[
+            0
+        ].target = torch.relu
+        return PassResult(gm, True)
+
+    passes = [ReluToSilu(), returning(undo), stub("b", "smooth")]
+    message = "b requires 'smooth'.* relu-to-silu provided it, and a pass between has undone it"
+    with pytest.raises(PassOrderError, match=message):
+        PassManager(passes, checks=CHECKS).run(gm, CTX)
+
+
+def test_disabling_a_pass_that_has_work_to_do(gm):
+    passes = [ReluToSilu(), stub("lower", "smooth")]
+    manager = PassManager(passes, checks=CHECKS, **without("relu-to-silu"))
+    message = "relu-to-silu provides it, and is disabled: disable lower, too"
+    with pytest.raises(PassOrderError, match=message):
+        manager.run(gm, CTX)
+    manager.run(symbolic_trace(lambda x: x + 1), CTX)  # it would have found nothing
+    assert "smooth" in manager.facts
+
+
+def test_long_lists_of_problems_are_cut(gm):
+    checks = {"x": lambda gm, ctx: [f"{i} is wrong" for i in range(9)]}
+    with pytest.raises(PassOrderError, match="2 is wrong; and 6 more; no pass"):
+        PassManager([stub("a", "x")], checks=checks).run(gm, CTX)
+
+
+# Analysis or transformation
+
+
+def test_an_analysis_changes_records_only(gm):
+    def mark_all(gm):
+        changed = [mark(n, site="a", role="b") for n in gm.graph.nodes]
+        return PassResult(gm, any(changed))
+
+    manager = PassManager([returning(mark_all)])
+    assert manager.run(gm, CTX).modified
+    assert str(manager.reports[0]).startswith("odd: wrote down what it found, ")
+    assert not manager.run(gm, CTX).modified
+    assert str(manager.reports[0]).startswith("odd: nothing changed, ")
+
+
+def test_a_transformation_may_change_modules_only(gm):
+    def set_training(gm):
+        return PassResult(gm.eval(), True)
+
+    manager = PassManager([returning(set_training)])
+    manager.run(gm, CTX)
+    text = "odd: the same 4 nodes, what they call or read changed, "
+    assert str(manager.reports[0]).startswith(text)
+
+
+def test_records_of_new_nodes_belong_to_the_transformation(gm):
+    def replace(gm):
+        (old,) = gm.graph.find_nodes(op="call_function", target=torch.relu)
+        with gm.graph.inserting_before(old):
+            new = gm.graph.call_function(torch.tanh, old.args)
+        set_record(new, record_of(old) or NodeRecord("act"))
+        old.replace_all_uses_with(new)
+        gm.graph.erase_node(old)
+        return PassResult(gm, True)
+
+    assert PassManager([returning(replace)]).run(gm, CTX).modified
+
+
+# Helpers for tests
+
+
+def test_before_and_after(gm):
+    text = before_and_after(ReluToSilu(), gm, CTX)
+    before, after = text.removeprefix("before\n").split("\nafter\n")
+    assert "torch.relu" in before
+    assert "F.silu" in after
+    with pytest.raises(AssertionError, match="relu-to-silu found nothing to do in\ngraph:"):
+        before_and_after(ReluToSilu(), gm, CTX)
+
+
+def test_assert_untouched(gm):
+    with pytest.raises(AssertionError, match=r"must find nothing to do here[\s\S]*F\.silu"):
+        assert_untouched(ReluToSilu(), gm, CTX)
+    assert_untouched(ReluToSilu(), gm, CTX)
+
+
+def test_assert_requires():
+    class Lowers(ReluToSilu):
+        name = "lowers"
+        requires = frozenset({Fact.RESOLVED})
+
+    gm = symbolic_trace(model)
+    assert "no plan applied" in assert_requires(Lowers(), Fact.RESOLVED, gm)
+    with pytest.raises(AssertionError, match="lowers refuses for another reason: lowers requires"):
+        assert_requires(Lowers(), Fact.MLP_SITES, gm)
+    with pytest.raises(AssertionError, match="b ran without 'smooth'"):
+        assert_requires(stub("b"), "smooth", gm)
