@@ -19,7 +19,7 @@ test: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m moeify.kernels.aot || test $$? = 2  # 2: it says what this machine lacks
+	$(BIN)/python -m tests.kernels.aot || test $$? = 2  # 2: it says what this machine lacks
 	$(BIN)/python -m pytest -q $(PYTEST_FLAGS)
 
 bench: $(VENV)/dev.stamp

@@ -20,7 +20,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moeify.kernels.aot import AotCase
 from moeify.kernels.arithmetic_triton import ordered
 
 MAX_EXPERTS = 1023
@@ -245,8 +244,8 @@ def assign(ids: Tensor, priority: Tensor | None, experts: int, capacity: int) ->
             capacity,
             TOP_K=top_k,
             CAPPED=capped,
-            BINS=_bins(experts),
-            **_small_sizes(routes, capped),
+            BINS=bin_count(experts),
+            **small_sizes(routes, capped),
         )
         return slots, order, offsets
     if capped:
@@ -262,7 +261,7 @@ def assign(ids: Tensor, priority: Tensor | None, experts: int, capacity: int) ->
         routes,
         experts,
         BLOCK_R=BLOCK_R,
-        BINS=_bins(experts),
+        BINS=bin_count(experts),
         num_warps=8,
     )
     return slots, order, offsets
@@ -288,7 +287,7 @@ def count(
     """
     tokens, top_k = ids.shape
     routes = tokens * (top_k if choices is None else choices)
-    blocks, bins = triton.cdiv(routes, BLOCK_R), _bins(experts)
+    blocks, bins = triton.cdiv(routes, BLOCK_R), bin_count(experts)
     block_counts, before = ids.new_empty(blocks, bins), ids.new_empty(blocks, bins)
     totals = ids.new_empty(bins)
     if blocks:
@@ -329,64 +328,19 @@ def _dropped(ids: Tensor, priority: Tensor | None, experts: int, capacity: int) 
         capacity,
         TOP_K=top_k,
         BLOCK_R=BLOCK_R,
-        BINS=_bins(experts),
+        BINS=bin_count(experts),
         num_warps=8,
     )
     return kept
 
 
-def _small_sizes(routes: int, capped: bool) -> dict[str, int]:
+def small_sizes(routes: int, capped: bool) -> dict[str, int]:
+    """Return the blocks and warps of `assign_small_kernel`."""
     if routes <= 128:
         return {"BLOCK_R": 128, "BLOCK_C": 32, "num_warps": 4}
     return {"BLOCK_R": SMALL, "BLOCK_C": 8 if capped else 32, "num_warps": 16}
 
 
-def _bins(experts: int) -> int:
+def bin_count(experts: int) -> int:
+    """Return how many bins count the routes of each expert and the unused ones."""
     return max(16, int(triton.next_power_of_2(experts + 1)))
-
-
-def aot_cases() -> list[AotCase]:
-    """Return the kernels as launched for few and many experts."""
-    ints = dict.fromkeys(
-        "ids slots order offsets block_counts before totals kept".split(), "*i32"
-    ) | dict.fromkeys("routes tokens experts capacity blocks".split(), "i32")
-    cases = [
-        AotCase(
-            kernel=assign_small_kernel,
-            types=ints | {"priority": "*fp32"},
-            constants={
-                "TOP_K": 2,
-                "CAPPED": order != "dropless",
-                "BINS": _bins(experts),
-                "BLOCK_R": sizes["BLOCK_R"],
-                "BLOCK_C": sizes["BLOCK_C"],
-            }
-            | ({} if order == "priority" else {"priority": None}),
-            num_warps=sizes["num_warps"],
-            note=f"R<={sizes['BLOCK_R']} E={experts} {order}",
-        )
-        for routes, experts, order in (
-            (16, 8, "dropless"),
-            (128, 8, "priority"),
-            (SMALL, 64, "dropless"),
-            (SMALL, 64, "position"),
-            (SMALL, 512, "priority"),
-        )
-        for sizes in [_small_sizes(routes, order != "dropless")]
-    ]
-    for bins in (16, 128, 1024):
-        block = {"BLOCK_R": BLOCK_R, "BINS": bins}
-        ranked = {"permutation": None, "TOP_K": 8, **block}
-        scan = {"BINS": bins, "BLOCK_B": 128, "BLOCK_E": 16}
-        cases += [
-            AotCase(
-                kernel=kernel, types=ints, constants=constants, num_warps=warps, note=f"E<{bins}"
-            )
-            for kernel, constants, warps in (
-                (count_kernel, ranked | {"RANKED": True}, 4),
-                (scan_kernel, scan, 4),
-                (drop_kernel, ranked, 8),
-                (place_kernel, block, 8),
-            )
-        ]
-    return cases

@@ -23,7 +23,6 @@ import triton.language as tl
 from torch import Tensor
 
 from moeify.kernels import combine as _combine  # noqa: F401  registers the op
-from moeify.kernels.aot import AotCase
 from moeify.kernels.elementwise import FUSED
 from moeify.kernels.experts_wgrad_triton import bias_gradient, combine_gradient, weight_gradient
 from moeify.kernels.grouped_linear_triton import product
@@ -151,13 +150,13 @@ def _down_backward(
     Unused rows of all three are left as they are: nobody reads them.
     """
     rows, (experts, depth, width) = order.shape[0], down.shape
-    config = _tile(rows, experts, width, depth, grad.dtype, grad.device)
+    config = down_backward_tile(rows, experts, width, depth, grad.dtype, grad.device)
     blocks = triton.cdiv(width, config.bn)
     grad_hidden = torch.empty_like(hidden)
     activated = hidden.new_empty(rows, width) if with_activated else None
     shares = hidden.new_empty(rows, blocks, dtype=torch.float32) if with_shares else None
     if rows:
-        _down_backward_kernel[(row_tiles(rows, experts, config.bm) * blocks,)](
+        down_backward_kernel[(row_tiles(rows, experts, config.bm) * blocks,)](
             grad,
             weights,
             down,
@@ -203,7 +202,7 @@ def _up_backward(
     return total
 
 
-def _tile(
+def down_backward_tile(
     rows: int, experts: int, width: int, depth: int, dtype: torch.dtype, device: torch.device
 ) -> TileConfig:
     """Return the tile of the first product, no larger than its epilogue has registers for."""
@@ -216,7 +215,7 @@ def _tile(
 
 
 @triton.jit
-def _down_backward_kernel(
+def down_backward_kernel(
     grad,
     weights,
     down,
@@ -330,42 +329,3 @@ def _finish(
         delta *= activate_slope(gate, ACT)
         tl.store(grad_hidden + place, delta.to(grad_hidden.dtype.element_ty), mask=mask)
     return share
-
-
-def aot_cases() -> list[AotCase]:
-    """Return instances of the kernels to compile ahead of time."""
-    cases = []
-    for dtype, rows, experts, depth, width, act, gated in (
-        (torch.bfloat16, 8192, 8, 4096, 14336, "silu", True),
-        (torch.bfloat16, 32768, 128, 2048, 768, "gelu", True),
-        (torch.bfloat16, 8192, 64, 2048, 8192, "gelu_tanh", False),
-        (torch.bfloat16, 64, 64, 33, 65, "quick_gelu", True),
-        (torch.bfloat16, 8192, 8, 4095, 14335, "gelu", True),
-        (torch.float32, 4096, 8, 768, 3072, "gelu", False),
-        (torch.float32, 4096, 8, 768, 3072, "silu", True),
-        (torch.float32, 100, 8, 33, 65, "relu2", True),
-    ):
-        name = "fp32" if dtype == torch.float32 else "bf16"
-        config = _tile(rows, experts, width, depth, dtype, torch.device("cpu"))
-        sizes = {"K": 2, "OUTPUT": depth, "E": experts, "EP": triton.next_power_of_2(experts)}
-        values = ("grad", "down", "hidden", "grad_hidden", "activated")
-        floats = ("weights", "shares")
-        cases.append(
-            AotCase(
-                kernel=_down_backward_kernel,
-                types={
-                    **dict.fromkeys(values, f"*{name}"),
-                    **dict.fromkeys(floats, "*fp32"),
-                    **dict.fromkeys(("order", "offsets"), "*i32"),
-                    **dict.fromkeys(("stride_e", "stride_o"), "i32"),
-                },
-                constants=sizes
-                | {"stride_f": 1, "F": width, "ACT": FUSED.index(act), "GATED": gated}
-                | {"PRECISION": "ieee", "BM": config.bm, "BN": config.bn, "BK": config.bk}
-                | {"GROUP": config.group},
-                num_warps=config.warps,
-                num_stages=config.stages,
-                note=f"{name} {depth} x {width} {act}{' gated' if gated else ''}",
-            )
-        )
-    return cases

@@ -19,7 +19,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moeify.kernels.aot import AotCase
 from moeify.kernels.elementwise import FUSED
 from moeify.kernels.tiles_triton import activate, serves
 
@@ -193,7 +192,7 @@ def experts_decode(
     activated = torch.empty(routes, f, dtype=torch.float32, device=tokens.device)
     slots = slots.contiguous()
     padded = triton.next_power_of_2(experts)
-    bn, bk = _block(16, d, tokens.dtype)
+    bn, bk = weight_block(16, d, tokens.dtype)
     activate_kernel[(routes, triton.cdiv(h, bn))](
         tokens.contiguous(),
         up,
@@ -212,7 +211,7 @@ def experts_decode(
         BN=bn,
         BK=bk,
     )
-    bn, bk = _block(8, f, tokens.dtype)
+    bn, bk = weight_block(8, f, tokens.dtype)
     output_kernel[(tokens.shape[0], triton.cdiv(o, bn))](
         activated,
         down,
@@ -233,39 +232,7 @@ def experts_decode(
     return out, hidden
 
 
-def _block(rows: int, width: int, dtype: torch.dtype) -> tuple[int, int]:
+def weight_block(rows: int, width: int, dtype: torch.dtype) -> tuple[int, int]:
     """Return BN and BK: 16 KiB of weights at once, so that enough loads are in flight."""
     most = 16384 // (rows * dtype.itemsize)
     return rows, min(most, triton.next_power_of_2(width))
-
-
-def aot_cases() -> list[AotCase]:
-    """Return instances of the kernels to compile ahead of time."""
-    cases = []
-    for dtype, experts, top_k, d, f in (
-        (torch.bfloat16, 8, 2, 4096, 14336),
-        (torch.bfloat16, 128, 8, 2048, 768),
-        (torch.bfloat16, 512, 8, 33, 65),
-        (torch.float32, 8, 2, 768, 3072),
-        (torch.float32, 8, 1, 33, 65),
-    ):
-        name = "fp32" if dtype == torch.float32 else "bf16"
-        shared = {"E": experts, "EP": triton.next_power_of_2(experts), "TOP_K": top_k}
-        shared |= {"F": f, "stride_k": 1}
-        types = {"slots": "*i32", "offsets": "*i32", "stride_e": "i32", "stride_n": "i32"}
-        types |= dict.fromkeys(("tokens", "up", "bias", "down", "out"), f"*{name}")
-        types |= {"activated": "*fp32", "weights": "*fp32"}
-        for gated in (False, True):
-            bn, bk = _block(16, d, dtype)
-            sizes = {"D": d, "ACT": FUSED.index("gelu"), "GATED": gated, "BN": bn, "BK": bk}
-            note = f"{name} {d} x {f}{' gated' if gated else ''}"
-            cases.append(
-                AotCase(kernel=activate_kernel, types=types, constants=shared | sizes, note=note)
-            )
-        bn, bk = _block(8, f, dtype)
-        sizes = {"N": d, "BN": bn, "BK": bk}
-        note = f"{name} {f} x {d}"
-        cases.append(
-            AotCase(kernel=output_kernel, types=types, constants=shared | sizes, note=note)
-        )
-    return cases

@@ -15,12 +15,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from moeify.kernels.aot import AotCase
 from moeify.kernels.elementwise import FUSED
 from moeify.kernels.experts_decode_triton import experts_decode
 from moeify.kernels.grouped_linear_triton import persistent_grid, product
@@ -214,7 +212,7 @@ def experts(
     return out, hidden
 
 
-def _lean(activation: str, gated: bool) -> bool:
+def lean_epilogue(activation: str, gated: bool) -> bool:
     """Tell whether `up_kernel` would spill with the largest tiles."""
     return activation == "gelu" or not gated
 
@@ -233,7 +231,9 @@ def _project_up(
 ) -> None:
     """Launch `up_kernel` into `activated` [R, F] and, if it has rows, `hidden` [R, H]."""
     rows, (experts, n, k) = order.shape[0], up.shape
-    config = choose(rows, experts, n, k, tokens.dtype, tokens.device, lean=_lean(activation, gated))
+    config = choose(
+        rows, experts, n, k, tokens.dtype, tokens.device, lean=lean_epilogue(activation, gated)
+    )
     m_tiles = row_tiles(rows, experts, config.bm)
     up_kernel[(persistent_grid(m_tiles * triton.cdiv(n, config.bn), config, tokens),)](
         tokens.contiguous(),
@@ -260,78 +260,4 @@ def _project_up(
         GROUP=config.group,
         num_warps=config.warps,
         num_stages=config.stages,
-    )
-
-
-def aot_cases() -> list[AotCase]:
-    """Return instances of the kernels to compile ahead of time."""
-    cases = []
-    for dtype, rows, experts, top_k, d, f in (
-        (torch.bfloat16, 32768, 128, 8, 2048, 768),
-        (torch.bfloat16, 8192, 8, 2, 4096, 14336),
-        (torch.bfloat16, 512, 8, 2, 4096, 14336),
-        (torch.bfloat16, 256, 8, 2, 4096, 14336),
-        (torch.bfloat16, 1024, 64, 1, 33, 65),
-        (torch.float32, 4096, 8, 2, 768, 3072),
-        (torch.float32, 100, 8, 1, 33, 65),
-    ):
-        name = "fp32" if dtype == torch.float32 else "bf16"
-        for activation, gated in (("gelu", False), ("gelu", True), ("silu", True)):
-            cases.append(_up_case(name, rows, experts, top_k, d, f, activation, gated))
-        cases.append(
-            AotCase(
-                kernel=sum_kernel,
-                types={"rows": f"*{name}", "slots": "*i32", "out": f"*{name}"},
-                constants={"TOP_K": top_k, "WIDTH": d, "BO": min(triton.next_power_of_2(d), 1024)},
-                note=f"{name} {d}",
-            )
-        )
-    return cases
-
-
-def _up_case(
-    name: str,
-    rows: int,
-    experts: int,
-    top_k: int,
-    d: int,
-    f: int,
-    activation: str,
-    gated: bool,
-) -> AotCase:
-    dtype = torch.float32 if name == "fp32" else torch.bfloat16
-    config = choose(
-        rows,
-        experts,
-        f * (1 + gated),
-        d,
-        dtype,
-        torch.device("cpu"),
-        lean=_lean(activation, gated),
-    )
-    return AotCase(
-        kernel=up_kernel,
-        types={
-            **dict.fromkeys(("tokens", "up", "bias", "activated", "hidden"), f"*{name}"),
-            **dict.fromkeys(("order", "offsets"), "*i32"),
-            **dict.fromkeys(("row_count", "m_tiles", "stride_e", "stride_n"), "i32"),
-        },
-        constants={
-            "stride_k": 1,
-            "E": experts,
-            "EP": triton.next_power_of_2(experts),
-            "TOP_K": top_k,
-            "D": d,
-            "F": f,
-            "ACT": FUSED.index(activation),
-            "GATED": gated,
-            "PRECISION": "ieee",
-            "BM": config.bm,
-            "BN": config.bn,
-            "BK": config.bk,
-            "GROUP": config.group,
-        },
-        num_warps=config.warps,
-        num_stages=config.stages,
-        note=f"{name} {d} x {f} {'gated ' if gated else ''}{activation}",
     )

@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moeify.kernels.aot import AotCase
 from moeify.kernels.tile_config import bucket, fitting_stages, shared_memory
 from moeify.kernels.tiles_triton import dot_precision, order_tile
 
@@ -43,9 +42,9 @@ def weight_gradient(
     """
     experts, height, width = offsets.shape[0], left.shape[1], right.shape[1]
     out = left.new_empty(experts, height, width)
-    config = _tile(order.shape[0], experts, left.dtype, left.device)
+    config = weight_tile(order.shape[0], experts, left.dtype, left.device)
     tiles = triton.cdiv(height, config["BN"]) * triton.cdiv(width, config["BM"])
-    _weight_kernel[(tiles, experts)](
+    weight_kernel[(tiles, experts)](
         left,
         right,
         order,
@@ -84,7 +83,7 @@ def bias_gradient(
     """
     experts, width = offsets.shape[0], grad.shape[1]
     out = grad.new_empty(experts, width)
-    _bias_kernel[(triton.cdiv(width, 128), experts)](
+    bias_kernel[(triton.cdiv(width, 128), experts)](
         grad,
         weights,
         order,
@@ -120,7 +119,7 @@ def combine_gradient(
     out = torch.empty(slots.shape, dtype=torch.float32, device=slots.device)
     routes, experts = out.numel(), offsets.shape[0]
     if routes:
-        _combine_kernel[(triton.cdiv(routes, 16),)](
+        combine_kernel[(triton.cdiv(routes, 16),)](
             shares,
             slots.contiguous(),
             grad,
@@ -139,7 +138,9 @@ def combine_gradient(
     return out
 
 
-def _tile(rows: int, experts: int, dtype: torch.dtype, device: torch.device) -> dict[str, int]:
+def weight_tile(
+    rows: int, experts: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, int]:
     """Return tile sizes and launch options; the step over rows follows the rows per expert."""
     step = bucket(rows, experts)
     if dtype == torch.float32:
@@ -150,7 +151,7 @@ def _tile(rows: int, experts: int, dtype: torch.dtype, device: torch.device) -> 
 
 
 @triton.jit
-def _weight_kernel(
+def weight_kernel(
     left,
     right,
     order,
@@ -189,7 +190,7 @@ def _weight_kernel(
 
 
 @triton.jit
-def _bias_kernel(
+def bias_kernel(
     grad,
     weights,
     order,
@@ -222,7 +223,7 @@ def _bias_kernel(
 
 
 @triton.jit(do_not_specialize=["routes"])
-def _combine_kernel(
+def combine_kernel(
     shares,
     slots,
     grad,
@@ -261,54 +262,3 @@ def _combine_kernel(
             left = tl.load(token + column, mask=mask, other=0).to(tl.float32)
             total += left * tl.load(bias + column, mask=mask, other=0).to(tl.float32)
     tl.store(out + route, tl.sum(total, axis=1), mask=here)
-
-
-def aot_cases() -> list[AotCase]:
-    """Return instances of the kernels to compile ahead of time."""
-    cases = []
-    for dtype, rows, experts, n, m, gathered in (
-        (torch.bfloat16, 8192, 8, 4096, 14336, "left"),
-        (torch.bfloat16, 32768, 128, 1536, 2048, "right"),
-        (torch.bfloat16, 8192, 8, 4095, 14335, "right"),
-        (torch.float32, 4096, 8, 768, 3072, "left"),
-        (torch.float32, 4096, 8, 6144, 768, "right"),
-        (torch.float32, 100, 8, 33, 65, "left"),
-    ):
-        name = "fp32" if dtype == torch.float32 else "bf16"
-        left = gathered == "left"
-        config = _tile(rows, experts, dtype, torch.device("cpu"))
-        warps, stages = config.pop("num_warps"), config.pop("num_stages")
-        indices = {"order": "*i32", "offsets": "*i32"}
-        note = f"{name} {n} x {m}, gathered {gathered}"
-        cases += [
-            AotCase(
-                kernel=_weight_kernel,
-                types=indices | dict.fromkeys(("left", "right", "out"), f"*{name}"),
-                constants={"K": 2, "N": n, "M": m, "GATHER_LEFT": left, "PRECISION": "ieee"}
-                | config,
-                num_warps=warps,
-                num_stages=stages,
-                note=note,
-            ),
-            AotCase(
-                kernel=_bias_kernel,
-                types=indices | dict.fromkeys(("grad", "out"), f"*{name}") | {"weights": "*fp32"},
-                constants={"K": 2, "N": n, "GATHERED": left, "BN": 128, "BR": 32},
-                num_warps=4,
-                num_stages=3,
-                note=note,
-            ),
-        ]
-    for name, experts, width, blocks in (("bf16", 128, 4096, 112), ("fp32", 8, 33, 2)):
-        types = {"shares": "*fp32", "out": "*fp32", "slots": "*i32", "offsets": "*i32"}
-        cases.append(
-            AotCase(
-                kernel=_combine_kernel,
-                types=types | {"grad": f"*{name}", "down_bias": f"*{name}", "routes": "i32"},
-                constants={"K": 2, "OUTPUT": width, "B": blocks, "E": experts, "EP": experts}
-                | {"BR": 16, "BO": 128},
-                num_stages=3,
-                note=f"{name} {width}, {experts} experts",
-            )
-        )
-    return cases

@@ -20,7 +20,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moeify.kernels.aot import AotCase
 from moeify.kernels.arithmetic_triton import (
     DTYPES,
     dot,
@@ -220,7 +219,7 @@ def gate_backward(
         _, totals = count(ids, experts, choices=None if balance == "all" else 1)
     grad = torch.empty_like(logits)
     true_grad = torch.empty_like(logits) if surrogate and grad_scores is not None else None
-    sizes = _logits_sizes(experts)
+    sizes = logits_sizes(experts)
     grad_logits_kernel[(triton.cdiv(rows, sizes["BLOCK_T"]),)](
         None if grad_scores is None else grad_scores.contiguous(),
         None if grad_logits is None else grad_logits.contiguous(),
@@ -249,7 +248,7 @@ def _grad_tokens(
 ) -> Tensor:
     (rows, width), experts = tokens.shape, weight.shape[0]
     grad_tokens = torch.empty_like(tokens)
-    sizes = _product_sizes(experts, weight.dtype)
+    sizes = product_sizes(experts, weight.dtype)
     grid = (triton.cdiv(rows, sizes["BLOCK_T"]), triton.cdiv(width, sizes["BLOCK_D"]))
     grad_tokens_kernel[grid](
         grad,
@@ -269,7 +268,7 @@ def _grad_weight(
     grad: Tensor, tokens: Tensor, input_noise: Tensor | None, weight: Tensor
 ) -> Tensor:
     (rows, width), experts = tokens.shape, weight.shape[0]
-    sizes = _product_sizes(experts, tokens.dtype if input_noise is None else torch.float32)
+    sizes = product_sizes(experts, tokens.dtype if input_noise is None else torch.float32)
     part = 256 if rows <= 256 else 1024
     parts_count = triton.cdiv(rows, part)
     dtype = weight.dtype if parts_count == 1 else torch.float32
@@ -290,12 +289,13 @@ def _grad_weight(
     return parts[0] if parts_count == 1 else parts.sum(0).to(weight.dtype)
 
 
-def _logits_sizes(experts: int) -> dict[str, int]:
+def logits_sizes(experts: int) -> dict[str, int]:
+    """Return the blocks of `grad_logits_kernel`."""
     padded = max(16, triton.next_power_of_2(experts))
     return {"BLOCK_T": 2048 // padded, "BLOCK_E": padded}
 
 
-def _product_sizes(experts: int, other: torch.dtype) -> dict[str, int]:
+def product_sizes(experts: int, other: torch.dtype) -> dict[str, int]:
     """Return the blocks of a product of the float32 gradient with a matrix of dtype `other`."""
     padded = max(16, triton.next_power_of_2(experts))
     exact = on_tensor_cores(torch.float32, other)
@@ -306,43 +306,3 @@ def _product_sizes(experts: int, other: torch.dtype) -> dict[str, int]:
         "num_warps": 4,
         "num_stages": 3 if exact else 2,
     }
-
-
-def aot_cases() -> list[AotCase]:
-    """Return the kernels as launched for small and large routers."""
-    floats = dict.fromkeys(
-        "grad_scores grad_logits grad_aux grad_z logits grad_out true_out grad parts".split(),
-        "*fp32",
-    )
-    ints = dict.fromkeys(("ids", "totals"), "*i32")
-    sizes = dict.fromkeys(("rows", "width", "experts"), "i32")
-    cases = [
-        AotCase(
-            kernel=grad_logits_kernel,
-            types=floats | ints | sizes,
-            constants={"TOP_K": 2, "COUNTED": 2, "SCORE": score, **_logits_sizes(experts)},
-            note=f"E={experts} {score}",
-        )
-        for experts in (8, 128, 512)
-        for score in SCORES
-    ]
-    for experts in (8, 128):
-        for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-            blocks = _product_sizes(experts, dtype)
-            warps, stages = blocks.pop("num_warps"), blocks.pop("num_stages")
-            pointers = dict.fromkeys(("tokens", "weight", "grad_tokens"), f"*{name}")
-            cases += [
-                AotCase(
-                    kernel=kernel,
-                    types=floats | pointers | sizes,
-                    constants={"input_noise": None, "PRECISION": "ieee", **blocks, **length},
-                    num_warps=warps,
-                    num_stages=stages,
-                    note=f"E={experts} {name}",
-                )
-                for kernel, length in (
-                    (grad_tokens_kernel, {"EXPERTS": experts}),
-                    (grad_weight_kernel, {"PART": 1024}),
-                )
-            ]
-    return cases

@@ -21,7 +21,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moeify.kernels.aot import AotCase
 from moeify.kernels.arithmetic_triton import (
     DTYPES,
     dot,
@@ -209,7 +208,7 @@ def gate(
         return NotImplemented
     noise = "none" if logit_noise is None else noise
     left = tokens.dtype if input_noise is None else torch.float32
-    sizes = _sizes(rows, experts, left, weight.dtype)
+    sizes = gate_sizes(rows, experts, left, weight.dtype)
     padded = sizes["BLOCK_E"]
     blocks = triton.cdiv(rows, sizes["BLOCK_T"])
     new, f32, i32 = tokens.new_empty, torch.float32, torch.int32
@@ -251,12 +250,13 @@ def gate(
         blocks,
         experts,
         COUNTED=top_k if balance == "all" else 1,
-        **_sum_sizes(padded),
+        **sum_sizes(padded),
     )
     return scores, ids, logits, counts, aux_loss, z_loss, entropy
 
 
-def _sizes(rows: int, experts: int, left: torch.dtype, right: torch.dtype) -> dict[str, int]:
+def gate_sizes(rows: int, experts: int, left: torch.dtype, right: torch.dtype) -> dict[str, int]:
+    """Return the blocks, warps and stages of `gate_kernel` for these operand dtypes."""
     padded = max(16, triton.next_power_of_2(experts))
     few = rows <= 16  # one program, whose time is the latency of its loads
     exact = on_tensor_cores(left, right)
@@ -271,93 +271,6 @@ def _sizes(rows: int, experts: int, left: torch.dtype, right: torch.dtype) -> di
     }
 
 
-def _sum_sizes(padded: int) -> dict[str, int]:
+def sum_sizes(padded: int) -> dict[str, int]:
+    """Return the blocks, warps and stages of `gate_sums_kernel`."""
     return {"BLOCK_B": 8192 // padded, "BLOCK_E": padded, "num_warps": 8, "num_stages": 2}
-
-
-def aot_cases() -> list[AotCase]:
-    """Return the kernels as launched for small and large routers."""
-    gates = [
-        _gate_case(rows, experts, top_k, score, noise, *dtypes)
-        for rows, experts, top_k, score, noise, *dtypes in (
-            (1, 8, 2, "softmax", "none", "bf16", "bf16"),
-            (1, 128, 8, "softmax", "none", "bf16", "bf16"),
-            (1, 512, 8, "sigmoid", "none", "bf16", "bf16", "fp32"),
-            (4096, 8, 2, "softmax", "none", "bf16", "bf16"),
-            (4096, 64, 8, "softmax", "none", "bf16", "bf16"),
-            (4096, 128, 8, "softmax", "none", "bf16", "bf16"),
-            (4096, 256, 8, "sigmoid", "none", "bf16", "bf16", "fp32"),
-            (4096, 512, 512, "softmax", "gumbel", "bf16", "bf16", "fp32", "bf16"),
-            (1, 8, 1, "softmax", "none", "bf16", "fp32"),
-            (4096, 64, 8, "sigmoid", "gumbel", "bf16", "bf16", "fp32", "fp32"),
-            (4096, 512, 1, "softmax", "rsample", "bf16", "fp32"),
-            (4096, 8, 1, "softmax", "rsample", "bf16", "fp32", "", "fp32"),
-            (4096, 8, 2, "softmax", "none", "fp32", "fp32"),
-            (4096, 128, 8, "softmax", "gumbel", "fp32", "fp32", "fp32", "fp32"),
-            (4096, 512, 8, "sigmoid", "none", "fp32", "fp32", "fp32"),
-        )
-    ]
-    sums = [
-        AotCase(
-            kernel=gate_sums_kernel,
-            types={
-                "block_counts": "*i32",
-                **dict.fromkeys(("block_shares", "block_sums"), "*fp32"),
-                "counts_out": "*i32",
-                **dict.fromkeys(("aux_out", "z_out", "entropy_out"), "*fp32"),
-                **dict.fromkeys(("rows", "blocks", "experts"), "i32"),
-            },
-            constants={"COUNTED": 2, "BLOCK_B": sizes["BLOCK_B"], "BLOCK_E": padded},
-            num_warps=sizes["num_warps"],
-            note=f"E={padded}",
-        )
-        for padded in (16, 128, 512)
-        for sizes in [_sum_sizes(padded)]
-    ]
-    return gates + sums
-
-
-def _gate_case(
-    rows: int,
-    experts: int,
-    top_k: int,
-    score: str,
-    noise: str,
-    tokens: str,
-    weight: str,
-    bias: str = "",
-    input_noise: str = "",
-) -> AotCase:
-    left = "fp32" if input_noise else tokens
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    sizes = _sizes(rows, experts, dtypes[left], dtypes[weight])
-    num_warps, num_stages = sizes.pop("num_warps"), sizes.pop("num_stages")
-    pointers = {
-        "tokens": tokens,
-        "weight": weight,
-        "bias": bias,
-        "input_noise": input_noise,
-        "logit_noise": "" if noise == "none" else "fp32",
-        **dict.fromkeys(("scores_out", "logits_out", "block_shares", "block_sums"), "fp32"),
-        **dict.fromkeys(("ids_out", "block_counts"), "i32"),
-    }
-    return AotCase(
-        kernel=gate_kernel,
-        types={
-            **{name: f"*{kind}" for name, kind in pointers.items() if kind},
-            **dict.fromkeys(("rows", "experts"), "i32"),
-        },
-        constants={
-            **{name: None for name, kind in pointers.items() if not kind},
-            "WIDTH": 4096,
-            "TOP_K": top_k,
-            "SCORE": score,
-            "NOISE": noise,
-            "FIRST_ONLY": noise != "none",
-            "PRECISION": "ieee",
-            **sizes,
-        },
-        num_warps=num_warps,
-        num_stages=num_stages,
-        note=f"T={rows} E={experts} K={top_k} {tokens} {weight} {noise}",
-    )

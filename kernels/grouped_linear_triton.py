@@ -18,7 +18,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moeify.kernels.aot import AotCase
 from moeify.kernels.tile_config import TileConfig, bucket, choose, fitting_stages, shared_memory
 from moeify.kernels.tiles_triton import (
     dot_precision,
@@ -200,7 +199,7 @@ def grouped_linear_backward(grad: Tensor, rows: Tensor, offsets: Tensor, with_bi
     grad_bias = grad.new_empty((experts, n) if with_bias else (0,))
     if not grad_weight.numel():
         return grad_weight, grad_bias.zero_()
-    bn, bk, bm, warps, stages = _gradient_tile(rows.shape[0], experts, grad)
+    bn, bk, bm, warps, stages = gradient_tile(rows.shape[0], experts, grad)
     gradient_kernel[(triton.cdiv(n, bn) * triton.cdiv(k, bk), experts)](
         grad.contiguous(),
         rows.contiguous(),
@@ -267,75 +266,10 @@ def persistent_grid(tiles: int, config: TileConfig, rows: Tensor) -> int:
     return min(tiles, processors(rows.device) * resident)
 
 
-def _gradient_tile(rows: int, experts: int, grad: Tensor) -> tuple[int, int, int, int, int]:
+def gradient_tile(rows: int, experts: int, grad: Tensor) -> tuple[int, int, int, int, int]:
     """Return BN, BK, BM, warps and stages of `gradient_kernel`."""
     wide = grad.dtype == torch.float32
     side, step, stages = (64, 32, 3) if wide else (128, 64, 4)
     step = min(bucket(rows, experts), step)
     needed = 2 * side * step * grad.element_size()
     return side, side, step, 8, fitting_stages(stages, needed, shared_memory(grad.device))
-
-
-def aot_cases() -> list[AotCase]:
-    """Return instances of the kernels to compile ahead of time."""
-    cases = []
-    for dtype, rows, experts, n, k in (
-        (torch.bfloat16, 32768, 128, 2048, 768),
-        (torch.bfloat16, 8192, 8, 4096, 14336),
-        (torch.bfloat16, 1024, 64, 33, 65),
-        (torch.float32, 4096, 8, 768, 3072),
-        (torch.float32, 100, 8, 33, 65),
-    ):
-        name = "fp32" if dtype == torch.float32 else "bf16"
-        config = choose(rows, experts, n, k, dtype, torch.device("cpu"))
-        for weighted in (False, True):
-            cases.append(_product_case(name, config, experts, n, k, weighted))
-        bn, bk, bm, warps, stages = _gradient_tile(rows, experts, torch.empty(0, dtype=dtype))
-        cases.append(
-            AotCase(
-                kernel=gradient_kernel,
-                types={
-                    "offsets": "*i32",
-                    **dict.fromkeys(("grad", "rows", "grad_weight", "grad_bias"), f"*{name}"),
-                },
-                constants={"K": k, "N": n, "PRECISION": "ieee", "BM": bm, "BN": bn, "BK": bk},
-                num_warps=warps,
-                num_stages=stages,
-                note=f"{name} {n} x {k}",
-            )
-        )
-    return cases
-
-
-def _product_case(
-    name: str, config: TileConfig, experts: int, n: int, k: int, weighted: bool
-) -> AotCase:
-    types = {
-        **dict.fromkeys(("rows", "weight", "bias", "out"), f"*{name}"),
-        "offsets": "*i32",
-        **dict.fromkeys(("row_count", "m_tiles", "stride_e", "stride_n"), "i32"),
-    }
-    if weighted:
-        types |= {"row_weights": "*fp32", "order": "*i32"}
-    return AotCase(
-        kernel=product_kernel,
-        types=types,
-        constants={
-            **({} if weighted else {"row_weights": None, "order": None}),
-            "stride_k": 1,
-            "E": experts,
-            "EP": triton.next_power_of_2(experts),
-            "K": k,
-            "N": n,
-            "SCATTER": weighted,
-            "ZERO_TAIL": not weighted,
-            "PRECISION": "ieee",
-            "BM": config.bm,
-            "BN": config.bn,
-            "BK": config.bk,
-            "GROUP": config.group,
-        },
-        num_warps=config.warps,
-        num_stages=config.stages,
-        note=f"{name} {n} x {k}{' weighted' if weighted else ''}",
-    )

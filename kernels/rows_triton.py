@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moeify.kernels.aot import AotCase
 from moeify.kernels.arithmetic_triton import DTYPES
 from moeify.kernels.gate import EPSILON
 from moeify.kernels.weigh import COMBINES
@@ -191,7 +190,7 @@ def dispatch(tokens: Tensor, order: Tensor, slots: Tensor) -> Any:
     rows, width = order.shape[0], tokens.shape[1]
     out = tokens.new_empty(rows, width)
     if out.numel():
-        block_r, block_d = _tile(width)
+        block_r, block_d = row_block(width)
         dispatch_kernel[(triton.cdiv(rows, block_r), triton.cdiv(width, block_d))](
             tokens.contiguous(),
             order.contiguous(),
@@ -215,7 +214,7 @@ def combine(hidden: Tensor, weights: Tensor | None, order: Tensor, slots: Tensor
     (rows, top_k), width = slots.shape, hidden.shape[1]
     out = hidden.new_empty(rows, width)
     if out.numel():
-        block_t, block_d = _tile(width)
+        block_t, block_d = row_block(width)
         combine_kernel[(triton.cdiv(rows, block_t), triton.cdiv(width, block_d))](
             hidden.contiguous(),
             None if weights is None else weights.contiguous(),
@@ -245,7 +244,7 @@ def combine_backward(
     grad_weights = torch.empty_like(weights, memory_format=torch.contiguous_format)
     most = max(slots.numel(), order.shape[0])
     if most:
-        block_r, block_d = _tile(width)
+        block_r, block_d = row_block(width)
         combine_backward_kernel[(triton.cdiv(most, block_r),)](
             grad.contiguous(),
             hidden.contiguous(),
@@ -274,7 +273,7 @@ def combine_weights(scores: Tensor, slots: Tensor, combine: str) -> Any:
     out = torch.empty_like(scores, memory_format=torch.contiguous_format)
     if out.numel():
         rows, top_k = scores.shape
-        block_t, block_k = _choices(top_k)
+        block_t, block_k = choice_block(top_k)
         combine_weights_kernel[(triton.cdiv(rows, block_t),)](
             scores.contiguous(),
             slots.contiguous(),
@@ -298,7 +297,7 @@ def combine_weights_backward(grad: Tensor, scores: Tensor, slots: Tensor, combin
     out = torch.empty_like(scores, memory_format=torch.contiguous_format)
     if out.numel():
         rows, top_k = scores.shape
-        block_t, block_k = _choices(top_k)
+        block_t, block_k = choice_block(top_k)
         combine_weights_backward_kernel[(triton.cdiv(rows, block_t),)](
             grad.contiguous(),
             scores.contiguous(),
@@ -313,51 +312,13 @@ def combine_weights_backward(grad: Tensor, scores: Tensor, slots: Tensor, combin
     return out
 
 
-def _tile(width: int) -> tuple[int, int]:
+def row_block(width: int) -> tuple[int, int]:
     """Return how many rows and columns of [R, D] one program takes."""
     columns = min(1024, max(16, triton.next_power_of_2(width)))
     return 4096 // columns, columns
 
 
-def _choices(top_k: int) -> tuple[int, int]:
+def choice_block(top_k: int) -> tuple[int, int]:
     """Return how many rows and columns of [T, K] one program takes."""
     columns = triton.next_power_of_2(top_k)
     return max(1, 1024 // columns), columns
-
-
-def aot_cases() -> list[AotCase]:
-    """Return the kernels as launched for narrow and wide models."""
-    cases = []
-    index = dict.fromkeys(("order", "slots"), "*i32")
-    sizes = dict.fromkeys(("rows", "routes", "width"), "i32")
-    wide = ("tokens", "hidden", "out", "grad", "grad_hidden")
-    narrow = dict.fromkeys(("weights", "grad_weights", "scores"), "*fp32")
-    for width, kind in ((64, "bf16"), (4096, "bf16"), (4096, "fp32")):
-        types = dict.fromkeys(wide, f"*{kind}") | narrow | index | sizes
-        rows, columns = _tile(width)
-        for kernel, block in (
-            (dispatch_kernel, "BLOCK_R"),
-            (combine_kernel, "BLOCK_T"),
-            (combine_backward_kernel, "BLOCK_R"),
-        ):
-            constants = {"TOP_K": 8, block: rows, "BLOCK_D": columns}
-            if kernel is combine_backward_kernel:
-                constants["WIDTH"] = width
-            note = f"D={width} {kind}"
-            cases.append(AotCase(kernel=kernel, types=types, constants=constants, note=note))
-    for top_k, mode in ((1, "straight_through"), (8, "sum"), (512, "straight_through")):
-        types = dict.fromkeys(("out", "grad"), "*fp32") | narrow | index | sizes
-        rows, columns = _choices(top_k)
-        blocks = {"TOP_K": top_k, "BLOCK_T": rows, "BLOCK_K": columns}
-        note = f"K={top_k}"
-        with_mode = blocks | {"COMBINE": mode}
-        cases += [
-            AotCase(kernel=combine_weights_kernel, types=types, constants=with_mode, note=note),
-            AotCase(
-                kernel=combine_weights_backward_kernel,
-                types=types,
-                constants=blocks | {"NORMALIZED": True},
-                note=note,
-            ),
-        ]
-    return cases

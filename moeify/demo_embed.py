@@ -85,9 +85,9 @@ def embed_elsewhere(folder: Path, sentences: Sequence[str]) -> Tensor:
     Raises:
         MoeifyError: That process failed.
     """
-    code = "import sys; from moeify.demo_embed import embed_saved; embed_saved(*sys.argv[1:])"
-    package = str(Path(__file__).resolve().parent.parent)
-    paths = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+    code = f"import sys; from {__name__} import embed_saved; embed_saved(*sys.argv[1:])"
+    root = str(Path(__file__).resolve().parents[__name__.count(".")])  # what `moeify` lies in
+    paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     with tempfile.TemporaryDirectory() as scratch:
         texts, result = Path(scratch, "sentences.json"), Path(scratch, "embeddings.safetensors")
         texts.write_text(json.dumps(list(sentences)), encoding="utf-8")

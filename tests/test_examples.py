@@ -10,6 +10,8 @@ import sys
 
 import pytest
 
+from tests.scripts import run_script
+
 EXPECTED = {
     "custom_pass": ["+    clamp = torch.clamp(hidden, -0.05, 0.05)", "plain numbers again: True"],
     "distill": ["student, 3 layers, not trained yet", "staged:", "alpha 0)"],
@@ -23,7 +25,13 @@ EXPECTED = {
 }
 
 
-def run(name, repo, launcher=(), arguments=()):
+def run(name, repo):
+    """What an example prints, run in a process that need not import torch again."""
+    return run_script(repo / "examples" / f"{name}.py")
+
+
+def launch(name, repo, launcher=(), arguments=()):
+    """The same in a Python of its own, or in those of a launcher."""
     env = {**os.environ, "PYTHONPATH": str(repo), "GLOO_SOCKET_IFNAME": "lo"}
     command = [sys.executable, *launcher, str(repo / "examples" / f"{name}.py"), *arguments]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
@@ -83,7 +91,7 @@ def test_train_trainer(repo):
 @pytest.mark.slow  # the same losses on any number of ranks are in tests/distributed
 def test_train_expert_parallel(repo):
     torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
-    alone, over_ranks = (run("train_expert_parallel", repo, how) for how in ((), torchrun))
+    alone, over_ranks = (launch("train_expert_parallel", repo, how) for how in ((), torchrun))
     assert EXPECTED["train_expert_parallel"][0] in alone
     want, got = (
         [float(loss) for loss in re.findall(r"loss (\S+)", out)] for out in (alone, over_ranks)
@@ -101,14 +109,14 @@ def test_train_elastic(repo, tmp_path):
     """A rank is killed; the ranks go on by themselves, and one alone from the same checkpoint."""
     torchrun = "-m torch.distributed.run --standalone --nproc-per-node {} --max-restarts 1"
     folder = ["--folder", str(tmp_path), "--steps", "9", "--every", "3"]
-    killed = run("train_elastic", repo, torchrun.format(2).split(), [*folder, "--die", "5"])
+    killed = launch("train_elastic", repo, torchrun.format(2).split(), [*folder, "--die", "5"])
     losses = [float(loss) for loss in re.findall(r"loss (\S+)", killed)]
     assert "2 ranks go on from" in killed
     assert len(losses) == 5 + 6
     assert losses[5:7] == pytest.approx(losses[3:5], rel=1e-5)  # steps 3 and 4, again
     for later in ("step-00000006", "step-00000009"):
         shutil.rmtree(tmp_path / later)
-    alone = run("train_elastic", repo, torchrun.format(1).split(), [*folder, "--stage", "0"])
+    alone = launch("train_elastic", repo, torchrun.format(1).split(), [*folder, "--stage", "0"])
     assert "1 ranks go on from" in alone
     assert "step-00000003" in alone
     got = [float(loss) for loss in re.findall(r"loss (\S+)", alone)]

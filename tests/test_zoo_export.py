@@ -25,6 +25,8 @@ ROUTER = {"combine": "normalized"}
 PLAN = {"layers": [{"select": "all", "experts": 4, "top_k": 2, "router": ROUTER}]}
 # The causal and masked language models, which come first, and some of the others.
 NAMES = [*list(ZOO)[: list(ZOO).index("t5")], "t5", "bart", "whisper", "clip", "vit"]
+# One of each family of classes: without --slow, the others are neither written nor read.
+ALIKE = {"mistral", "qwen2", "gemma2", "phi", "olmo2", "gptj", "roberta", "distilbert", "bart"}
 
 LOAD = """
 import json, sys
@@ -73,12 +75,14 @@ class Exported:
 
 @pytest.fixture(scope="module")
 def exported(
-    tmp_path_factory: pytest.TempPathFactory,
+    tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
 ) -> tuple[dict[str, Exported], dict[str, Any]]:
     root = tmp_path_factory.mktemp("exports")
     (root / "inputs").mkdir()
     found = {}
     for name in NAMES:
+        if name in ALIKE and not pytestconfig.getoption("--slow"):
+            continue
         torch.manual_seed(0)
         model = mf.moeify(ZOO[name].build(), PLAN, verify=False)
         with torch.no_grad():
@@ -105,7 +109,9 @@ def exported(
     return found, load_file(root / "logits.safetensors")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in ALIKE else n for n in NAMES]
+)
 def test_zoo_export(
     name: str, exported: tuple[dict[str, Exported], Any], export_row: Callable[..., None]
 ) -> None:

@@ -36,8 +36,8 @@ _PRELOAD = [
     "tests.distributed.ranks",
     "tests.distributed.warm",
 ]
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(_PRELOAD)
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(_PRELOAD)
 
 DEADLINE = 240.0
 """Seconds for one call of `run_ranks`, far above what any test needs."""
@@ -69,7 +69,7 @@ def run_ranks(
     """
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
-            _SERVER.Process(
+            SERVER.Process(
                 target=_rank, args=(function, rank, world, args, folder, timeout), daemon=True
             )
             for rank in range(world)

@@ -42,7 +42,7 @@ def check(ids, priority, experts, capacity):
     ("tokens", "experts", "top_k"),
     [(0, 4, 2), (1, 3, 3), (9, 4, 2), (50, 1, 1), (97, 15, 4), (300, 600, 3)],
 )
-@pytest.mark.thin(3)
+@pytest.mark.thin(5)  # coprime to six: sizes, kinds and programs all take part
 def test_equals_the_reference(monkeypatch, tokens, experts, top_k, kind, many):
     if many:
         monkeypatch.setattr(assign_triton, "SMALL", 0)
@@ -52,10 +52,10 @@ def test_equals_the_reference(monkeypatch, tokens, experts, top_k, kind, many):
 
 
 @pytest.mark.parametrize("kind", ["position", "score"])
-def test_more_blocks_than_one_program_scans(kind):
-    ids = chosen(9000, 5, 2)
-    for capacity in (2500, 9000):
-        check(ids, priorities(kind, 9000, 2), 5, capacity)
+@pytest.mark.parametrize("capacity", [2500, 9000])
+@pytest.mark.thin(3)  # both kinds and both capacities, once
+def test_more_blocks_than_one_program_scans(kind, capacity):
+    check(chosen(9000, 5, 2), priorities(kind, 9000, 2), 5, capacity)
 
 
 def test_all_to_one_expert_over_capacity():

@@ -80,6 +80,7 @@ def check(args, dtype=torch.float32):
 
 @pytest.mark.parametrize("activation", FUSED)
 @pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.thin(2)  # an odd number of activations: each of them once, gated or not
 def test_activations(activation, gated):
     check(case(t=9, activation=activation, gated=gated))
 
@@ -87,6 +88,7 @@ def test_activations(activation, gated):
 @pytest.mark.parametrize("k", [1, 2, 3])
 @pytest.mark.parametrize("capacity", [None, 4])
 @pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.thin(2)
 def test_routes(k, capacity, biased):
     args = case(k=k, capacity=capacity, biased=biased)
     got = check(args)
@@ -100,6 +102,7 @@ def test_routes(k, capacity, biased):
     "shape", [(1, 5, 3, 7), (6, 42, 123, 31), (80, 64, 64, 64), (300, 40, 48, 24)], ids=str
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.thin(3)
 def test_sizes(shape, dtype):
     t, d, f, o = shape
     check(case(t, d, f, o, e=3, dtype=dtype), dtype)
@@ -131,6 +134,7 @@ def test_without_weights(k):
 
 
 @pytest.mark.parametrize("needed", range(8), ids=lambda n: f"{n:03b}")
+@pytest.mark.thin(3)  # 000, 011 and 110: each of three independent gradients with and without
 def test_only_what_is_needed(needed):
     args = case(t=7)
     full = experts_backward(*cast(args, torch.float32))

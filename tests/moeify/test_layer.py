@@ -211,8 +211,8 @@ def test_a_wrong_width_is_named():
         build()(torch.randn(3, WIDTH + 1, dtype=torch.float64))
 
 
-@pytest.mark.parametrize(("k", "drop_tokens"), [(1, True), (2, True), (3, True), (1, False)])
-@pytest.mark.thin(2)
+@pytest.mark.parametrize(("k", "drop_tokens"), [(2, True), (1, True), (3, True), (1, False)])
+@pytest.mark.thin(4)
 def test_compiles_in_one_graph_for_any_expert(k, drop_tokens):
     class Expert(nn.Module):
         def __init__(self):

@@ -299,6 +299,7 @@ def test_a_model_on_meta_stays_on_meta(name):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "timm Mlp, norm", "phi3"])
+@pytest.mark.thin(2)
 def test_the_plan_counts_what_is_built(name):
     case = ZOO[name]
     model = case.build()

@@ -64,6 +64,7 @@ def test_inductor_trains_as_eager_does():
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "opt", "bloom", "t5"])
+@pytest.mark.thin(2)
 def test_generate_equals_the_dense_model(name):
     torch.manual_seed(0)
     model = ZOO[name].build().eval()
@@ -94,6 +95,7 @@ def test_a_hugging_face_loss_holds_the_router_losses_in_training_only():
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert", "t5"])
+@pytest.mark.thin(3)
 def test_autocast_bf16(name):
     model = converted(name).train()
     inputs = {"input_ids": ids(), "labels": ids()}
@@ -117,6 +119,7 @@ def test_bf16_model_routes_in_float32():
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "bert"])
+@pytest.mark.thin(2)
 def test_gradient_checkpointing_counts_once_and_keeps_the_gradients(name):
     model = converted(name).train()
     for module in model.modules():  # recomputed dropout draws the same; still, none here

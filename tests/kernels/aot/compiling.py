@@ -1,27 +1,19 @@
-"""Ahead-of-time compilation of the Triton kernels for a GPU that need not be there.
-
-Each `*_triton` module lists representative instances of its kernels in `aot_cases()`. The
-interpreter that the tests run under accepts code which the compiler rejects, and knows no
-registers, so `python -m moeify.kernels.aot` compiles every case for Hopper and fails where one
-does not compile, spills registers or needs too much shared memory.
-"""
+"""Compile kernels for a GPU that need not be there, and read what they take on it."""
 
 from __future__ import annotations
 
-import argparse
-import importlib
-import os
 import re
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+from tests.kernels.aot.case import AotCase, cases_of
 
 CAPABILITY = 90
 """Compute capability that is compiled for: Hopper."""
@@ -30,32 +22,11 @@ SHARED_LIMIT = 227 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
-class AotCase:
-    """One kernel with its types and constants fixed.
-
-    Args:
-        kernel: The `@triton.jit` function.
-        types: Triton type of each argument that is not constant: "*bf16", "*i32", "i32", "fp32".
-        constants: Value of each `tl.constexpr` argument.
-        num_warps: Warps per program.
-        num_stages: Depth of software pipelining.
-        note: What distinguishes the case, for the table.
-    """
-
-    kernel: Any
-    types: Mapping[str, str]
-    constants: Mapping[str, Any] = field(default_factory=dict)
-    num_warps: int = 4
-    num_stages: int = 2
-    note: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
 class AotResult:
     """What one case takes on the GPU, or why it does not compile.
 
     Args:
-        kernel: Module and function.
+        kernel: List and function.
         note: The case's.
         registers: Per thread.
         spill: Bytes of stack and local memory per thread; more than 0 is a defect.
@@ -78,22 +49,10 @@ class AotResult:
         return not self.error and not self.spill and self.shared <= SHARED_LIMIT
 
 
-def module_names() -> list[str]:
-    """Return the names of the `*_triton` modules of this folder."""
-    return sorted(path.stem for path in Path(__file__).parent.glob("*_triton.py"))
-
-
-def cases(module: str) -> list[AotCase]:
-    """Return the cases of one module, such as "gate_triton"; none of one that only has parts."""
-    listed = getattr(importlib.import_module(f"moeify.kernels.{module}"), "aot_cases", list)
-    found: list[AotCase] = listed()
-    return found
-
-
-def compile_case(module: str, index: int) -> AotResult:
-    """Compile the case at `index` in `cases(module)`; failures are in the result, not raised."""
-    case = cases(module)[index]
-    kernel = f"{module}.{case.kernel.__name__}"
+def compile_case(name: str, index: int) -> AotResult:
+    """Compile the case at `index` in `cases_of(name)`; failures are in the result, not raised."""
+    case = cases_of(name)[index]
+    kernel = f"{name}.{case.kernel.__name__}"
     start = time.perf_counter()
     try:
         compiled = _compile(case)
@@ -110,9 +69,9 @@ def compile_case(module: str, index: int) -> AotResult:
     )
 
 
-def compile_all(modules: Sequence[str], jobs: int = 2) -> list[AotResult]:
-    """Compile every case of `modules` in `jobs` processes, in order."""
-    work = [(name, index) for name in modules for index in range(len(cases(name)))]
+def compile_all(lists: Sequence[str], jobs: int = 2) -> list[AotResult]:
+    """Compile every case of `lists` in `jobs` processes, in order."""
+    work = [(name, index) for name in lists for index in range(len(cases_of(name)))]
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         return list(pool.map(compile_case, *zip(*work, strict=True))) if work else []
 
@@ -132,38 +91,6 @@ def table(results: Sequence[AotResult]) -> str:
         for row in rows
     ]
     return "\n".join(lines + [f"{r.kernel} ({r.note}): {r.error}" for r in results if r.error])
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Compile the cases of all modules, or of those named, and print the table.
-
-    Returns:
-        0, or 1 if a case is not ok, or 2 if nothing can be compiled here.
-    """
-    parser = argparse.ArgumentParser(prog="python -m moeify.kernels.aot", description=__doc__)
-    parser.add_argument("modules", nargs="*", help="such as gate_triton; all if none is named")
-    parser.add_argument("--jobs", type=int, default=2, help="processes")
-    options = parser.parse_args(arguments)
-    refusal = _refusal(options.modules)
-    if refusal:
-        sys.stderr.write(f"moeify.kernels.aot: {refusal}\n")
-        return 2
-    results = compile_all(options.modules or module_names(), options.jobs)
-    sys.stdout.write(table(results) + "\n")
-    return 0 if all(result.ok for result in results) else 1
-
-
-def _refusal(modules: Sequence[str]) -> str:
-    unknown = sorted(set(modules) - set(module_names()))
-    if unknown:
-        return f"no module {', '.join(unknown)}; there are {', '.join(module_names())}"
-    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-        return "TRITON_INTERPRET is set, and interpreted kernels cannot be compiled; unset it"
-    try:
-        tool = _cuobjdump()
-    except ImportError as error:
-        return f"Triton is not usable here ({error}); install it"
-    return "" if tool.exists() else f"{tool} is missing; install Triton's own wheel"
 
 
 def _compile(case: AotCase) -> Any:
@@ -192,7 +119,7 @@ def _usage(cubin: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(_cuobjdump()), "-res-usage", file.name]
+        command = [str(cuobjdump()), "-res-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text)
     if found is None:
@@ -201,7 +128,7 @@ def _usage(cubin: bytes) -> tuple[int, int]:
     return registers, stack + local
 
 
-def _cuobjdump() -> Path:
+def cuobjdump() -> Path:
     from triton.backends import nvidia
 
     return Path(nvidia.__path__[0]) / "bin" / "cuobjdump"
@@ -210,7 +137,3 @@ def _cuobjdump() -> Path:
 def _last_line(error: Exception) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[-1].strip() if lines else ''}"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,75 @@
+"""Instances of the kernels for the grouped products."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from moeify.kernels.grouped_linear_triton import gradient_kernel, gradient_tile, product_kernel
+from moeify.kernels.tile_config import TileConfig, choose
+from tests.kernels.aot.case import AotCase
+
+
+def cases() -> list[AotCase]:
+    """Return them with the tiles that launches choose, for large, small and unaligned models."""
+    found = []
+    for dtype, rows, experts, n, k in (
+        (torch.bfloat16, 32768, 128, 2048, 768),
+        (torch.bfloat16, 8192, 8, 4096, 14336),
+        (torch.bfloat16, 1024, 64, 33, 65),
+        (torch.float32, 4096, 8, 768, 3072),
+        (torch.float32, 100, 8, 33, 65),
+    ):
+        name = "fp32" if dtype == torch.float32 else "bf16"
+        config = choose(rows, experts, n, k, dtype, torch.device("cpu"))
+        for weighted in (False, True):
+            found.append(_product_case(name, config, experts, n, k, weighted))
+        bn, bk, bm, warps, stages = gradient_tile(rows, experts, torch.empty(0, dtype=dtype))
+        found.append(
+            AotCase(
+                kernel=gradient_kernel,
+                types={
+                    "offsets": "*i32",
+                    **dict.fromkeys(("grad", "rows", "grad_weight", "grad_bias"), f"*{name}"),
+                },
+                constants={"K": k, "N": n, "PRECISION": "ieee", "BM": bm, "BN": bn, "BK": bk},
+                num_warps=warps,
+                num_stages=stages,
+                note=f"{name} {n} x {k}",
+            )
+        )
+    return found
+
+
+def _product_case(
+    name: str, config: TileConfig, experts: int, n: int, k: int, weighted: bool
+) -> AotCase:
+    types = {
+        **dict.fromkeys(("rows", "weight", "bias", "out"), f"*{name}"),
+        "offsets": "*i32",
+        **dict.fromkeys(("row_count", "m_tiles", "stride_e", "stride_n"), "i32"),
+    }
+    if weighted:
+        types |= {"row_weights": "*fp32", "order": "*i32"}
+    return AotCase(
+        kernel=product_kernel,
+        types=types,
+        constants={
+            **({} if weighted else {"row_weights": None, "order": None}),
+            "stride_k": 1,
+            "E": experts,
+            "EP": triton.next_power_of_2(experts),
+            "K": k,
+            "N": n,
+            "SCATTER": weighted,
+            "ZERO_TAIL": not weighted,
+            "PRECISION": "ieee",
+            "BM": config.bm,
+            "BN": config.bn,
+            "BK": config.bk,
+            "GROUP": config.group,
+        },
+        num_warps=config.warps,
+        num_stages=config.stages,
+        note=f"{name} {n} x {k}{' weighted' if weighted else ''}",
+    )
