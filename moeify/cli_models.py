@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moeify.atomic_file import replace_file
 from moeify.checkpoint_files import MANIFEST, Folder
 from moeify.checkpoint_manifest import MAX_BYTES
 from moeify.errors import MoeifyError
@@ -206,9 +207,7 @@ def copy_beside(source: Path, target: Path) -> list[str]:
     """Copy tokenizer and processor files, over older ones too, and return their names."""
     texts = files_beside(source)
     for name, data in texts.items():
-        scratch = target / f".{name}.copying"
-        scratch.write_bytes(data)
-        scratch.replace(target / name)
+        replace_file(target / name, data)
     return list(texts)
 
 

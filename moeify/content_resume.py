@@ -7,30 +7,27 @@ removes it. A lock on it, which ends with its process, keeps two writers off eac
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from pydantic import ValidationError
 
+from moeify.atomic_file import replace_file, sync_folder
 from moeify.checkpoint_files import (
     CHUNK,
     Folder,
-    _carry,
-    _check_target,
-    _put,
-    _resolved,
-    _sweep,
-    _sync,
+    carry_over,
+    holds_save,
+    locked_folder,
+    publish,
+    resolve_target,
 )
 from moeify.checkpoint_json import parse_json
 from moeify.checkpoint_manifest import FileRecord
@@ -66,7 +63,7 @@ class Journal(Strict):
 
 def partial_path(directory: str | os.PathLike[str]) -> Path:
     """Return the folder that a write leaves unfinished."""
-    path = _resolved(directory)
+    path = resolve_target(directory)
     return path.with_name(f".{path.name}.partial")
 
 
@@ -79,7 +76,7 @@ def bytes_to_write(content: Content, max_shard_size: int | str = "5GB") -> int:
 
 def free_bytes(directory: str | os.PathLike[str]) -> int:
     """Return the bytes that may be written beside a folder."""
-    found = os.statvfs(_resolved(directory).parent)
+    found = os.statvfs(resolve_target(directory).parent)
     return found.f_bavail * found.f_frsize
 
 
@@ -112,9 +109,9 @@ def write_resumable(
         ValueError: `max_shard_size` is no size.
     """
     limit = parse_size(max_shard_size)
-    path = _resolved(directory)
+    path = resolve_target(directory)
     partial = partial_path(path)
-    old = _check_target(path)
+    old = holds_save(path)
     journal = Journal(
         format="moeify-journal",
         version=1,
@@ -122,7 +119,7 @@ def write_resumable(
         shards=[],
     )
     try:
-        with _locked(partial):
+        with locked_folder(partial):
             staged = partial / _STAGED
             groups = split(content.tensors, limit)
             names = content.shard_names(len(groups))
@@ -138,24 +135,19 @@ def write_resumable(
                         advance(sizes[name])
                 else:
                     done[name] = write_shard(staged / name, group, advance)
-                    _sync(staged)
+                    sync_folder(staged)
                 shards.append(done[name])
                 _write_journal(partial, journal.model_copy(update={"shards": shards}))
             if old:
-                staged.chmod(path.stat().st_mode & 0o7777)
-                _carry(path, staged)
+                carry_over(path, staged)
             if late is not None:
                 texts = {**content.texts, **late()}
                 content = dataclasses.replace(content, texts=texts)
             written = finish(content, staged, groups, shards)
-            _sync(staged)
             if check is not None:
                 check(staged)
-            _put(staged, path, exists=old)
-            with contextlib.suppress(OSError):
-                _sync(path.parent)
-            shutil.rmtree(partial, ignore_errors=True)  # with the older one, after an exchange
-            _sweep(path, "replaced")
+            publish(staged, path, exists=old)
+            shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         kept = f"; {partial} keeps what is finished, for --resume" if partial.exists() else ""
         raise CheckpointError(f"{path}: cannot be written: {error}{kept}") from error
@@ -164,55 +156,6 @@ def write_resumable(
 
 def _digest(outputs: tuple[Output, ...]) -> str:
     return hashlib.sha256(header(outputs)).hexdigest()
-
-
-@contextmanager
-def _locked(partial: Path) -> Iterator[None]:
-    """Make the partial folder and hold it; an empty one is removed at the end.
-
-    Raises:
-        CheckpointError: Another process holds it.
-    """
-    while True:
-        with contextlib.suppress(FileExistsError):
-            partial.mkdir()
-        if partial.is_symlink():
-            raise CheckpointError(f"{partial}: is a link; remove it")
-        try:
-            handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        except FileNotFoundError:  # another process has just finished
-            continue
-        try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise CheckpointError(
-                    f"{partial}: another process is writing this folder; wait for it, or end it"
-                ) from None
-            except OSError as error:  # a file system without locks
-                log.warning("%s: cannot be locked (%s): start no second writer", partial, error)
-            if not _same(partial, handle):
-                continue
-            try:
-                yield
-            finally:
-                if _same(partial, handle):
-                    with contextlib.suppress(OSError):
-                        (partial / _STAGED).rmdir()
-                    with contextlib.suppress(OSError):
-                        partial.rmdir()
-            return
-        finally:
-            os.close(handle)
-
-
-def _same(path: Path, handle: int) -> bool:
-    """Tell whether a folder is still the one that was opened."""
-    try:
-        found = path.stat(follow_symlinks=False)
-    except OSError:
-        return False
-    return os.path.samestat(found, os.fstat(handle))
 
 
 def _finished(partial: Path, journal: Journal, names: set[str]) -> dict[str, FileRecord]:
@@ -290,10 +233,4 @@ def _check_room(content: Content, path: Path, limit: int, kept: int) -> None:
 
 def _write_journal(partial: Path, journal: Journal) -> None:
     data = json.dumps(journal.model_dump(mode="json"), indent=1, allow_nan=False).encode()
-    scratch = partial / f"{_JOURNAL}.new"
-    with scratch.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    scratch.replace(partial / _JOURNAL)
-    _sync(partial)
+    replace_file(partial / _JOURNAL, data)

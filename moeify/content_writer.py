@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moeify.checkpoint_files import MANIFEST, new_file, replace_folder
+from moeify.atomic_file import HashedFile, write_new
+from moeify.checkpoint_files import MANIFEST, replace_folder
 from moeify.checkpoint_manifest import FileRecord
-from moeify.checkpoint_shards import CODE_OF, bytes_of, dtype_name, parse_size
+from moeify.checkpoint_shards import bytes_of, dtype_name, file_head, parse_size
 from moeify.content import Content, Output, Written, describe
 from moeify.errors import CheckpointError
 
@@ -34,16 +35,18 @@ def write_content(
         CheckpointError: It cannot be written; what was there is as it was.
         ValueError: `max_shard_size` is no size.
     """
-    groups = split(content.tensors, parse_size(max_shard_size))
+    limit = parse_size(max_shard_size)
     done: list[Written] = []
-
-    def write(folder: Path) -> None:
-        names = content.shard_names(len(groups))
-        shards = [write_shard(folder / n, group) for n, group in zip(names, groups, strict=True)]
-        done.append(finish(content, folder, groups, shards))
-
-    replace_folder(directory, write)
+    replace_folder(directory, lambda folder: done.append(write_files(content, folder, limit)))
     return done[0]
+
+
+def write_files(content: Content, folder: Path, limit: int) -> Written:
+    """Write all files into a folder that exists, with at most `limit` bytes of tensors in each."""
+    groups = split(content.tensors, limit)
+    names = content.shard_names(len(groups))
+    shards = [write_shard(folder / n, group) for n, group in zip(names, groups, strict=True)]
+    return finish(content, folder, groups, shards)
 
 
 def finish(
@@ -88,7 +91,7 @@ def write_shard(
         CheckpointError: A tensor gives other data than it said.
     """
     ordered = sorted(outputs, key=lambda o: -o.spec.dtype.itemsize)  # stable: aligned for all
-    with new_file(path) as file:
+    with HashedFile(path) as file:
         file.write(header(ordered))
         for output in ordered:
             for piece in _checked(output):
@@ -96,23 +99,12 @@ def write_shard(
                 file.write(data)
                 if advance is not None:
                     advance(len(data))
-        return FileRecord(file=path.name, sha256=file.close(), bytes=file.size)
+        return FileRecord(file=path.name, sha256=file.sha256(), bytes=file.size)
 
 
 def header(ordered: Sequence[Output]) -> bytes:
     """Return the head of a safetensors file with these tensors."""
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for output in ordered:
-        start, end = end, end + output.nbytes
-        entries[output.name] = {
-            "dtype": CODE_OF[dtype_name(output.spec.dtype)],
-            "shape": list(output.spec.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    return file_head((o.name, o.spec.dtype, o.spec.shape) for o in ordered)
 
 
 def index_text(content: Content, place: dict[str, str]) -> bytes:
@@ -139,9 +131,7 @@ def _checked(output: Output) -> Iterator[Tensor]:
 
 def _write_text(path: Path, data: bytes) -> FileRecord:
     path.unlink(missing_ok=True)  # carried over from an older folder
-    with new_file(path) as file:
-        file.write(data)
-        return FileRecord(file=path.name, sha256=file.close(), bytes=file.size)
+    return FileRecord(file=path.name, sha256=write_new(path, data), bytes=len(data))
 
 
-__all__ = ["INDEX", "Advance", "finish", "split", "write_content", "write_shard"]
+__all__ = ["INDEX", "Advance", "finish", "split", "write_content", "write_files", "write_shard"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -12,18 +11,18 @@ from typing import Any, Final
 from torch import Tensor, nn
 
 from moeify import compat
-from moeify.checkpoint_files import MANIFEST, Folder
+from moeify.checkpoint_files import MANIFEST, Folder, move_files_into, staged_folder
 from moeify.checkpoint_json import parse_json
 from moeify.checkpoint_manifest import MAX_BYTES
+from moeify.checkpoint_shards import parse_size
 from moeify.content import Content, LiveTensors, Written
-from moeify.content_writer import INDEX, write_content
+from moeify.content_writer import INDEX, write_content, write_files
 from moeify.conversion import require_conversion, require_one_process
 from moeify.errors import CheckpointError, MoeifyError
 from moeify.exports import Export, content_for
 
 _CHECKPOINT: Final = re.compile(r"checkpoint-[0-9]+")  # as transformers' Trainer names them
 _WEIGHTS: Final = re.compile(r"model(?:-[0-9]{5}-of-[0-9]{5})?\.safetensors(?:\.index\.json)?")
-_STAGED: Final = ".moeify-staging"
 _IGNORED: Final = ("save_peft_format", "save_original_format")
 
 
@@ -147,34 +146,13 @@ def _replaceable(target: Path) -> bool:
 
 def _write_into(content: Content, target: Path, max_shard_size: int | str) -> Written:
     """Write beside what others keep in a folder; see `save_pretrained`."""
-    staged = target / _STAGED
     try:
-        shutil.rmtree(staged, ignore_errors=True)
-        written = write_content(content, staged, max_shard_size=max_shard_size)
-        for name in ("config.json", MANIFEST):
-            (target / name).unlink(missing_ok=True)
-        for entry in list(target.iterdir()):
-            if _WEIGHTS.fullmatch(entry.name):
-                entry.unlink()
-        _sync(target)
-        last = (INDEX, MANIFEST, "config.json")
-        names = [entry.name for entry in staged.iterdir()]
-        for name in sorted(names, key=lambda n: (last.index(n) if n in last else -1, n)):
-            (staged / name).replace(target / name)
-        _sync(target)
+        with staged_folder(target / "moeify") as staged:
+            written = write_files(content, staged, parse_size(max_shard_size))
+            move_files_into(staged, target, stale=_WEIGHTS, last=(INDEX, MANIFEST, "config.json"))
     except OSError as error:
         raise CheckpointError(f"{target}: cannot be saved: {error}") from error
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
     return written
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _upload(

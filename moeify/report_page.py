@@ -6,11 +6,11 @@ The page is a single file that loads nothing. What is not known is said on it, n
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moeify.atomic_file import replace_file
 from moeify.errors import MoeifyError
 from moeify.report_data import Facts, of_folder, of_model, of_run
 from moeify.report_html import page, short
@@ -123,10 +123,5 @@ def write_page(facts: Facts, run: Run | None, path: Path) -> int:
         raise MoeifyError(f"{path.parent}: is no folder; make it first")
     title = f"moeify report: {short(facts.model or facts.source, 80)}"
     data = page(title, *sections(facts, run)).encode("utf-8")
-    staged = path.with_name(f".{path.name[:80]}.{secrets.token_hex(4)}")
-    try:
-        staged.write_bytes(data)
-        staged.replace(path)
-    finally:
-        staged.unlink(missing_ok=True)
+    replace_file(path, data)
     return len(data)

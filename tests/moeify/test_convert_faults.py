@@ -26,6 +26,7 @@ from torch import nn
 import moeify as mf
 from moeify import content_resume
 from moeify.checkpoint import moeify_content
+from moeify.checkpoint_files import locked_folder
 from moeify.content import Content
 from moeify.content_resume import partial_path, write_resumable
 from moeify.errors import CheckpointError, MoeifyError
@@ -288,7 +289,7 @@ def test_a_shard_that_is_a_link_is_not_followed(begun, tmp_path):
 
 def test_two_writers(begun):
     model, target = begun
-    with content_resume._locked(partial_path(target)):
+    with locked_folder(partial_path(target)):
         for resume in (False, True):
             with pytest.raises(CheckpointError, match="another process"):
                 write(model, target, resume=resume)
