@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from moeify import checkpoint
 from moeify.checkpoint_files import Folder
-from moeify.cli_models import build_on_meta, is_converted, model_folder
+from moeify.cli_models import build_on_meta, model_folder
 from moeify.cli_output import make_table, say, size
 from moeify.conversion import conversion_of
 from moeify.discovery import Discovery, discover
 from moeify.errors import MoeifyError
-from moeify.export_manifest import ExportManifest, read_export_manifest
+from moeify.export_manifest import FormatManifest, read_format_manifest
 from moeify.plan import Plan
 from moeify.resolve import ResolvedPlan
 from moeify.selection import shorten
 from moeify.sites import Site
+from moeify.stored_folder import is_converted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -69,7 +70,7 @@ def inspect_model(path: str, console: Console) -> dict[str, Any]:
     folder = Path(path)
     if is_converted(folder):
         with Folder(folder) as opened:
-            export = read_export_manifest(opened)
+            export = read_format_manifest(opened)
         return _saved(folder, console) if export is None else _exported(folder, export, console)
     model = build_on_meta(model_folder(folder))
     found = discover(model)
@@ -140,11 +141,11 @@ def _saved(folder: Path, console: Console) -> dict[str, Any]:
     )
 
 
-def _exported(folder: Path, manifest: ExportManifest, console: Console) -> dict[str, Any]:
+def _exported(folder: Path, manifest: FormatManifest, console: Console) -> dict[str, Any]:
     """Show a folder that transformers reads; its tensors are counted, padding too."""
-    from moeify.source import SourceFolder
+    from moeify.source import CheckpointReader
 
-    with SourceFolder(folder) as files:
+    with CheckpointReader(folder) as files:
         specs = [entry.spec for entry in files.keys.values()]
     return _converted(
         folder,

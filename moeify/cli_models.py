@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeify.atomic_file import replace_file
-from moeify.checkpoint_files import MANIFEST, Folder
 from moeify.checkpoint_manifest import MAX_BYTES
 from moeify.errors import MoeifyError
 
@@ -115,11 +114,11 @@ def _stored_dtype(folder: Path) -> torch.dtype:
     """Return the dtype of the first floating-point tensor of a folder, as transformers does."""
     import torch
 
-    from moeify.source import SourceFolder
+    from moeify.source import CheckpointReader
 
     if not any((folder / name).is_file() for name in (_WEIGHTS, _INDEX)):
         return torch.float32
-    keys = SourceFolder(folder).keys.values()
+    keys = CheckpointReader(folder).keys.values()
     return next((k.spec.dtype for k in keys if k.spec.dtype.is_floating_point), torch.float32)
 
 
@@ -209,26 +208,6 @@ def copy_beside(source: Path, target: Path) -> list[str]:
     for name, data in texts.items():
         replace_file(target / name, data)
     return list(texts)
-
-
-def is_save(folder: Path) -> bool:
-    """Tell whether moeify wrote a folder."""
-    return (folder / MANIFEST).is_file()
-
-
-def is_converted(folder: Path) -> bool:
-    """Tell whether moeify wrote a folder with a converted model, not with a dense one.
-
-    Raises:
-        CheckpointError: What it wrote there is damaged.
-    """
-    if not is_save(folder):
-        return False
-    from moeify.export_manifest import read_export_manifest
-
-    with Folder(folder) as opened:
-        manifest = read_export_manifest(opened)
-    return manifest is None or manifest.kind != "dense"
 
 
 def folder_bytes(folder: Path) -> int:

@@ -1,4 +1,4 @@
-"""Writes a `Content` so that a long write can be gone on with: finished shards are kept.
+"""Write a `ModelFiles` so that an interrupted write can be resumed: finished shards are kept.
 
 A folder `.NAME.partial` beside the target holds the staged folder and a journal of the shards that
 are finished, each with its digest. An error, Ctrl-C or a kill leaves it for `resume`; a new start
@@ -32,7 +32,7 @@ from moeify.checkpoint_files import (
 from moeify.checkpoint_json import parse_json
 from moeify.checkpoint_manifest import FileRecord
 from moeify.checkpoint_shards import parse_size
-from moeify.content import Content, Output, Written
+from moeify.content import ModelFiles, Output, Written
 from moeify.content_writer import Advance, finish, header, split, write_shard
 from moeify.errors import CheckpointError
 from moeify.selection import Strict
@@ -67,11 +67,11 @@ def partial_path(directory: str | os.PathLike[str]) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
-def bytes_to_write(content: Content, max_shard_size: int | str = "5GB") -> int:
+def bytes_to_write(model_files: ModelFiles, max_shard_size: int | str = "5GB") -> int:
     """Return the bytes of all files with tensors, headers too, and of the small files."""
-    groups = split(content.tensors, parse_size(max_shard_size))
+    groups = split(model_files.tensors, parse_size(max_shard_size))
     heads = sum(len(header(group)) for group in groups)
-    return content.nbytes + heads + sum(map(len, content.texts.values()))
+    return model_files.nbytes + heads + sum(map(len, model_files.texts.values()))
 
 
 def free_bytes(directory: str | os.PathLike[str]) -> int:
@@ -81,7 +81,7 @@ def free_bytes(directory: str | os.PathLike[str]) -> int:
 
 
 def write_resumable(
-    content: Content,
+    model_files: ModelFiles,
     directory: str | os.PathLike[str],
     *,
     made_of: Mapping[str, Any],
@@ -94,7 +94,7 @@ def write_resumable(
     """Write a folder; what is finished survives whatever happens.
 
     Args:
-        content: What is to be in it.
+        model_files: What is to be in it.
         directory: A folder that does not exist, is empty, or holds an older one of moeify's.
         made_of: What the bytes depend on: digests of plan and source, options. JSON.
         max_shard_size: Bytes per file, or such as "5GB"; a larger tensor gets a file of its own.
@@ -115,19 +115,19 @@ def write_resumable(
     journal = Journal(
         format="moeify-journal",
         version=1,
-        made_of={**made_of, "max_shard_size": limit, "tensors": _digest(content.tensors)},
+        made_of={**made_of, "max_shard_size": limit, "tensors": _digest(model_files.tensors)},
         shards=[],
     )
     try:
         with locked_folder(partial):
             staged = partial / _STAGED
-            groups = split(content.tensors, limit)
-            names = content.shard_names(len(groups))
+            groups = split(model_files.tensors, limit)
+            names = model_files.shard_names(len(groups))
             sizes = dict(zip(names, (sum(o.nbytes for o in g) for g in groups), strict=True))
             done = _finished(partial, journal, set(names)) if resume else {}
             _clear(partial, done)
             staged.mkdir(exist_ok=True)
-            _check_room(content, path, limit, sum(record.bytes for record in done.values()))
+            _check_room(model_files, path, limit, sum(record.bytes for record in done.values()))
             shards = []
             for name, group in zip(names, groups, strict=True):
                 if name in done:
@@ -141,9 +141,9 @@ def write_resumable(
             if old:
                 carry_over(path, staged)
             if late is not None:
-                texts = {**content.texts, **late()}
-                content = dataclasses.replace(content, texts=texts)
-            written = finish(content, staged, groups, shards)
+                texts = {**model_files.texts, **late()}
+                model_files = dataclasses.replace(model_files, texts=texts)
+            written = finish(model_files, staged, groups, shards)
             if check is not None:
                 check(staged)
             publish(staged, path, exists=old)
@@ -223,8 +223,8 @@ def _entries(folder: Path) -> list[Path]:
     return list(folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else []
 
 
-def _check_room(content: Content, path: Path, limit: int, kept: int) -> None:
-    needed, free = bytes_to_write(content, limit) - kept, free_bytes(path)
+def _check_room(model_files: ModelFiles, path: Path, limit: int, kept: int) -> None:
+    needed, free = bytes_to_write(model_files, limit) - kept, free_bytes(path)
     if needed > free:
         raise CheckpointError(
             f"{path}: {needed:,} bytes are to be written and {free:,} are free; nothing was written"

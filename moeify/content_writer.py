@@ -1,4 +1,4 @@
-"""Writes a `Content`: shards while their tensors are read, small files, an index, the manifest."""
+"""Write a `ModelFiles`: shards while their tensors are read, then small files and the manifest."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from moeify.atomic_file import HashedFile, write_new
 from moeify.checkpoint_files import MANIFEST, replace_folder
 from moeify.checkpoint_manifest import FileRecord
 from moeify.checkpoint_shards import bytes_of, dtype_name, file_head, parse_size
-from moeify.content import Content, Output, Written, describe
+from moeify.content import ModelFiles, Output, Written, describe
 from moeify.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 Advance = Callable[[int], None]
 
 
-def write_content(
-    content: Content, directory: str | os.PathLike[str], *, max_shard_size: int | str = "5GB"
+def write_model_files(
+    model_files: ModelFiles, directory: str | os.PathLike[str], *, max_shard_size: int | str = "5GB"
 ) -> Written:
     """Write a folder, all or nothing.
 
     Args:
-        content: What is to be in it.
+        model_files: What is to be in it.
         directory: A folder that does not exist, is empty, or holds an older one of moeify's.
         max_shard_size: Bytes per file, or such as "5GB"; a larger tensor gets a file of its own.
 
@@ -37,30 +37,35 @@ def write_content(
     """
     limit = parse_size(max_shard_size)
     done: list[Written] = []
-    replace_folder(directory, lambda folder: done.append(write_files(content, folder, limit)))
+    replace_folder(
+        directory, lambda folder: done.append(write_files_into(model_files, folder, limit))
+    )
     return done[0]
 
 
-def write_files(content: Content, folder: Path, limit: int) -> Written:
+def write_files_into(model_files: ModelFiles, folder: Path, limit: int) -> Written:
     """Write all files into a folder that exists, with at most `limit` bytes of tensors in each."""
-    groups = split(content.tensors, limit)
-    names = content.shard_names(len(groups))
+    groups = split(model_files.tensors, limit)
+    names = model_files.shard_names(len(groups))
     shards = [write_shard(folder / n, group) for n, group in zip(names, groups, strict=True)]
-    return finish(content, folder, groups, shards)
+    return finish(model_files, folder, groups, shards)
 
 
 def finish(
-    content: Content, folder: Path, groups: Sequence[Sequence[Output]], shards: list[FileRecord]
+    model_files: ModelFiles,
+    folder: Path,
+    groups: Sequence[Sequence[Output]],
+    shards: list[FileRecord],
 ) -> Written:
     """Write all but the shards."""
     names = [record.file for record in shards]
     place = {o.name: n for n, group in zip(names, groups, strict=True) for o in group}
-    texts = dict(content.texts)
-    if content.kind != "moeify" and len(groups) > 1:
-        texts[INDEX] = index_text(content, place)
+    texts = dict(model_files.texts)
+    if model_files.kind != "moeify" and len(groups) > 1:
+        texts[INDEX] = index_text(model_files, place)
     files = [_write_text(folder / name, text) for name, text in texts.items()]
     written = Written(shards, files, place)
-    _write_text(folder / MANIFEST, content.manifest(written))
+    _write_text(folder / MANIFEST, model_files.manifest(written))
     return written
 
 
@@ -107,10 +112,10 @@ def header(ordered: Sequence[Output]) -> bytes:
     return file_head((o.name, o.spec.dtype, o.spec.shape) for o in ordered)
 
 
-def index_text(content: Content, place: dict[str, str]) -> bytes:
+def index_text(model_files: ModelFiles, place: dict[str, str]) -> bytes:
     """Return the index that transformers reads where there are several files."""
     index = {
-        "metadata": {"total_size": content.nbytes},
+        "metadata": {"total_size": model_files.nbytes},
         "weight_map": dict(sorted(place.items())),
     }
     return json.dumps(index, indent=2).encode() + b"\n"
@@ -134,4 +139,12 @@ def _write_text(path: Path, data: bytes) -> FileRecord:
     return FileRecord(file=path.name, sha256=write_new(path, data), bytes=len(data))
 
 
-__all__ = ["INDEX", "Advance", "finish", "split", "write_content", "write_files", "write_shard"]
+__all__ = [
+    "INDEX",
+    "Advance",
+    "finish",
+    "split",
+    "write_files_into",
+    "write_model_files",
+    "write_shard",
+]

@@ -18,12 +18,19 @@ from torch import nn
 
 from moeify.checkpoint_build import describable
 from moeify.checkpoint_shards import dtype_name
-from moeify.content import Content, Stored, copied
+from moeify.content import ModelFiles, TensorSource, copied
 from moeify.conversion import require_conversion
 from moeify.errors import CheckpointError
-from moeify.export_manifest import manifest_of
-from moeify.hf_dense import dense_class, dense_classes, dense_config, generation_config
-from moeify.hf_model import KEY, recipe_of, with_decoys
+from moeify.export_manifest import format_manifest
+from moeify.hf_dense import (
+    KEY,
+    dense_class,
+    dense_classes,
+    dense_config,
+    generation_config,
+    with_decoys,
+)
+from moeify.hf_model import recipe_of
 
 _CONFIGURATION: Final = '''\
 """The config of a Mixture-of-Experts model made by moeify, which must be installed."""
@@ -51,15 +58,15 @@ class {name}(ConvertedModel, {dense}):
 '''
 
 
-def custom_content(
-    model: nn.Module, stored: Stored, *, source: Mapping[str, Any] | None = None
-) -> Content:
+def custom_files(
+    model: nn.Module, tensor_source: TensorSource, *, source: Mapping[str, Any] | None = None
+) -> ModelFiles:
     """Return what is to be in a folder that transformers loads with moeify's help.
 
     Args:
         model: A converted Hugging Face model; may be on meta.
-        stored: Its tensors.
-        source: Where the weights came from; see `ExportManifest`.
+        tensor_source: Its tensors.
+        source: Where the weights came from; see `FormatManifest`.
 
     Raises:
         CheckpointError: The model's class is not transformers' own, or was converted with inputs
@@ -78,7 +85,7 @@ def custom_content(
             "model_type": saved_as,
             "architectures": [name],
             "auto_map": auto_map(cls, config_name, name),
-            "dtype": main_dtype(stored),
+            "dtype": main_dtype(tensor_source),
             KEY: recipe_of(model, conversion),
         }
     )
@@ -96,11 +103,13 @@ def custom_content(
     }
     if generation is not None:
         texts["generation_config.json"] = _json(generation)
-    return Content(
+    return ModelFiles(
         kind="custom",
-        tensors=tuple(copied(stored, at, name) for name, at in _names(model, stored).items()),
+        tensors=tuple(
+            copied(tensor_source, at, name) for name, at in _names(model, tensor_source).items()
+        ),
         texts=texts,
-        manifest=manifest_of(
+        manifest=format_manifest(
             "custom",
             architecture=name,
             plan=conversion.plan,
@@ -135,10 +144,10 @@ def _each(value: object) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value)  # type: ignore[arg-type]
 
 
-def main_dtype(stored: Stored) -> str:
+def main_dtype(tensor_source: TensorSource) -> str:
     """Return the dtype of most floating-point elements."""
     counts: dict[str, int] = {}
-    for spec in stored.specs.values():
+    for spec in tensor_source.specs.values():
         if spec.dtype.is_floating_point:
             name = dtype_name(spec.dtype)
             size = 1
@@ -148,14 +157,14 @@ def main_dtype(stored: Stored) -> str:
     return max(counts, key=lambda name: counts[name], default="float32")
 
 
-def _names(model: nn.Module, stored: Stored) -> dict[str, str]:
+def _names(model: nn.Module, tensor_source: TensorSource) -> dict[str, str]:
     """Return every name to write with the name that it is stored under.
 
     Names that transformers ties when it loads are left out, as it does; other further names of a
     tensor are written in full.
     """
-    groups: dict[str, list[str]] = {name: [name] for name in stored.specs}
-    for alias, name in stored.aliases.items():
+    groups: dict[str, list[str]] = {name: [name] for name in tensor_source.specs}
+    for alias, name in tensor_source.aliases.items():
         groups[name].append(alias)
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     return {name: at for at, group in groups.items() for name in _written(group, tied)}
@@ -176,4 +185,4 @@ def _json(data: Any) -> bytes:
     return text.encode() + b"\n"
 
 
-__all__ = ["auto_map", "custom_content", "dense_class", "main_dtype"]
+__all__ = ["auto_map", "custom_files", "dense_class", "main_dtype"]

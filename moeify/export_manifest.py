@@ -19,7 +19,7 @@ from moeify.selection import Strict
 from moeify.strict_yaml import path_text
 
 
-class ExportManifest(Strict):
+class FormatManifest(Strict):
     """The content of `moeify.json`, without its own digest.
 
     Attributes:
@@ -52,7 +52,7 @@ class ExportManifest(Strict):
     files: list[FileRecord]
 
 
-def manifest_of(
+def format_manifest(
     kind: Kind,
     *,
     architecture: str,
@@ -61,10 +61,10 @@ def manifest_of(
     source: dict[str, Any],
     details: dict[str, Any] | None = None,
 ) -> Callable[[Written], bytes]:
-    """Return what makes the manifest once the other files are written; see `ExportManifest`."""
+    """Return what makes the manifest once the other files are written; see `FormatManifest`."""
 
     def make(written: Written) -> bytes:
-        manifest = ExportManifest.model_validate(
+        manifest = FormatManifest.model_validate(
             {
                 "format": "moeify-export",
                 "version": 1,
@@ -87,7 +87,7 @@ def manifest_of(
     return make
 
 
-def read_export_manifest(folder: Folder) -> ExportManifest | None:
+def read_format_manifest(folder: Folder) -> FormatManifest | None:
     """Read `moeify.json` of an exported folder; None if it is of another format, or not there.
 
     Raises:
@@ -105,7 +105,7 @@ def read_export_manifest(folder: Folder) -> ExportManifest | None:
         return None
     digest = data.pop("sha256", None)
     try:
-        manifest = ExportManifest.model_validate(data)
+        manifest = FormatManifest.model_validate(data)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise CheckpointError(f"{where}: {path_text(first['loc'])}: {first['msg']}") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+from collections.abc import Mapping
 from typing import Any, Final
 
 from torch import nn
@@ -12,6 +13,13 @@ from torch import nn
 from moeify.errors import CheckpointError
 from moeify.hf import is_hf
 
+KEY: Final = "moeify"
+"""Where a converted model's config holds the recipe."""
+
+DECOY: Final = "load-with-an-Auto-class-and-trust_remote_code.safetensors"
+"""A file that is not there, where a dense class looks for weights: its own would be random."""
+
+_DECOY_KEY: Final = "transformers_weights"
 _MODULE: Final = re.compile(r"transformers\.models(?:\.[A-Za-z_][A-Za-z0-9_]*)+")
 _CLASS: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -83,12 +91,29 @@ def config_json(config: Any) -> str:
 def _dense_data(config: Any, *, use_diff: bool) -> dict[str, Any]:
     data: dict[str, Any] = json.loads(config.to_json_string(use_diff=use_diff))
     if hasattr(config, "saved_as"):
-        from moeify.hf_model import KEY, without_decoys
-
         data = without_decoys(data)
         for key in (KEY, "auto_map", "architectures"):
             data.pop(key, None)
     return data
+
+
+def with_decoys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config's data in which dense classes, also of its parts, find no weights."""
+    parts = {
+        key: {**part, _DECOY_KEY: DECOY}
+        for key, part in config.items()
+        if isinstance(part, dict) and "model_type" in part
+    }
+    return {**config, **parts, _DECOY_KEY: DECOY}
+
+
+def without_decoys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Undo `with_decoys`."""
+    return {
+        key: {k: v for k, v in part.items() if k != _DECOY_KEY} if isinstance(part, dict) else part
+        for key, part in config.items()
+        if key != _DECOY_KEY
+    }
 
 
 def generation_config(model: nn.Module) -> dict[str, Any] | None:

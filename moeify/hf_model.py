@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Final, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, ValidationError
@@ -22,6 +22,7 @@ from moeify.checkpoint_replay import layer_records, versions
 from moeify.checkpoint_state import tensors_of, to_meta
 from moeify.conversion import Conversion, require_conversion, require_one_process
 from moeify.errors import CaptureError, CheckpointError, MoeifyError
+from moeify.hf_dense import KEY, with_decoys, without_decoys
 from moeify.input_spec import make_inputs
 from moeify.plan import Plan
 from moeify.selection import Strict
@@ -29,13 +30,6 @@ from moeify.strict_yaml import path_text
 
 log = logging.getLogger("moeify")
 
-KEY: Final = "moeify"
-"""Where a config holds the recipe."""
-
-DECOY: Final = "load-with-an-Auto-class-and-trust_remote_code.safetensors"
-"""A file that is not there, where a dense class looks for weights: its own would be random."""
-
-_DECOY_KEY: Final = "transformers_weights"
 _Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
@@ -139,25 +133,6 @@ class ConvertedConfig:
 def dense_config_class(cls: type) -> type:
     """Return the config class of transformers behind a generated one."""
     return next(base for base in cls.__mro__ if not issubclass(base, ConvertedConfig))
-
-
-def with_decoys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config's data in which dense classes, also of its parts, find no weights."""
-    parts = {
-        key: {**part, _DECOY_KEY: DECOY}
-        for key, part in config.items()
-        if isinstance(part, dict) and "model_type" in part
-    }
-    return {**config, **parts, _DECOY_KEY: DECOY}
-
-
-def without_decoys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Undo `with_decoys`."""
-    return {
-        key: {k: v for k, v in part.items() if k != _DECOY_KEY} if isinstance(part, dict) else part
-        for key, part in config.items()
-        if key != _DECOY_KEY
-    }
 
 
 class ConvertedModel:

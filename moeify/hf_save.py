@@ -15,11 +15,11 @@ from moeify.checkpoint_files import MANIFEST, Folder, move_files_into, staged_fo
 from moeify.checkpoint_json import parse_json
 from moeify.checkpoint_manifest import MAX_BYTES
 from moeify.checkpoint_shards import parse_size
-from moeify.content import Content, LiveTensors, Written
-from moeify.content_writer import INDEX, write_content, write_files
+from moeify.content import LiveTensors, ModelFiles, Written
+from moeify.content_writer import INDEX, write_files_into, write_model_files
 from moeify.conversion import require_conversion, require_one_process
 from moeify.errors import CheckpointError, MoeifyError
-from moeify.exports import Export, content_for
+from moeify.exports import FormatChoice, choose_format
 
 _CHECKPOINT: Final = re.compile(r"checkpoint-[0-9]+")  # as transformers' Trainer names them
 _WEIGHTS: Final = re.compile(r"model(?:-[0-9]{5}-of-[0-9]{5})?\.safetensors(?:\.index\.json)?")
@@ -36,7 +36,7 @@ def save_pretrained(
     variant: str | None = None,
     token: str | bool | None = None,
     *,
-    export: Export = "auto",
+    export: FormatChoice = "auto",
     **kwargs: Any,
 ) -> None:
     """Save a converted model of transformers, so that `from_pretrained` gives it back.
@@ -60,7 +60,7 @@ def save_pretrained(
         max_shard_size: Bytes per file, or such as "5GB".
         variant: Not supported.
         token: For the upload.
-        export: "auto", "native", "custom" or "moeify"; see `content_for`.
+        export: "auto", "native", "custom" or "moeify"; see `choose_format`.
         **kwargs: Options of the upload; `safe_serialization=True` changes nothing.
 
     Raises:
@@ -79,12 +79,12 @@ def save_pretrained(
     if state_dict is not None or (export == "auto" and _CHECKPOINT.fullmatch(target.name)):
         export = "custom"
     _check(model, state_dict)
-    content = content_for(model, LiveTensors(model, state_dict), export)
+    model_files = choose_format(model, LiveTensors(model, state_dict), export)
     target.parent.mkdir(parents=True, exist_ok=True)
     if _replaceable(target):
-        written = write_content(content, target, max_shard_size=max_shard_size)
+        written = write_model_files(model_files, target, max_shard_size=max_shard_size)
     else:
-        written = _write_into(content, target, max_shard_size)
+        written = _write_into(model_files, target, max_shard_size)
     if push_to_hub:
         names = [record.file for record in (*written.shards, *written.files)]
         _upload(target, [*names, MANIFEST], token, upload)
@@ -144,11 +144,11 @@ def _replaceable(target: Path) -> bool:
         return False
 
 
-def _write_into(content: Content, target: Path, max_shard_size: int | str) -> Written:
+def _write_into(model_files: ModelFiles, target: Path, max_shard_size: int | str) -> Written:
     """Write beside what others keep in a folder; see `save_pretrained`."""
     try:
         with staged_folder(target / "moeify") as staged:
-            written = write_files(content, staged, parse_size(max_shard_size))
+            written = write_files_into(model_files, staged, parse_size(max_shard_size))
             move_files_into(staged, target, stale=_WEIGHTS, last=(INDEX, MANIFEST, "config.json"))
     except OSError as error:
         raise CheckpointError(f"{target}: cannot be saved: {error}") from error

@@ -16,10 +16,10 @@ from torch import nn
 
 from moeify import strict_yaml
 from moeify.checkpoint_build import describable
-from moeify.content import Content, Stored
+from moeify.content import ModelFiles, TensorSource
 from moeify.conversion import Conversion, require_conversion, require_one_process
 from moeify.errors import MoeifyError
-from moeify.export_manifest import manifest_of
+from moeify.export_manifest import format_manifest
 from moeify.hf_dense import dense_class, dense_config, generation_config
 from moeify.native_facts import Facts, facts_of
 from moeify.native_targets import TARGETS, Target, config_of, misfits
@@ -47,18 +47,18 @@ class NotNative(MoeifyError):
         super().__init__(f"no class of transformers is what this model has become: {said}")
 
 
-def native_content(
+def native_files(
     model: nn.Module,
-    stored: Stored,
+    tensor_source: TensorSource,
     *,
     source: Mapping[str, Any] | None = None,
     architecture: str | None = None,
-) -> Content:
+) -> ModelFiles:
     """Describe the folder of a converted model as a class of transformers.
 
     Args:
         model: The converted model; it may be on meta.
-        stored: Its tensors.
+        tensor_source: Its tensors.
         source: Where its weights came from, for the manifest.
         architecture: The class to write, such as "MixtralForCausalLM"; the first that fits if None.
 
@@ -76,14 +76,14 @@ def native_content(
     if not chosen:
         known = ", ".join(target.architecture for target in TARGETS)
         raise ValueError(f"architecture: {architecture!r} is none of {known}")
-    facts = facts_of(model, record, stored)
+    facts = facts_of(model, record, tensor_source)
     if isinstance(facts, str):
         raise NotNative({target.architecture: facts for target in chosen})
     reasons: dict[str, str] = {}
     for target in chosen:
         why = "; ".join(misfits(target, facts)) or _differs(target, facts)
         if not why:
-            return _content(target, facts, record, model, stored, source, reasons)
+            return _files_of(target, facts, record, model, tensor_source, source, reasons)
         reasons[target.architecture] = why
     raise NotNative(reasons)
 
@@ -102,17 +102,17 @@ def _differs(target: Target, facts: Facts) -> str:
     return ""
 
 
-def _content(
+def _files_of(
     target: Target,
     facts: Facts,
     record: Conversion,
     model: nn.Module,
-    stored: Stored,
+    tensor_source: TensorSource,
     source: Mapping[str, Any] | None,
     reasons: Mapping[str, str],
-) -> Content:
+) -> ModelFiles:
     config = config_of(target, facts)
-    tensors = tensors_of(target, facts, stored)
+    tensors = tensors_of(target, facts, tensor_source)
     _check(target, config, tensors)
     texts = {"config.json": config.to_json_string()}
     generation = generation_config(model)
@@ -135,14 +135,14 @@ def _content(
             }
             for layer in facts.layers
         ],
-        "names": list(stored.specs),
-        "aliases": dict(stored.aliases),
+        "names": list(tensor_source.specs),
+        "aliases": dict(tensor_source.aliases),
     }
-    return Content(
+    return ModelFiles(
         kind="native",
         tensors=tuple(tensors.outputs),
         texts={name: text.encode() for name, text in texts.items()},
-        manifest=manifest_of(
+        manifest=format_manifest(
             "native",
             architecture=target.architecture,
             plan=record.plan,
@@ -224,4 +224,4 @@ def _notes(
     return [chosen, *notes, *(f"not {name}: {why}" for name, why in reasons.items())]
 
 
-__all__ = ["NativeTensors", "NotNative", "native_content"]
+__all__ = ["NativeTensors", "NotNative", "native_files"]

@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from moeify.content import Stored
+from moeify.content import TensorSource
 from moeify.conversion import Conversion, ConvertedLayer
 from moeify.hf_dense import dense_class, dense_classes, dense_config
 from moeify.specs import RouterSpec
@@ -160,13 +160,13 @@ class Facts:
     dtype: torch.dtype
 
 
-def facts_of(model: nn.Module, record: Conversion, stored: Stored) -> Facts | str:
+def facts_of(model: nn.Module, record: Conversion, tensor_source: TensorSource) -> Facts | str:
     """Look at a converted model.
 
     Args:
         model: It may be on meta.
         record: Its conversion.
-        stored: Its tensors; only their specs are looked at.
+        tensor_source: Its tensors; only their specs are looked at.
 
     Returns:
         The facts, or why no class of transformers fits.
@@ -176,7 +176,7 @@ def facts_of(model: nn.Module, record: Conversion, stored: Stored) -> Facts | st
     if cls is not type(model):  # loaded from a custom export: its config says more
         kind: Any = dense_classes(model)[1]
         config = kind.from_dict(dense_config(model))
-    reason = next(_no_class(model, cls, config, record, stored), None)
+    reason = next(_no_class(model, cls, config, record, tensor_source), None)
     if reason is not None:
         return reason
     family = FAMILIES[cls.__name__]
@@ -186,7 +186,9 @@ def facts_of(model: nn.Module, record: Conversion, stored: Stored) -> Facts | st
     if kinds != {"full_attention"}:
         window = "mixed"
     heads = config.hidden_size // config.num_attention_heads
-    layers = sorted((_routed(layer, stored) for layer in record.layers), key=lambda r: r.index)
+    layers = sorted(
+        (_routed(layer, tensor_source) for layer in record.layers), key=lambda r: r.index
+    )
     return Facts(
         family=family,
         config=config,
@@ -198,12 +200,12 @@ def facts_of(model: nn.Module, record: Conversion, stored: Stored) -> Facts | st
         qkv_bias=bias or family == "qwen2",
         output_bias=bias,
         window=window,
-        dtype=stored.specs[f"{layers[0].block}.router.weight"].dtype,
+        dtype=tensor_source.specs[f"{layers[0].block}.router.weight"].dtype,
     )
 
 
 def _no_class(
-    model: nn.Module, cls: type, config: Any, record: Conversion, stored: Stored
+    model: nn.Module, cls: type, config: Any, record: Conversion, tensor_source: TensorSource
 ) -> Iterator[str]:
     name = cls.__name__
     if name in _NO_FAMILY:
@@ -218,12 +220,12 @@ def _no_class(
         fresh: nn.Module = cls(config)
     yield from _module_reasons(model, fresh, [layer.block for layer in record.layers])
     for layer in record.layers:
-        yield from _layer_reasons(layer, stored)
+        yield from _layer_reasons(layer, tensor_source)
     extra = (".router.selection_bias", ".router.pending_counts")
-    dtypes = {str(s.dtype)[6:] for n, s in stored.specs.items() if not n.endswith(extra)}
+    dtypes = {str(s.dtype)[6:] for n, s in tensor_source.specs.items() if not n.endswith(extra)}
     if len(dtypes) != 1:
         yield f"its parameters are of {' and '.join(sorted(dtypes))}, and are loaded as one"
-    ties = {frozenset(pair) for pair in stored.aliases.items()}
+    ties = {frozenset(pair) for pair in tensor_source.aliases.items()}
     embedding = frozenset(("lm_head.weight", "model.embed_tokens.weight"))
     if odd := sorted(min(pair) for pair in ties - {embedding}):
         yield f"{odd[0]} is tied to another tensor"
@@ -268,7 +270,7 @@ def _module_reasons(model: nn.Module, fresh: nn.Module, blocks: list[str]) -> It
             yield f"{path}: its forward is patched"
 
 
-def _layer_reasons(converted: ConvertedLayer, stored: Stored) -> Iterator[str]:
+def _layer_reasons(converted: ConvertedLayer, tensor_source: TensorSource) -> Iterator[str]:
     layer, block = converted.layer, converted.block
     site, router = layer.site, layer.router
     if not re.fullmatch(r"model\.layers\.[0-9]+\.mlp", block) or layer.expert != "mlp":
@@ -293,19 +295,19 @@ def _layer_reasons(converted: ConvertedLayer, stored: Stored) -> Iterator[str]:
         names |= {f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
     if layer.residual == "sigmoid":
         names.add("residual_mix.coefficient.weight")
-    held = {n.removeprefix(f"{block}.") for n in stored.specs if n.startswith(f"{block}.")}
+    held = {n.removeprefix(f"{block}.") for n in tensor_source.specs if n.startswith(f"{block}.")}
     if odd := sorted(names ^ held):
         yield f"{layer.name}: {'has' if odd[0] in held else 'lacks'} {odd[0]}"
 
 
-def _routed(converted: ConvertedLayer, stored: Stored) -> Routed:
+def _routed(converted: ConvertedLayer, tensor_source: TensorSource) -> Routed:
     layer, block = converted.layer, converted.block
     return Routed(
         index=int(block.split(".")[2]),
         block=block,
         experts=layer.experts,
         top_k=layer.top_k,
-        width=stored.specs[f"{block}.experts.down_proj"].shape[2],
+        width=tensor_source.specs[f"{block}.experts.down_proj"].shape[2],
         residual=layer.residual,
         score=layer.router.score,
         normalized=layer.router.combine != "probability",

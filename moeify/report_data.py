@@ -152,9 +152,9 @@ def of_folder(folder: Path, plan: Plan | None) -> Facts:
         MoeifyError: It is neither, or damaged, or the plan is missing or superfluous.
     """
     from moeify.checkpoint_files import Folder
-    from moeify.checkpoint_manifest import Manifest, read_manifest
-    from moeify.cli_models import build_on_meta, is_converted, model_folder
-    from moeify.export_manifest import read_export_manifest
+    from moeify.checkpoint_manifest import Manifest
+    from moeify.cli_models import build_on_meta, model_folder
+    from moeify.stored_folder import is_converted, read_any_manifest
 
     if not is_converted(folder):
         found = model_folder(folder)
@@ -168,7 +168,7 @@ def of_folder(folder: Path, plan: Plan | None) -> Facts:
     if plan is not None:
         raise MoeifyError(f"{folder}: is converted already, by a plan of its own: give none")
     with Folder(folder) as opened:
-        manifest = read_export_manifest(opened) or read_manifest(opened)
+        manifest = read_any_manifest(opened)
     saved = isinstance(manifest, Manifest)
     if isinstance(manifest, Manifest):
         layers = [layer.plan for layer in manifest.layers]

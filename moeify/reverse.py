@@ -28,11 +28,11 @@ from moeify.checkpoint_json import parse_json
 from moeify.checkpoint_manifest import MAX_BYTES, Manifest, ModelRecord, read_manifest
 from moeify.checkpoint_shards import dtype_name
 from moeify.checkpoint_state import tensors_of
-from moeify.content import Content, Output, Spec, Stored, Written, copied, describe
+from moeify.content import ModelFiles, Output, TensorSource, TensorSpec, Written, copied, describe
 from moeify.conversion import Conversion, ConvertedLayer, require_conversion
 from moeify.dense_again import Rebuilt
 from moeify.errors import CheckpointError, MoeifyError
-from moeify.export_manifest import ExportManifest, manifest_of, read_export_manifest
+from moeify.export_manifest import FormatManifest, format_manifest, read_format_manifest
 from moeify.hf_dense import dense_class, dense_config, generation_config
 from moeify.input_spec import make_inputs
 from moeify.plan import Plan
@@ -48,7 +48,7 @@ _KEYS: Final = ("name", "experts", "top_k", "residual", "expert", "init")
 """What must be the same in every layer for the tensors to mean the same."""
 
 
-def dense_content(directory: str | os.PathLike[str]) -> Content:
+def dense_files(directory: str | os.PathLike[str]) -> ModelFiles:
     """Describe the dense model that a folder of moeify's comes from.
 
     Exact, bit for bit, where nothing has been trained and the experts are copies; see `demoeify`
@@ -69,20 +69,20 @@ def dense_content(directory: str | os.PathLike[str]) -> Content:
     """
     with default_device_cpu():
         start = _start(directory)
-    model, stored = start.model, start.stored
+    model, tensor_source = start.model, start.tensor_source
     conversion = require_conversion(model)
-    places = _fill(model, stored, start.where)
-    layers = _Layers(model, stored, places)
+    places = _fill(model, tensor_source, start.where)
+    layers = _Layers(model, tensor_source, places)
     kept = _kept(start, conversion, places, layers.specs)
     outputs = [
-        layers.output(name) if name in layers.specs else copied(stored, kept[name], name)
+        layers.output(name) if name in layers.specs else copied(tensor_source, kept[name], name)
         for name in start.names
     ]
     config = dense_config(model) | {"dtype": _main_dtype(outputs)}
     texts = {"config.json": config}
     if (generation := generation_config(model)) is not None:
         texts["generation_config.json"] = generation
-    make = manifest_of(
+    make = format_manifest(
         "dense",
         architecture=dense_class(model).__name__,
         plan=conversion.plan,
@@ -91,10 +91,10 @@ def dense_content(directory: str | os.PathLike[str]) -> Content:
     )
 
     def manifest(written: Written) -> bytes:
-        stored.unchanged()  # all has been read by now
+        tensor_source.unchanged()  # all has been read by now
         return make(written)
 
-    return Content(
+    return ModelFiles(
         kind="dense",
         tensors=tuple(outputs),
         texts={
@@ -116,7 +116,7 @@ class _Start:
 
     Attributes:
         where: The folder, for messages.
-        stored: Its tensors.
+        tensor_source: Its tensors.
         names: The dense model's tensors, in the order of its state dict.
         aliases: Further names of tied ones, to those names.
         model: The converted model on meta.
@@ -124,7 +124,7 @@ class _Start:
     """
 
     where: str
-    stored: FolderTensors | NativeTensors
+    tensor_source: FolderTensors | NativeTensors
     names: tuple[str, ...]
     aliases: Mapping[str, str]
     model: nn.Module
@@ -133,15 +133,15 @@ class _Start:
 
 def _start(directory: str | os.PathLike[str]) -> _Start:
     with Folder(directory) as folder:
-        export, where = read_export_manifest(folder), folder.path
+        export, where = read_format_manifest(folder), folder.path
         if export is not None and export.kind == "dense":
             raise CheckpointError(f"{where}: is a dense model already")
         native = export is not None and export.kind == "native"
-        stored = NativeTensors(directory) if native else FolderTensors(directory)
-        if isinstance(stored.manifest, Manifest):
-            dense = _saved(folder, stored.manifest)
+        tensor_source = NativeTensors(directory) if native else FolderTensors(directory)
+        if isinstance(tensor_source.manifest, Manifest):
+            dense = _saved(folder, tensor_source.manifest)
         else:
-            dense = _exported(stored.manifest, where)
+            dense = _exported(tensor_source.manifest, where)
     specs, aliases = places_of(dense)
     rename = renaming(dense, where)
     for name in specs:
@@ -154,9 +154,9 @@ def _start(directory: str | os.PathLike[str]) -> _Start:
         model = load(directory, device="meta", model=dense)
     else:
         model = _converted(dense, export, where)
-    files = [record.model_dump(mode="json") for record in stored.manifest.shards]
+    files = [record.model_dump(mode="json") for record in tensor_source.manifest.shards]
     source = {"folder": os.path.basename(os.path.realpath(directory)), "files": files}
-    return _Start(where, stored, tuple(specs), aliases, model, source)
+    return _Start(where, tensor_source, tuple(specs), aliases, model, source)
 
 
 def _saved(folder: Folder, manifest: Manifest) -> nn.Module:
@@ -177,7 +177,7 @@ def _saved(folder: Folder, manifest: Manifest) -> nn.Module:
     return build(manifest.model, config, generation, folder.path)
 
 
-def _exported(export: ExportManifest, where: str) -> nn.Module:
+def _exported(export: FormatManifest, where: str) -> nn.Module:
     """Build the dense model of an export."""
     details = export.details
     config, generation = details.get("config"), details.get("generation")
@@ -198,7 +198,7 @@ def _exported(export: ExportManifest, where: str) -> nn.Module:
     return build(record, config, generation, where)
 
 
-def _converted(dense: nn.Module, export: ExportManifest, where: str) -> nn.Module:
+def _converted(dense: nn.Module, export: FormatManifest, where: str) -> nn.Module:
     """Convert the dense model of an export, on meta, and check that it became what it was."""
     inputs = export.details.get("inputs")
     if inputs is not None and not describable(inputs):
@@ -222,11 +222,11 @@ def _converted(dense: nn.Module, export: ExportManifest, where: str) -> nn.Modul
     return dense
 
 
-def _fill(model: nn.Module, stored: Stored, where: str) -> dict[str, str]:
+def _fill(model: nn.Module, tensor_source: TensorSource, where: str) -> dict[str, str]:
     """Give a converted model on meta the dtypes of its tensors, and hold their shapes against it.
 
     Returns:
-        Every name in the model's state dict, to the name in `stored.specs`.
+        Every name in the model's state dict, to the name in `tensor_source.specs`.
 
     Raises:
         CheckpointError: A tensor is missing, or of another shape.
@@ -237,11 +237,11 @@ def _fill(model: nn.Module, stored: Stored, where: str) -> dict[str, str]:
         groups[name].append(alias)
     places: dict[str, str] = {}
     for name, group in groups.items():
-        found = {alias: stored.aliases.get(alias, alias) for alias in group}
-        held = next((at for at in found.values() if at in stored.specs), None)
+        found = {alias: tensor_source.aliases.get(alias, alias) for alias in group}
+        held = next((at for at in found.values() if at in tensor_source.specs), None)
         if held is None:
             raise CheckpointError(f"{where}: {name}: is in none of the files")
-        spec = stored.specs[held]
+        spec = tensor_source.specs[held]
         if spec.shape != specs[name].shape:
             raise CheckpointError(
                 f"{where}: {name}: is {describe(spec)}, and {list(specs[name].shape)} in a "
@@ -254,12 +254,12 @@ def _fill(model: nn.Module, stored: Stored, where: str) -> dict[str, str]:
         for alias, at in found.items():
             path, _, key = alias.rpartition(".")
             setattr(model.get_submodule(path), key, twin)
-            places[alias] = at if at in stored.specs else held
+            places[alias] = at if at in tensor_source.specs else held
     return places
 
 
 def _kept(
-    start: _Start, conversion: Conversion, places: Mapping[str, str], made: Mapping[str, Spec]
+    start: _Start, conversion: Conversion, places: Mapping[str, str], made: Mapping[str, TensorSpec]
 ) -> dict[str, str]:
     """Return where every dense tensor is stored that no block holds.
 
@@ -288,23 +288,25 @@ class _Layers:
 
     Args:
         model: Converted, on meta, in the dtypes of its tensors.
-        stored: Its tensors.
+        tensor_source: Its tensors.
         places: Their names there, by every name in the model.
 
     Attributes:
         specs: By dense name.
     """
 
-    def __init__(self, model: nn.Module, stored: Stored, places: Mapping[str, str]) -> None:
-        self._model, self._stored, self._places = model, stored, places
+    def __init__(
+        self, model: nn.Module, tensor_source: TensorSource, places: Mapping[str, str]
+    ) -> None:
+        self._model, self._tensor_source, self._places = model, tensor_source, places
         self._layer: dict[str, ConvertedLayer] = {}
-        self.specs: dict[str, Spec] = {}
+        self.specs: dict[str, TensorSpec] = {}
         for converted in require_conversion(model).layers:
             with torch.no_grad():
                 rebuilt = Rebuilt(model, converted)
             for name, parameter in rebuilt.parameters.items():
                 self._layer[name] = converted
-                self.specs[name] = Spec(tuple(parameter.shape), parameter.dtype)
+                self.specs[name] = TensorSpec(tuple(parameter.shape), parameter.dtype)
         self._made: tuple[ConvertedLayer | None, dict[str, Tensor]] = None, {}
 
     def output(self, name: str) -> Output:
@@ -338,7 +340,7 @@ class _Layers:
             for item in list(tensors_of(block)):
                 if item.role == "scratch":
                     continue
-                value = self._stored.read(self._places[f"{layer.block}.{item.name}"])
+                value = self._tensor_source.read(self._places[f"{layer.block}.{item.name}"])
                 if item.role == "parameter":
                     value = nn.Parameter(value, requires_grad=False)
                 undo.callback(setattr, item.module, item.key, item.tensor)
@@ -362,7 +364,7 @@ def dense_on_meta(directory: str | os.PathLike[str]) -> nn.Module:
         CheckpointError: The folder is damaged, or not of a Hugging Face model.
     """
     with Folder(directory) as folder:
-        export = read_export_manifest(folder)
+        export = read_format_manifest(folder)
         if export is not None:
             return _exported(export, folder.path)
         return _saved(folder, read_manifest(folder))

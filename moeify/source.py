@@ -29,7 +29,7 @@ _BLOB = re.compile(r"\.\./\.\./blobs/([0-9a-f]{40}|[0-9a-f]{64})")
 _PICKLED = re.compile(r".*\.(?:bin|pt|pth|ckpt|pkl|pickle|h5|msgpack)")
 
 
-class SourceFolder(TensorFiles):
+class CheckpointReader(TensorFiles):
     """The tensors of a local folder with `model.safetensors`, or with an index of several files.
 
     Args:
@@ -198,4 +198,4 @@ def _title(path: str) -> str:
     return real.name
 
 
-__all__ = ["INDEX", "WEIGHTS", "Entry", "SourceFolder"]
+__all__ = ["INDEX", "WEIGHTS", "CheckpointReader", "Entry"]

@@ -16,11 +16,11 @@ from torch import Tensor
 from moeify.checkpoint_files import Folder
 from moeify.checkpoint_json import parse_json
 from moeify.checkpoint_manifest import MAX_BYTES
-from moeify.content import Spec
+from moeify.content import TensorSpec
 from moeify.errors import CheckpointError
-from moeify.export_manifest import ExportManifest, read_export_manifest
+from moeify.export_manifest import FormatManifest, read_format_manifest
 from moeify.native_targets import TARGETS
-from moeify.source import SourceFolder
+from moeify.source import CheckpointReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +37,12 @@ class NativeTensors:
     """The tensors of a native folder, by the names of the converted model's state dict.
 
     Args:
-        directory: What was written as `native_content`, or saved over it by transformers.
+        directory: What was written as `native_files`, or saved over it by transformers.
 
     Attributes:
         manifest: Its `moeify.json`.
-        specs: See `Stored`.
-        aliases: See `Stored`.
+        specs: See `TensorSource`.
+        aliases: See `TensorSource`.
 
     Raises:
         CheckpointError: It is no such folder, or lacks something.
@@ -50,20 +50,20 @@ class NativeTensors:
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         with Folder(directory) as folder:
-            manifest = read_export_manifest(folder)
+            manifest = read_format_manifest(folder)
             if manifest is None or manifest.kind != "native":
                 raise CheckpointError(f"{folder.path}: holds no native export of moeify")
             config = parse_json(
                 folder.read("config.json", limit=MAX_BYTES), folder.where("config.json")
             )
-        self.manifest: ExportManifest = manifest
+        self.manifest: FormatManifest = manifest
         self._where = os.fspath(directory)
         found = config.get("architectures") if isinstance(config, dict) else None
         if found != [manifest.architecture]:
             raise CheckpointError(
                 f"{self._where}: config.json is of {found}, moeify.json of {manifest.architecture}"
             )
-        self._source = SourceFolder(directory)
+        self._source = CheckpointReader(directory)
         details = manifest.details
         try:
             names = [str(name) for name in details["names"]]
@@ -73,10 +73,10 @@ class NativeTensors:
             self._layers = {str(layer["block"]): self._layer(layer) for layer in details["layers"]}
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(f"{self._where}/moeify.json: details: {error!r}") from None
-        self.specs: Mapping[str, Spec] = {name: self._spec(name) for name in names}
+        self.specs: Mapping[str, TensorSpec] = {name: self._spec(name) for name in names}
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """See `Stored.read`."""
+        """See `TensorSource.read`."""
         layer, rest = self._split(name)
         if layer is None:
             return self._source.read(name, start, stop)
@@ -89,7 +89,7 @@ class NativeTensors:
         return self._source.read(layer.single[rest], first, last)
 
     def unchanged(self) -> None:
-        """See `SourceFolder.unchanged`."""
+        """See `CheckpointReader.unchanged`."""
         self._source.unchanged()
 
     def close(self) -> None:
@@ -124,25 +124,25 @@ class NativeTensors:
         head, sep, rest = name.partition(".mlp.")
         return self._layers.get(head + ".mlp") if sep else None, rest
 
-    def _spec(self, name: str) -> Spec:
+    def _spec(self, name: str) -> TensorSpec:
         layer, rest = self._split(name)
         if layer is None:
             return self._entry(name)
         if rest == "router.pending_counts":
-            return Spec((layer.experts,), torch.int64)
+            return TensorSpec((layer.experts,), torch.int64)
         if rest in layer.stacks:
             stacks = [[self._entry(key) for key in keys] for keys in layer.stacks[rest]]
             shapes = {tuple(part.shape for part in parts) for parts in stacks}
             if len(shapes) != 1:
                 raise CheckpointError(f"{self._where}: the experts of {name} have several shapes")
             rows = sum(part.shape[0] for part in stacks[0])
-            return Spec((len(stacks), rows, *stacks[0][0].shape[1:]), stacks[0][0].dtype)
+            return TensorSpec((len(stacks), rows, *stacks[0][0].shape[1:]), stacks[0][0].dtype)
         spec = self._entry(layer.single[rest])
         if rest.startswith("router."):
-            return Spec((layer.experts, *spec.shape[1:]), spec.dtype)
+            return TensorSpec((layer.experts, *spec.shape[1:]), spec.dtype)
         return spec
 
-    def _entry(self, key: str) -> Spec:
+    def _entry(self, key: str) -> TensorSpec:
         entry = self._source.keys.get(key)
         if entry is None:
             raise CheckpointError(f"{self._where}: {key} is missing")

@@ -18,11 +18,11 @@ import transformers
 
 from moeify import moeify
 from moeify.content import LiveTensors
-from moeify.content_writer import write_content
+from moeify.content_writer import write_model_files
 from moeify.conversion import require_conversion
-from moeify.custom import custom_content
+from moeify.custom import custom_files
 from moeify.errors import CheckpointError
-from moeify.native import NativeTensors, NotNative, native_content
+from moeify.native import NativeTensors, NotNative, native_files
 from moeify.native_facts import Facts, facts_of
 from moeify.native_targets import TARGETS, misfits
 from moeify.router import Router
@@ -216,9 +216,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     folders, models, notes = {}, {}, {}
     for i, (name, case) in enumerate(CASES.items()):
         model = convert(case)
-        content = native_content(model, LiveTensors(model), source={"folder": "dense"})
-        folders[name], models[name], notes[name] = root / f"case-{i:02d}", model, content.notes
-        write_content(content, folders[name], max_shard_size="64KB")
+        model_files = native_files(model, LiveTensors(model), source={"folder": "dense"})
+        folders[name], models[name], notes[name] = root / f"case-{i:02d}", model, model_files.notes
+        write_model_files(model_files, folders[name], max_shard_size="64KB")
     torch.save(IDS, root / "ids.pt")
     clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
     done = subprocess.run(
@@ -277,16 +277,16 @@ def test_names_are_those_that_the_class_saves(world: World, name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_read_back_under_moeifys_names(world: World, name: str, tmp_path: Path) -> None:
-    live, stored = LiveTensors(world.models[name]), NativeTensors(world.folders[name])
-    assert list(stored.specs) == list(live.specs)
-    assert dict(stored.specs) == dict(live.specs)
-    assert dict(stored.aliases) == dict(live.aliases)
+    live, tensor_source = LiveTensors(world.models[name]), NativeTensors(world.folders[name])
+    assert list(tensor_source.specs) == list(live.specs)
+    assert dict(tensor_source.specs) == dict(live.specs)
+    assert dict(tensor_source.aliases) == dict(live.aliases)
     for key in live.specs:
         if not key.endswith("pending_counts"):
-            assert torch.equal(stored.read(key), live.read(key)), key
+            assert torch.equal(tensor_source.read(key), live.read(key)), key
     experts = next(key for key in live.specs if key.endswith("gate_up_proj"))
-    assert torch.equal(stored.read(experts, 1, 3), live.read(experts, 1, 3))
-    stored.close()
+    assert torch.equal(tensor_source.read(experts, 1, 3), live.read(experts, 1, 3))
+    tensor_source.close()
     trained = tmp_path / "trained"
     shutil.copytree(world.folders[name] / "trained", trained)
     shutil.copy(world.folders[name] / "moeify.json", trained)
@@ -349,7 +349,7 @@ def change(model: Any, **fields: Any) -> None:
 def test_a_layer_that_no_class_has(mixtral: Any, fields: dict[str, Any], message: str) -> None:
     change(mixtral, **fields)
     with pytest.raises(NotNative) as caught:
-        native_content(mixtral, LiveTensors(mixtral))
+        native_files(mixtral, LiveTensors(mixtral))
     assert caught.value.reasons.keys() == {target.architecture for target in TARGETS}
     assert all(message in reason for reason in caught.value.reasons.values())
 
@@ -370,21 +370,21 @@ def test_a_layer_that_no_class_has(mixtral: Any, fields: dict[str, Any], message
 def test_a_config_that_no_class_has(mixtral: Any, field: str, value: Any, message: str) -> None:
     setattr(mixtral.config, field, value)
     with pytest.raises(NotNative, match=message):
-        native_content(mixtral, LiveTensors(mixtral))
+        native_files(mixtral, LiveTensors(mixtral))
 
 
 def test_patched_models_and_other_classes(mixtral: Any) -> None:
     attention = mixtral.model.layers[0].self_attn
     attention.forward = attention.forward
     with pytest.raises(NotNative, match=r"layers.0.self_attn: its forward is patched"):
-        native_content(mixtral, LiveTensors(mixtral))
+        native_files(mixtral, LiveTensors(mixtral))
     del attention.forward
     attention.extra = torch.nn.Identity()
     with pytest.raises(NotNative, match=r"layers.0.self_attn.extra is no part of a Llama"):
-        native_content(mixtral, LiveTensors(mixtral))
+        native_files(mixtral, LiveTensors(mixtral))
     mixtral.__class__ = type("LlamaForCausalLM", (transformers.LlamaForCausalLM,), {})
     with pytest.raises(NotNative, match=r"test_native.LlamaForCausalLM is none of"):
-        native_content(mixtral, LiveTensors(mixtral))
+        native_files(mixtral, LiveTensors(mixtral))
 
 
 @pytest.fixture(scope="module")
@@ -438,18 +438,18 @@ def test_softmax_and_sigmoid_routers(facts: Facts) -> None:
 
 def test_an_unknown_class_is_refused(mixtral: Any) -> None:
     with pytest.raises(ValueError, match="'Mixtral' is none of MixtralForCausalLM"):
-        native_content(mixtral, LiveTensors(mixtral), architecture="Mixtral")
+        native_files(mixtral, LiveTensors(mixtral), architecture="Mixtral")
     with pytest.raises(NotNative) as caught:
-        native_content(mixtral, LiveTensors(mixtral), architecture="OlmoeForCausalLM")
+        native_files(mixtral, LiveTensors(mixtral), architecture="OlmoeForCausalLM")
     assert list(caught.value.reasons) == ["OlmoeForCausalLM"]
 
 
 def test_what_was_loaded_from_a_custom_export(mixtral: Any, tmp_path: Path) -> None:
-    write_content(custom_content(mixtral, LiveTensors(mixtral)), tmp_path / "custom")
+    write_model_files(custom_files(mixtral, LiveTensors(mixtral)), tmp_path / "custom")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "custom", trust_remote_code=True
     )
-    write_content(native_content(loaded, LiveTensors(loaded)), tmp_path / "native")
+    write_model_files(native_files(loaded, LiveTensors(loaded)), tmp_path / "native")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "native")
     assert type(again).__name__ == "MixtralForCausalLM"
     with torch.no_grad():
