@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -18,6 +18,7 @@ from moeify.checkpoint_shards import DTYPES
 from moeify.checkpoint_state import graph_digests, tensors_of, to_meta
 from moeify.conversion import Conversion, require_conversion
 from moeify.errors import CaptureError, CheckpointError, MoeifyError
+from moeify.layer_description import describe_layer
 from moeify.passes.base import Pass
 from moeify.plan import Plan
 
@@ -31,7 +32,7 @@ def layer_records(model: nn.Module, conversion: Conversion) -> list[LayerRecord]
         graph, inner = graph_digests(model.get_submodule(converted.block))
         records.append(
             LayerRecord(
-                plan=converted.layer.to_dict(),
+                plan=describe_layer(converted.layer),
                 block=converted.block,
                 swaps=[swap.path for swap in converted.swaps],
                 graph=graph,
@@ -78,7 +79,7 @@ def _dtypes(manifest: Manifest) -> dict[str, torch.dtype]:
     after the conversion: what became of the experts became of the rest.
     """
     names = manifest.names()
-    before = {layer.block: str(layer.plan.get("dtype")) for layer in manifest.layers}
+    before = {layer.block: layer.plan.dtype for layer in manifest.layers}
     cast = {}
     for name, tensor in manifest.tensors.items():
         block = name.partition(".experts.")[0]
@@ -106,25 +107,14 @@ def check_conversion(model: nn.Module, manifest: Manifest, where: str) -> None:
     advice = "the library changed, or another model was given"
     now = layer_records(model, conversion)
     for old, new in zip(manifest.layers, now, strict=False):
-        name = old.plan["name"]
-        differ = [k for k, value in old.plan.items() if new.plan.get(k, value) != value]
-        if differ:
-            key = differ[0]
-            raise CheckpointError(
-                f"{where}: {name}: {key} was {old.plan[key]!r} and is now {new.plan[key]!r}: "
-                f"{advice}"
-            )
-        if (old.block, old.swaps) != (new.block, new.swaps):
-            raise CheckpointError(
-                f"{where}: {name}: replaced {old.swaps}, now {new.swaps}: {advice}"
-            )
+        check_layer(old, new, where, advice)
         _check_graphs(old, new, manifest, where)
     if len(now) != len(manifest.layers):
         odd = (manifest.layers if len(manifest.layers) > len(now) else now)[
             min(len(now), len(manifest.layers))
         ]
         raise CheckpointError(
-            f"{where}: {odd.plan['name']}: {len(manifest.layers)} layers were converted, and now "
+            f"{where}: {odd.plan.name}: {len(manifest.layers)} layers were converted, and now "
             f"{len(now)}: {advice}"
         )
     ledger = {name: list(fate) for name, fate in conversion.ledger.items()}
@@ -136,6 +126,38 @@ def check_conversion(model: nn.Module, manifest: Manifest, where: str) -> None:
             )
 
 
+def check_layer(
+    old: LayerRecord,
+    new: LayerRecord,
+    where: str,
+    advice: str,
+    *,
+    ignore: Collection[str] = (),
+) -> None:
+    """Check that a layer became what it was, its graphs aside.
+
+    Args:
+        old: What was saved.
+        new: What came out of the conversion.
+        where: What is read, for messages.
+        advice: Why it may differ, for messages.
+        ignore: Parts of the description that may differ.
+
+    Raises:
+        CheckpointError: It did not.
+    """
+    name, then, now = old.plan.name, old.plan.data(), new.plan.data()
+    then |= {"block": old.block}
+    now |= {"block": new.block}
+    for key in then:
+        if key not in ignore and then[key] != now[key]:
+            raise CheckpointError(
+                f"{where}: {name}: {key} was {then[key]!r} and is now {now[key]!r}: {advice}"
+            )
+    if old.swaps != new.swaps:
+        raise CheckpointError(f"{where}: {name}: replaced {old.swaps}, now {new.swaps}: {advice}")
+
+
 def _check_graphs(old: LayerRecord, new: LayerRecord, manifest: Manifest, where: str) -> None:
     """Check that a block computes what it did.
 
@@ -144,7 +166,7 @@ def _check_graphs(old: LayerRecord, new: LayerRecord, manifest: Manifest, where:
     Raises:
         CheckpointError: It does not, though it was saved by the same release.
     """
-    name, here = old.plan["name"], versions()
+    name, here = old.plan.name, versions()
     ours = [key for key in ("moeify",) if old.graph != new.graph]
     theirs = [key for key in here if old.inner != new.inner]
     if not ours and not theirs:

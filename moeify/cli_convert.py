@@ -33,6 +33,7 @@ from moeify.content_resume import bytes_to_write, free_bytes, partial_path, writ
 from moeify.convert_check import Verdict, auto_class, verify
 from moeify.convert_hash import hashing
 from moeify.errors import MoeifyError
+from moeify.layer_description import describe_layer
 from moeify.plan import Plan
 from moeify.resolve import ResolvedPlan
 from moeify.stored_folder import is_converted, is_save
@@ -306,7 +307,7 @@ def _card(job: _Job, folder: Path, sha256: Mapping[str, str]) -> dict[str, bytes
     text = model_card(
         kind=model_files.kind,
         plan=job.resolved.plan.data(),
-        layers=[{**layer.to_dict(), "exact": is_exact(layer)} for layer in job.resolved],
+        layers=[(describe_layer(layer), is_exact(layer)) for layer in job.resolved],
         source=folder,
         sha256=sha256,
         total=job.resolved.parameters,

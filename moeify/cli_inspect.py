@@ -15,6 +15,7 @@ from moeify.conversion import conversion_of
 from moeify.discovery import Discovery, discover
 from moeify.errors import MoeifyError
 from moeify.export_manifest import FormatManifest, read_format_manifest
+from moeify.layer_description import LayerDescription, describe_layer
 from moeify.plan import Plan
 from moeify.resolve import ResolvedPlan
 from moeify.selection import shorten
@@ -135,7 +136,7 @@ def _saved(folder: Path, console: Console) -> dict[str, Any]:
         kind="moeify",
         name=type(model).__name__,
         plan=record.plan.data(),
-        layers=[converted.layer.to_dict() for converted in record.layers],
+        layers=[describe_layer(converted.layer) for converted in record.layers],
         count=sum(p.numel() for p in parameters),
         total=sum(p.numel() * p.element_size() for p in parameters),
     )
@@ -153,7 +154,7 @@ def _exported(folder: Path, manifest: FormatManifest, console: Console) -> dict[
         kind=manifest.kind,
         name=manifest.architecture,
         plan=manifest.plan,
-        layers=manifest.layers,
+        layers=[record.plan for record in manifest.layers],
         count=sum(math.prod(spec.shape) for spec in specs),
         total=sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in specs),
     )
@@ -166,19 +167,19 @@ def _converted(
     kind: str,
     name: str,
     plan: dict[str, Any],
-    layers: list[dict[str, Any]],
+    layers: list[LayerDescription],
     count: int,
     total: int,
 ) -> dict[str, Any]:
     rows: list[Sequence[object]] = [
         (
             index,
-            layer["name"],
-            layer["experts"],
-            layer["top_k"],
-            "-" if layer["residual"] == "none" else layer["residual"],
-            f"{layer['d_in']}->{layer['d_ff']}->{layer['d_out']}",
-            f"{layer['parameters_after']:,}",
+            layer.name,
+            layer.experts,
+            layer.top_k,
+            "-" if layer.residual == "none" else layer.residual,
+            f"{layer.d_in}->{layer.d_ff}->{layer.d_out}",
+            f"{layer.parameters_after:,}",
         )
         for index, layer in enumerate(layers)
     ]
@@ -195,5 +196,5 @@ def _converted(
         "parameters": count,
         "bytes": total,
         "plan": plan,
-        "layers": layers,
+        "layers": [layer.data() for layer in layers],
     }

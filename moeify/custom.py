@@ -17,6 +17,7 @@ from typing import Any, Final
 from torch import nn
 
 from moeify.checkpoint_build import describable
+from moeify.checkpoint_replay import layer_records
 from moeify.checkpoint_shards import dtype_name
 from moeify.content import ModelFiles, TensorSource, copied
 from moeify.conversion import require_conversion
@@ -74,6 +75,7 @@ def custom_files(
         MoeifyError: The model has not been converted.
     """
     conversion = require_conversion(model)
+    layers = layer_records(model, conversion)
     cls, config_class = dense_classes(model)
     dense, generation = dense_config(model), generation_config(model)
     inputs = conversion.inputs if describable(conversion.inputs) else None
@@ -86,7 +88,7 @@ def custom_files(
             "architectures": [name],
             "auto_map": auto_map(cls, config_name, name),
             "dtype": main_dtype(tensor_source),
-            KEY: recipe_of(model, conversion),
+            KEY: recipe_of(conversion, layers),
         }
     )
     texts = {
@@ -113,7 +115,7 @@ def custom_files(
             "custom",
             architecture=name,
             plan=conversion.plan,
-            layers=[converted.layer.to_dict() for converted in conversion.layers],
+            layers=layers,
             source=dict(source or {}),
             details={
                 "class": f"{cls.__module__}.{cls.__name__}",

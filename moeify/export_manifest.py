@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import ValidationError
 
 from moeify.checkpoint_files import MANIFEST, Folder
 from moeify.checkpoint_json import canonical_digest, parse_json
-from moeify.checkpoint_manifest import MAX_BYTES, FileRecord
+from moeify.checkpoint_manifest import MAX_BYTES, FileRecord, LayerRecord
 from moeify.checkpoint_replay import versions
 from moeify.content import Kind, Written
 from moeify.errors import CheckpointError
 from moeify.plan import Plan
 from moeify.selection import Strict
 from moeify.strict_yaml import path_text
+
+VERSION: Final = 2
 
 
 class FormatManifest(Strict):
@@ -30,7 +32,7 @@ class FormatManifest(Strict):
         architecture: Class that reads it, such as "MixtralForCausalLM".
         plan: The plan's data.
         plan_sha256: Its digest.
-        layers: `LayerPlan.to_dict()` of every converted layer.
+        layers: The converted layers, in execution order.
         source: Where the weights came from: folder name, files with sizes and digests; may be
             empty for a model in memory.
         details: What else the reader of this kind needs.
@@ -39,13 +41,13 @@ class FormatManifest(Strict):
     """
 
     format: Literal["moeify-export"]
-    version: Literal[1]
+    version: Literal[2]
     kind: Literal["custom", "native", "dense"]
     versions: dict[str, str]
     architecture: str
     plan: dict[str, Any]
     plan_sha256: str
-    layers: list[dict[str, Any]]
+    layers: list[LayerRecord]
     source: dict[str, Any]
     details: dict[str, Any]
     shards: list[FileRecord]
@@ -57,7 +59,7 @@ def format_manifest(
     *,
     architecture: str,
     plan: Plan,
-    layers: list[dict[str, Any]],
+    layers: list[LayerRecord],
     source: dict[str, Any],
     details: dict[str, Any] | None = None,
 ) -> Callable[[Written], bytes]:
@@ -67,7 +69,7 @@ def format_manifest(
         manifest = FormatManifest.model_validate(
             {
                 "format": "moeify-export",
-                "version": 1,
+                "version": VERSION,
                 "kind": kind,
                 "versions": versions(),
                 "architecture": architecture,
@@ -80,7 +82,7 @@ def format_manifest(
                 "files": written.files,
             }
         )
-        data = manifest.model_dump(mode="json")
+        data = manifest.model_dump(mode="json", by_alias=True)
         data["sha256"] = canonical_digest(data)
         return json.dumps(data, indent=1, allow_nan=False).encode() + b"\n"
 
@@ -103,6 +105,12 @@ def read_format_manifest(folder: Folder) -> FormatManifest | None:
     data = parse_json(text, where)
     if not isinstance(data, dict) or data.get("format") != "moeify-export":
         return None
+    version = data.get("version")
+    if type(version) is not int or version != VERSION:
+        raise CheckpointError(
+            f"{where}: version: {version!r:.40} cannot be read, only {VERSION}; "
+            "use the moeify that wrote it"
+        )
     digest = data.pop("sha256", None)
     try:
         manifest = FormatManifest.model_validate(data)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 import torch
 from pydantic import Field, ValidationError
@@ -18,7 +18,8 @@ from torch import nn
 
 from moeify.api import moeify as convert
 from moeify.checkpoint_build import describable, parameters_on_meta
-from moeify.checkpoint_replay import layer_records, versions
+from moeify.checkpoint_manifest import LayerRecord
+from moeify.checkpoint_replay import check_layer, layer_records, versions
 from moeify.checkpoint_state import tensors_of, to_meta
 from moeify.conversion import Conversion, require_conversion, require_one_process
 from moeify.errors import CaptureError, CheckpointError, MoeifyError
@@ -30,27 +31,10 @@ from moeify.strict_yaml import path_text
 
 log = logging.getLogger("moeify")
 
+_OF_DTYPE: Final = frozenset({"dtype", "bytes_after"})
+"""What follows from the dtype, which a caller of `from_pretrained` may choose."""
+
 _Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-
-
-class RecipeLayer(Strict):
-    """What must come out of the conversion for one layer.
-
-    Attributes:
-        name: The layer.
-        block: Path of its block.
-        experts: Number of experts.
-        top_k: Experts per token.
-        graph: Digest of what the block computes.
-        inner: Digest of the graphs inside it.
-    """
-
-    name: str
-    block: str
-    experts: int
-    top_k: int
-    graph: _Digest
-    inner: _Digest
 
 
 class Recipe(Strict):
@@ -62,38 +46,28 @@ class Recipe(Strict):
         plan: The plan's data.
         plan_sha256: Its digest.
         inputs: Description of the example inputs; None where they are made from the config.
-        layers: What must come out.
+        layers: What must come out of the conversion, without what is at its default.
     """
 
-    version: Literal[1]
+    version: Literal[2]
     versions: dict[str, str]
     plan: dict[str, Any]
     plan_sha256: _Digest
     inputs: Any
-    layers: list[RecipeLayer]
+    layers: list[LayerRecord]
 
 
-def recipe_of(model: nn.Module, conversion: Conversion) -> dict[str, Any]:
+def recipe_of(conversion: Conversion, layers: list[LayerRecord]) -> dict[str, Any]:
     """Return the recipe of a converted Hugging Face model, as JSON-able data."""
-    records = layer_records(model, conversion)
-    return Recipe(
-        version=1,
+    recipe = Recipe(
+        version=2,
         versions=versions(),
         plan=conversion.plan.data(),
         plan_sha256=conversion.plan.digest(),
         inputs=conversion.inputs if describable(conversion.inputs) else None,
-        layers=[
-            RecipeLayer(
-                name=converted.layer.name,
-                block=converted.block,
-                experts=converted.layer.experts,
-                top_k=converted.layer.top_k,
-                graph=record.graph,
-                inner=record.inner,
-            )
-            for converted, record in zip(conversion.layers, records, strict=True)
-        ],
-    ).model_dump(mode="json")
+        layers=layers,
+    )
+    return recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True)
 
 
 class ConvertedConfig:
@@ -233,33 +207,28 @@ def _check(model: nn.Module, recipe: Recipe, where: str) -> None:
     Raises:
         CheckpointError: It is something else, though by the same releases.
     """
-    conversion = require_conversion(model)
-    now = Recipe.model_validate(recipe_of(model, conversion))
-    if [layer.name for layer in now.layers] != [layer.name for layer in recipe.layers]:
+    now = layer_records(model, require_conversion(model))
+    names, were = ([layer.plan.name for layer in layers] for layers in (now, recipe.layers))
+    if names != were:
         raise CheckpointError(
-            f"{where}.layers: were {[layer.name for layer in recipe.layers]}, and are now "
-            f"{[layer.name for layer in now.layers]}: the library changed"
+            f"{where}.layers: were {were}, and are now {names}: the library changed"
         )
-    for old, new in zip(recipe.layers, now.layers, strict=True):
-        for key in ("block", "experts", "top_k"):
-            if getattr(old, key) != getattr(new, key):
-                raise CheckpointError(
-                    f"{where}.layers: {old.name}: {key} was {getattr(old, key)!r} and is now "
-                    f"{getattr(new, key)!r}: the library changed"
-                )
+    for old, new in zip(recipe.layers, now, strict=True):
+        check_layer(old, new, f"{where}.layers", "the library changed", ignore=_OF_DTYPE)
         if (old.graph, old.inner) == (new.graph, new.inner):
             continue
-        if recipe.versions != now.versions:
+        if recipe.versions != versions():
             log.warning(
                 "%s: %s: the graph of its block is not the one that %s wrote: compare outputs",
                 where,
-                old.name,
+                old.plan.name,
                 recipe.versions,
             )
             continue
         raise CheckpointError(
-            f"{where}.layers: {old.name}: its block computes something else: passes of your own, "
-            "and dense modules that were changed, do not travel with this format; use moeify.save"
+            f"{where}.layers: {old.plan.name}: its block computes something else: passes of your "
+            "own, and dense modules that were changed, do not travel with this format; use "
+            "moeify.save"
         )
 
 

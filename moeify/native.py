@@ -16,6 +16,7 @@ from torch import nn
 
 from moeify import strict_yaml
 from moeify.checkpoint_build import describable
+from moeify.checkpoint_replay import layer_records
 from moeify.content import ModelFiles, TensorSource
 from moeify.conversion import Conversion, require_conversion, require_one_process
 from moeify.errors import MoeifyError
@@ -125,16 +126,6 @@ def _files_of(
         "config": dense_config(model),
         "inputs": record.inputs if describable(record.inputs) else None,
         "generation": generation,
-        "layers": [
-            {
-                "block": layer.block,
-                "prefix": f"model.layers.{layer.index}.{target.moe}",
-                "experts": layer.experts,
-                "residual": layer.residual,
-                "biased": layer.biased,
-            }
-            for layer in facts.layers
-        ],
         "names": list(tensor_source.specs),
         "aliases": dict(tensor_source.aliases),
     }
@@ -146,7 +137,7 @@ def _files_of(
             "native",
             architecture=target.architecture,
             plan=record.plan,
-            layers=[converted.layer.to_dict() for converted in record.layers],
+            layers=layer_records(model, record),
             source=dict(source or {}),
             details=details,
         ),
@@ -193,7 +184,7 @@ def _notes(
     if any(r.capacity_factor is not None or r.noise != "none" for r in routers):
         notes.append("training: the class drops no tokens and adds no noise, as the plan does")
     if any(r.aux_loss or r.z_loss or r.bias_update for r in routers):
-        same = len({layer.aux_loss for layer in facts.layers}) == 1
+        same = len({layer.plan.router.aux_loss for layer in facts.layers}) == 1
         balance = (
             f"has {'the' if same else 'the first layer of the'} plan's weight, is over all layers "
             "together, and is off until output_router_logits=True"
@@ -204,9 +195,10 @@ def _notes(
             f"training: the class's balance loss {balance}; it has no z-loss, and nothing moves a "
             "selection bias"
         )
-    if facts.layers[0].top_k == 1 and facts.layers[0].normalized:
+    if facts.layers[0].plan.top_k == 1 and facts.layers[0].normalized:
         notes.append("training: with one expert of weight 1 its router has no gradient there")
-    if target.score == "sigmoid" and any(layer.score == "softmax" for layer in facts.layers):
+    scores = {layer.plan.router.score for layer in facts.layers}
+    if target.score == "sigmoid" and "softmax" in scores:
         notes.append(
             "routing: the class chooses by sigmoids, which is the plan's choice but where the best "
             "two logits x differ by less than 6e-8 * exp(x), such as 0.001 at 10, in float32"

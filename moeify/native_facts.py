@@ -17,6 +17,7 @@ from torch import nn
 from moeify.content import TensorSource
 from moeify.conversion import Conversion, ConvertedLayer
 from moeify.hf_dense import dense_class, dense_classes, dense_config
+from moeify.resolve import LayerPlan
 from moeify.specs import RouterSpec
 
 FAMILIES: Final = {
@@ -96,37 +97,38 @@ _ROUTER: Final = {
 
 
 @dataclass(frozen=True, slots=True)
-class Routed:
-    """One converted layer.
+class DecoderLayer:
+    """A converted MLP of a decoder.
 
     Attributes:
-        index: Position among the model's layers.
+        plan: What it became.
         block: Path of the block.
-        experts: E.
-        top_k: K.
         width: Hidden width of an expert.
-        residual: As in the plan.
-        score: As in the plan.
-        normalized: The weights of a token's experts sum to 1; else they are the scores.
-        biased: It has a selection bias.
-        aux_loss: As in the plan.
     """
 
-    index: int
+    plan: LayerPlan
     block: str
-    experts: int
-    top_k: int
     width: int
-    residual: str
-    score: str
-    normalized: bool
-    biased: bool
-    aux_loss: float
+
+    @property
+    def index(self) -> int:
+        """Position among the model's layers."""
+        return int(self.block.split(".")[2])
+
+    @property
+    def normalized(self) -> bool:
+        """Whether the weights of a token's experts sum to 1; else they are the scores."""
+        return self.plan.router.combine != "probability"
+
+    @property
+    def biased(self) -> bool:
+        """Whether it has a selection bias."""
+        return self.plan.router.bias_update > 0
 
     @property
     def any_score(self) -> bool:
         """Whether only the order of the scores matters: one expert, and it weighs 1."""
-        return self.top_k == 1 and self.normalized and not self.biased
+        return self.plan.top_k == 1 and self.normalized and not self.biased
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +151,7 @@ class Facts:
 
     family: str
     config: Any
-    layers: tuple[Routed, ...]
+    layers: tuple[DecoderLayer, ...]
     depth: int
     width: int
     head_dim: int
@@ -186,9 +188,15 @@ def facts_of(model: nn.Module, record: Conversion, tensor_source: TensorSource) 
     if kinds != {"full_attention"}:
         window = "mixed"
     heads = config.hidden_size // config.num_attention_heads
-    layers = sorted(
-        (_routed(layer, tensor_source) for layer in record.layers), key=lambda r: r.index
-    )
+    layers = [
+        DecoderLayer(
+            converted.layer,
+            converted.block,
+            tensor_source.specs[f"{converted.block}.experts.down_proj"].shape[2],
+        )
+        for converted in record.layers
+    ]
+    layers.sort(key=lambda layer: layer.index)
     return Facts(
         family=family,
         config=config,
@@ -298,19 +306,3 @@ def _layer_reasons(converted: ConvertedLayer, tensor_source: TensorSource) -> It
     held = {n.removeprefix(f"{block}.") for n in tensor_source.specs if n.startswith(f"{block}.")}
     if odd := sorted(names ^ held):
         yield f"{layer.name}: {'has' if odd[0] in held else 'lacks'} {odd[0]}"
-
-
-def _routed(converted: ConvertedLayer, tensor_source: TensorSource) -> Routed:
-    layer, block = converted.layer, converted.block
-    return Routed(
-        index=int(block.split(".")[2]),
-        block=block,
-        experts=layer.experts,
-        top_k=layer.top_k,
-        width=tensor_source.specs[f"{block}.experts.down_proj"].shape[2],
-        residual=layer.residual,
-        score=layer.router.score,
-        normalized=layer.router.combine != "probability",
-        biased=layer.router.bias_update > 0,
-        aux_loss=layer.router.aux_loss,
-    )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moeify.content import Output, TensorSource, TensorSpec, copied
-from moeify.native_facts import Facts, Routed
+from moeify.native_facts import DecoderLayer, Facts
 from moeify.native_targets import Target, experts_of, shared_width
 
 NEVER: Final = -1e4
@@ -98,7 +98,7 @@ def tensors_of(target: Target, facts: Facts, tensor_source: TensorSource) -> Ten
 
 
 def _layer(
-    found: Tensors, target: Target, facts: Facts, layer: Routed, tensor_source: TensorSource
+    found: Tensors, target: Target, facts: Facts, layer: DecoderLayer, tensor_source: TensorSource
 ) -> None:
     prefix = f"model.layers.{layer.index}.{target.moe}"
     width, model = layer.width, facts.config.hidden_size
@@ -111,7 +111,7 @@ def _layer(
         for leaf, (rows, start, stop, keep) in zip(target.leaves, parts, strict=True):
             name = f"{prefix}.experts.{expert}.{leaf}.weight"
             shape = (model, width) if rows is down else (width, model)
-            if expert >= layer.experts:
+            if expert >= layer.plan.experts:
                 found.zeros(name, shape, dtype, "experts that are never chosen")
                 continue
 
@@ -132,13 +132,13 @@ def _layer(
 def _router(
     found: Tensors,
     target: Target,
-    layer: Routed,
+    layer: DecoderLayer,
     tensor_source: TensorSource,
     prefix: str,
     total: int,
 ) -> None:
     weight = f"{layer.block}.router.weight"
-    spec, missing = tensor_source.specs[weight], total - layer.experts
+    spec, missing = tensor_source.specs[weight], total - layer.plan.experts
 
     def rows() -> Iterator[Tensor]:
         yield tensor_source.read(weight)
@@ -155,7 +155,7 @@ def _router(
         return
 
     def bias() -> Iterator[Tensor]:
-        own = torch.zeros(layer.experts)
+        own = torch.zeros(layer.plan.experts)
         if layer.biased:
             own = tensor_source.read(f"{layer.block}.router.selection_bias").float()
         yield torch.cat([own, torch.full((missing,), NEVER)])
@@ -168,7 +168,7 @@ def _shared(
     found: Tensors,
     target: Target,
     facts: Facts,
-    layer: Routed,
+    layer: DecoderLayer,
     tensor_source: TensorSource,
     prefix: str,
 ) -> None:
@@ -177,13 +177,13 @@ def _shared(
     why = "shared experts of zeros, which run for every token"
     for leaf, shape in shapes.items():
         name = f"{prefix}.{target.shared}.{leaf}.weight"
-        if layer.residual == "none":
+        if layer.plan.residual == "none":
             found.zeros(name, shape, facts.dtype, why)
         else:
             found.outputs.append(copied(tensor_source, f"{layer.block}.mlp.{leaf}.weight", name))
     if target.residual == "sigmoid":
         name = f"{prefix}.{target.shared}_gate.weight"
-        if layer.residual == "none":
+        if layer.plan.residual == "none":
             found.zeros(name, (1, model), facts.dtype, why)
         else:
             own = f"{layer.block}.residual_mix.coefficient.weight"

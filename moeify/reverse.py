@@ -26,6 +26,7 @@ from moeify.checkpoint_build import build, default_device_cpu, describable
 from moeify.checkpoint_files import Folder
 from moeify.checkpoint_json import parse_json
 from moeify.checkpoint_manifest import MAX_BYTES, Manifest, ModelRecord, read_manifest
+from moeify.checkpoint_replay import layer_records
 from moeify.checkpoint_shards import dtype_name
 from moeify.checkpoint_state import tensors_of
 from moeify.content import ModelFiles, Output, TensorSource, TensorSpec, Written, copied, describe
@@ -35,6 +36,7 @@ from moeify.errors import CheckpointError, MoeifyError
 from moeify.export_manifest import FormatManifest, format_manifest, read_format_manifest
 from moeify.hf_dense import dense_class, dense_config, generation_config
 from moeify.input_spec import make_inputs
+from moeify.layer_description import describe_layer
 from moeify.plan import Plan
 from moeify.source_names import places_of, renaming
 from moeify.stored_folder import FolderTensors
@@ -44,7 +46,7 @@ log = logging.getLogger("moeify")
 
 _ALIKE: Final = frozenset({"copy", "granular", "split"})
 """Ways to start experts after which the dense MLP can be had again."""
-_KEYS: Final = ("name", "experts", "top_k", "residual", "expert", "init")
+_KEYS: Final = {"name", "experts", "top_k", "residual", "expert", "init"}
 """What must be the same in every layer for the tensors to mean the same."""
 
 
@@ -86,7 +88,7 @@ def dense_files(directory: str | os.PathLike[str]) -> ModelFiles:
         "dense",
         architecture=dense_class(model).__name__,
         plan=conversion.plan,
-        layers=[converted.layer.to_dict() for converted in conversion.layers],
+        layers=layer_records(model, conversion),
         source=start.source,
     )
 
@@ -211,9 +213,9 @@ def _converted(dense: nn.Module, export: FormatManifest, where: str) -> nn.Modul
         raise CheckpointError(
             f"{where}: its plan does not fit a {type(dense).__name__}: {error}"
         ) from error
-    now = [converted.layer.to_dict() for converted in require_conversion(dense).layers]
-    then = export.layers
-    facts = [[{k: layer.get(k) for k in _KEYS} for layer in layers] for layers in (now, then)]
+    now = [describe_layer(converted.layer) for converted in require_conversion(dense).layers]
+    then = [record.plan for record in export.layers]
+    facts = [[layer.model_dump(include=_KEYS) for layer in layers] for layers in (now, then)]
     if facts[0] != facts[1] or plan.digest() != export.plan_sha256:
         raise CheckpointError(
             f"{where}: the plan gives other layers than moeify.json lists: the library changed, or "

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypedDict
 
 from moeify.errors import MoeifyError
+from moeify.layer_description import describe_layer
 
 if TYPE_CHECKING:
     from torch import nn
@@ -153,7 +154,7 @@ def _describe(model: nn.Module) -> dict[str, Any]:
         "version": 1,
         "class": type(model).__name__,
         "plan": None if record is None else record.plan.data(),
-        "layers": [] if record is None else [c.layer.to_dict() for c in record.layers],
+        "layers": [] if record is None else [describe_layer(c.layer).data() for c in record.layers],
     }
 
 

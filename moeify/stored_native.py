@@ -7,6 +7,7 @@ of `moeify.json` is how the layers were mapped, not the digests of the files.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,12 +16,14 @@ from torch import Tensor
 
 from moeify.checkpoint_files import Folder
 from moeify.checkpoint_json import parse_json
-from moeify.checkpoint_manifest import MAX_BYTES
+from moeify.checkpoint_manifest import MAX_BYTES, LayerRecord
 from moeify.content import TensorSpec
 from moeify.errors import CheckpointError
 from moeify.export_manifest import FormatManifest, read_format_manifest
 from moeify.native_targets import TARGETS
 from moeify.source import CheckpointReader
+
+_BLOCK = re.compile(r"model\.layers\.[0-9]+\.mlp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,54 +66,58 @@ class NativeTensors:
             raise CheckpointError(
                 f"{self._where}: config.json is of {found}, moeify.json of {manifest.architecture}"
             )
-        self._source = CheckpointReader(directory)
+        self._reader = CheckpointReader(directory)
         details = manifest.details
         try:
             names = [str(name) for name in details["names"]]
             self.aliases: Mapping[str, str] = {
                 str(alias): str(name) for alias, name in details["aliases"].items()
             }
-            self._layers = {str(layer["block"]): self._layer(layer) for layer in details["layers"]}
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(f"{self._where}/moeify.json: details: {error!r}") from None
+        self._layers = {record.block: self._layer(record) for record in manifest.layers}
         self.specs: Mapping[str, TensorSpec] = {name: self._spec(name) for name in names}
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """See `TensorSource.read`."""
         layer, rest = self._split(name)
         if layer is None:
-            return self._source.read(name, start, stop)
+            return self._reader.read(name, start, stop)
         if rest == "router.pending_counts":
             return torch.zeros(layer.experts, dtype=torch.int64)[start:stop]
         if rest in layer.stacks:
             keys = layer.stacks[rest][start:stop]
-            return torch.stack([torch.cat([self._source.read(k) for k in each]) for each in keys])
+            return torch.stack([torch.cat([self._reader.read(k) for k in each]) for each in keys])
         first, last, _ = slice(start, stop).indices(self.specs[name].shape[0])
-        return self._source.read(layer.single[rest], first, last)
+        return self._reader.read(layer.single[rest], first, last)
 
     def unchanged(self) -> None:
         """See `CheckpointReader.unchanged`."""
-        self._source.unchanged()
+        self._reader.unchanged()
 
     def close(self) -> None:
         """Let go of the files."""
-        self._source.close()
+        self._reader.close()
 
-    def _layer(self, layer: Mapping[str, object]) -> _Layer:
+    def _layer(self, record: LayerRecord) -> _Layer:
         architecture = self.manifest.architecture
         target = next((t for t in TARGETS if t.architecture == architecture), None)
         if target is None:
             raise CheckpointError(f"{self._where}: a {architecture} is nothing that moeify writes")
-        prefix, experts = str(layer["prefix"]), int(str(layer["experts"]))
-        if not 1 <= experts <= len(self._source.keys):
+        if _BLOCK.fullmatch(record.block) is None:
+            raise CheckpointError(f"{self._where}: {record.block:.200} is no MLP of a decoder")
+        prefix = f"{record.block.removesuffix('.mlp')}.{target.moe}"
+        experts, residual = record.plan.experts, record.plan.residual
+        biased = record.plan.router.bias_update > 0
+        if experts > len(self._reader.keys):
             raise CheckpointError(f"{self._where}: {prefix} cannot have {experts} experts")
         single = {"router.weight": f"{prefix}.gate.weight"}
-        if layer["biased"]:
+        if biased:
             single["router.selection_bias"] = f"{prefix}.gate.e_score_correction_bias"
-        if layer["residual"] != "none":
+        if residual != "none":
             for part in ("gate_proj", "up_proj", "down_proj"):
                 single[f"mlp.{part}.weight"] = f"{prefix}.{target.shared}.{part}.weight"
-        if layer["residual"] == "sigmoid":
+        if residual == "sigmoid":
             single["residual_mix.coefficient.weight"] = f"{prefix}.{target.shared}_gate.weight"
         gate, up, down = target.leaves
         each = [f"{prefix}.experts.{expert}" for expert in range(experts)]
@@ -118,7 +125,7 @@ class NativeTensors:
             "experts.gate_up_proj": [(f"{e}.{gate}.weight", f"{e}.{up}.weight") for e in each],
             "experts.down_proj": [(f"{e}.{down}.weight",) for e in each],
         }
-        return _Layer(single, stacks, experts, bool(layer["biased"]))
+        return _Layer(single, stacks, experts, biased)
 
     def _split(self, name: str) -> tuple[_Layer | None, str]:
         head, sep, rest = name.partition(".mlp.")
@@ -143,7 +150,7 @@ class NativeTensors:
         return spec
 
     def _entry(self, key: str) -> TensorSpec:
-        entry = self._source.keys.get(key)
+        entry = self._reader.keys.get(key)
         if entry is None:
             raise CheckpointError(f"{self._where}: {key} is missing")
         return entry.spec
