@@ -1,9 +1,11 @@
 """Folders that are written whole or not at all, and files that are read with suspicion.
 
 A folder is staged beside its target, synced file by file, and put in place by one rename (on Linux
-it is exchanged with an older one in one step). Files are opened without following links and
-without waiting for a FIFO, all from one directory handle, so that a save that replaces the folder
-meanwhile cannot be mixed in.
+it is exchanged with an older one in one step). When that is done, or when the next writer comes,
+what an interrupted writer left is removed; see `atomic_file` for single files and temporary names.
+
+Files are opened without following links and without waiting for a FIFO, all from one directory
+handle, so that a save that replaces the folder meanwhile cannot be mixed in.
 """
 
 from __future__ import annotations
@@ -76,7 +78,7 @@ def resolve_target(target: str | os.PathLike[str]) -> Path:
     try:
         path = Path(text).resolve()
     except (OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{text!r}: is no usable path: {error}") from error
+        raise CheckpointError(f"{text!r}: cannot be a path: {error}") from error
     if not text or not path.name:
         raise CheckpointError(f"{text!r}: give the folder to save to")
     return path
@@ -90,7 +92,7 @@ def holds_save(path: Path) -> bool:
     """
     try:
         if not path.parent.is_dir():
-            raise CheckpointError(f"{path.parent}: is no folder; make it first")
+            raise CheckpointError(f"{path.parent}: is not a folder; make it first")
         if not os.path.lexists(path):
             return False
         if not path.is_dir():
@@ -101,7 +103,7 @@ def holds_save(path: Path) -> bool:
             raise FileNotFoundError
     except FileNotFoundError:
         raise CheckpointError(
-            f"{path}: holds files and is no moeify save (it has no {MANIFEST}); nothing was "
+            f"{path}: holds files and is not a moeify save (it has no {MANIFEST}); nothing was "
             "touched: give another folder"
         ) from None
     except OSError as error:
@@ -305,7 +307,7 @@ class Folder:
         directory: An existing folder.
 
     Raises:
-        CheckpointError: It is none.
+        CheckpointError: It cannot be opened as one.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
@@ -329,7 +331,7 @@ class Folder:
             size: Its size, if known.
 
         Raises:
-            CheckpointError: It is missing, a link, no regular file, or of another size.
+            CheckpointError: It is missing, a link, not a regular file, or of another size.
         """
         where = self.where(name)
         if "/" in name or os.sep in name or name in ("", ".", ".."):
@@ -346,7 +348,7 @@ class Folder:
         found = os.fstat(handle)
         problem = ""
         if not stat.S_ISREG(found.st_mode):
-            problem = "is no regular file"
+            problem = "is not a regular file"
         elif size is not None and found.st_size != size:
             problem = f"has {found.st_size} bytes instead of {size}: it is truncated or was changed"
         if problem:

@@ -2,7 +2,7 @@
 
 A folder `.NAME.partial` beside the target holds the staged folder and a journal of the shards that
 are finished, each with its digest. An error, Ctrl-C or a kill leaves it for `resume`; a new start
-removes it. A lock on it, which ends with its process, keeps two writers off each other.
+removes it. A lock on it, which ends with its process, keeps a second writer out.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def write_resumable(
     Raises:
         CheckpointError: It cannot be written, another process is at it, or `resume` finds something
             else begun. The target is as it was.
-        ValueError: `max_shard_size` is no size.
+        ValueError: `max_shard_size` is not a size.
     """
     limit = parse_size(max_shard_size)
     path = resolve_target(directory)

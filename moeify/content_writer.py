@@ -33,7 +33,7 @@ def write_model_files(
 
     Raises:
         CheckpointError: It cannot be written; what was there is as it was.
-        ValueError: `max_shard_size` is no size.
+        ValueError: `max_shard_size` is not a size.
     """
     limit = parse_size(max_shard_size)
     done: list[Written] = []

@@ -65,7 +65,7 @@ class Store:
             present = (folder / MANIFEST).exists()
             if not present and any(not _ours(entry.name) for entry in folder.iterdir()):
                 raise CheckpointError(
-                    f"{folder}: holds files and is no cache (it has no {MANIFEST}): give another"
+                    f"{folder}: holds files and is not a cache (it has no {MANIFEST}): give another"
                 )
         except OSError as error:
             raise CheckpointError(f"{folder}: cannot be used: {error}") from error
@@ -174,7 +174,7 @@ class Store:
             self._read = folder.read(MANIFEST, limit=_LIMIT)
         data = parse_json(self._read, where)
         if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise CheckpointError(f"{where}: is no manifest of format {FORMAT}")
+            raise CheckpointError(f"{where}: is not a manifest of format {FORMAT}")
         found = {name: data.get(name) for name in self.options}
         if found != self.options:
             raise CheckpointError(f"{where}: is a cache of {found}, not of {self.options}")

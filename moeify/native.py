@@ -69,7 +69,7 @@ def native_files(
     Raises:
         NotNative: No class fits, or not that one; `reasons` says why.
         MoeifyError: The model was not converted, or lies on several ranks.
-        ValueError: `architecture` is no class that moeify writes.
+        ValueError: `architecture` is not a class that moeify writes.
     """
     record = require_conversion(model)
     require_one_process(model, "native export")

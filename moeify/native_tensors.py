@@ -24,7 +24,7 @@ EMBEDDINGS: Final = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 class _Experts:
-    """The rows of a stacked tensor, of which the last one read is kept until it is let go.
+    """The rows of a stacked tensor; the last one read is kept until its last use.
 
     Args:
         tensor_source: Where it is.

@@ -61,7 +61,7 @@ class FolderTensors:
         aliases: See `TensorSource`.
 
     Raises:
-        CheckpointError: It is no such folder, or is incomplete or damaged.
+        CheckpointError: It is not such a folder, or is incomplete or damaged.
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, verify: bool = False) -> None:

@@ -48,7 +48,7 @@ class NativeTensors:
         aliases: See `TensorSource`.
 
     Raises:
-        CheckpointError: It is no such folder, or lacks something.
+        CheckpointError: It is not such a folder, or lacks something.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
@@ -96,7 +96,7 @@ class NativeTensors:
         self._reader.unchanged()
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
         self._reader.close()
 
     def _layer(self, record: LayerRecord) -> _Layer:
@@ -105,7 +105,7 @@ class NativeTensors:
         if target is None:
             raise CheckpointError(f"{self._where}: a {architecture} is nothing that moeify writes")
         if _BLOCK.fullmatch(record.block) is None:
-            raise CheckpointError(f"{self._where}: {record.block:.200} is no MLP of a decoder")
+            raise CheckpointError(f"{self._where}: {record.block:.200} is not an MLP of a decoder")
         prefix = f"{record.block.removesuffix('.mlp')}.{target.moe}"
         experts, residual = record.plan.experts, record.plan.residual
         biased = record.plan.router.bias_update > 0

@@ -163,7 +163,7 @@ def killed_everywhere(root: Path, *, over: bool) -> int:
         assert status == -signal.SIGKILL, status
     assert seen == {"old", "new"}
     kept = {path.name for path in root.iterdir()}
-    assert kept <= {"step-00000001", "step-00000002"}, f"what the dead left is there: {kept}"
+    assert kept <= {"step-00000001", "step-00000002"}, f"leftovers of killed saves: {kept}"
     return steps
 
 
@@ -338,7 +338,7 @@ DAMAGE = {
     "truncated": (truncate, "has 1000 bytes instead of"),
     "swapped files": (swap, "bytes instead of|SHA-256"),
     "symbolic link": (link, "is a symbolic link"),
-    "FIFO": (fifo, "is no regular file"),
+    "FIFO": (fifo, "is not a regular file"),
     "parent folder": (renamed("../moeify-rank-00000.safetensors"), "is no name of a data file"),
     "absolute": (renamed("/etc/passwd"), "is no name of a data file"),
     "key twice": (twice, "step: stands there twice"),

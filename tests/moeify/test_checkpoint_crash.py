@@ -161,7 +161,7 @@ def killed_everywhere(root: Path, *, existing: bool, exchange: bool) -> int:
             seen.add("old")
     assert "new" in seen or not existing
     assert ("old" if existing else "none") in seen
-    assert len(list(root.iterdir())) == 1, "what the dead left was not removed"
+    assert len(list(root.iterdir())) == 1, "leftovers of killed saves were not removed"
     return steps
 
 

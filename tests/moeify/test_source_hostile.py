@@ -285,7 +285,7 @@ def fifo_of_pickles(folder: Path) -> None:
 
 
 FOLDERS: dict[str, tuple[Any, str]] = {
-    "up": (place("a", "../elsewhere.safetensors"), "no safetensors file in the same folder"),
+    "up": (place("a", "../elsewhere.safetensors"), "not a safetensors file in the same folder"),
     "up inside": (place("a", "x/../one.safetensors"), "in the same folder"),
     "absolute": (place("a", "/etc/one.safetensors"), "in the same folder"),
     "backslash": (place("a", "..\\one.safetensors"), "in the same folder"),
@@ -322,11 +322,11 @@ FOLDERS: dict[str, tuple[Any, str]] = {
     "left over": (more(WEIGHTS, a=torch.ones(2)), "holds both"),
     "linked file": (linked("one.safetensors"), "symbolic link"),
     "linked index": (linked(INDEX), "symbolic link"),
-    "FIFO": (replaced("one.safetensors", os.mkfifo), "no regular file"),
-    "FIFO as index": (replaced(INDEX, os.mkfifo), "no regular file"),
-    "folder as file": (replaced("one.safetensors", os.mkdir), "no regular file"),
-    "FIFO as config": (lambda f: os.mkfifo(f / "config.json"), "no regular file"),
-    "config a list": (text_of("config.json", "[]"), "config.json: is no mapping"),
+    "FIFO": (replaced("one.safetensors", os.mkfifo), "not a regular file"),
+    "FIFO as index": (replaced(INDEX, os.mkfifo), "not a regular file"),
+    "folder as file": (replaced("one.safetensors", os.mkdir), "not a regular file"),
+    "FIFO as config": (lambda f: os.mkfifo(f / "config.json"), "not a regular file"),
+    "config a list": (text_of("config.json", "[]"), "config.json: is not a mapping"),
     "pickles": (
         only("pytorch_model.bin", pickle.dumps(print)),
         "'pytorch_model.bin' is never opened: save the model as safetensors",
