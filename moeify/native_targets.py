@@ -132,7 +132,7 @@ def _routing(target: Target, facts: Facts) -> Iterator[str]:
     if not target.selection_bias and any(layer.biased for layer in layers):
         yield "it has no selection bias (`bias_update`)"
     if not all(layer.any_score or layer.plan.router.score == target.score for layer in layers):
-        what = "chooses and weighs" if layers[0].top_k > 1 else "weighs"
+        what = "chooses and weighs" if layers[0].plan.top_k > 1 else "weighs"
         yield (
             f"its router {what} by {target.score} scores: another `router.score` fits top_k 1 "
             "with weight 1 only, where the order alone matters"
