@@ -23,9 +23,10 @@ from moeify.conversion import require_conversion
 from moeify.custom import custom_files
 from moeify.errors import CheckpointError
 from moeify.native import NativeTensors, NotNative, native_files
-from moeify.native_facts import Facts, facts_of
+from moeify.native_facts import DecoderLayer, Facts, facts_of
 from moeify.native_targets import TARGETS, misfits
 from moeify.router import Router
+from moeify.specs import RouterSpec
 
 IDS = torch.randint(3, 64, (2, 11), generator=torch.Generator().manual_seed(5))
 SMALL = {
@@ -396,10 +397,21 @@ def facts(world: World) -> Facts:
     return found
 
 
+PROBABILITY = {"combine": "probability"}
+BIASED = {"bias_update": 0.001}
+
+
+def changed(layer: DecoderLayer, **fields: Any) -> DecoderLayer:
+    """Return a layer with other fields of its plan, or of its router."""
+    router = {name: fields.pop(name) for name in list(fields) if name in RouterSpec.model_fields}
+    fields["router"] = layer.plan.router.model_copy(update=router)
+    return dataclasses.replace(layer, plan=dataclasses.replace(layer.plan, **fields))
+
+
 def why(facts: Facts, name: str, every_layer: dict[str, Any] | None = None, **fields: Any) -> str:
     """Say why changed facts do not fit a class."""
     target = next(t for t in TARGETS if t.architecture == f"{name}ForCausalLM")
-    layers = tuple(dataclasses.replace(layer, **(every_layer or {})) for layer in facts.layers)
+    layers = tuple(changed(layer, **(every_layer or {})) for layer in facts.layers)
     return "; ".join(misfits(target, dataclasses.replace(facts, layers=layers, **fields)))
 
 
@@ -414,11 +426,11 @@ def test_why_a_class_does_not_fit(facts: Facts) -> None:
     assert why(facts, "Mixtral", window=7) == ""
     assert "sliding windows" in why(facts, "Mixtral", window="mixed")
     assert "sliding windows" in why(facts, "Glm4Moe", window=7)
-    assert "always sum to 1" in why(facts, "Mixtral", {"normalized": False})
-    assert "no selection bias" in why(facts, "Mixtral", {"biased": True})
+    assert "always sum to 1" in why(facts, "Mixtral", PROBABILITY)
+    assert "no selection bias" in why(facts, "Mixtral", BIASED)
     assert "it has no residual" in why(facts, "Mixtral", {"residual": "add"})
     assert "`residual: sigmoid`" in why(facts, "Qwen2Moe", {"residual": "add"})
-    mixed = (dataclasses.replace(facts.layers[0], top_k=1), *facts.layers[1:])
+    mixed = (changed(facts.layers[0], top_k=1), *facts.layers[1:])
     assert "one top_k for all layers" in why(dataclasses.replace(facts, layers=mixed), "Mixtral")
 
 
@@ -429,11 +441,9 @@ def test_softmax_and_sigmoid_routers(facts: Facts) -> None:
     one = {"top_k": 1}
     assert why(facts, "Glm4Moe", one) == ""
     assert why(facts, "Mixtral", one | {"score": "sigmoid"}) == ""
-    assert "by sigmoid scores" in why(facts, "Glm4Moe", one | {"biased": True})
-    assert "by sigmoid scores" in why(facts, "Glm4Moe", one | {"normalized": False})
-    assert "by softmax scores" in why(
-        facts, "Qwen3Moe", one | {"score": "sigmoid", "normalized": False}
-    )
+    assert "by sigmoid scores" in why(facts, "Glm4Moe", one | BIASED)
+    assert "by sigmoid scores" in why(facts, "Glm4Moe", one | PROBABILITY)
+    assert "by softmax scores" in why(facts, "Qwen3Moe", one | {"score": "sigmoid"} | PROBABILITY)
 
 
 def test_an_unknown_class_is_refused(mixtral: Any) -> None:
