@@ -39,8 +39,16 @@ from moeify.checkpoint_state import (
     restore_modes,
     tensors_of,
 )
-from moeify.content import Content, LiveTensors, Output, Spec, Stored, Written, copied
-from moeify.content_writer import write_content
+from moeify.content import (
+    LiveTensors,
+    ModelFiles,
+    Output,
+    TensorSource,
+    TensorSpec,
+    Written,
+    copied,
+)
+from moeify.content_writer import write_model_files
 from moeify.conversion import Conversion, require_conversion, require_one_process
 from moeify.errors import CheckpointError, MoeifyError
 from moeify.hf import is_hf
@@ -90,17 +98,20 @@ def save(
     """
     parse_bytes(max_shard_size, "max_shard_size")
     inner = unwrapped(model)
-    write_content(moeify_content(inner), directory, max_shard_size=max_shard_size)
+    write_model_files(moeify_files(inner), directory, max_shard_size=max_shard_size)
 
 
-def moeify_content(
-    model: nn.Module, stored: Stored | None = None, *, source: Mapping[str, Any] | None = None
-) -> Content:
+def moeify_files(
+    model: nn.Module,
+    tensor_source: TensorSource | None = None,
+    *,
+    source: Mapping[str, Any] | None = None,
+) -> ModelFiles:
     """Return what `save` writes.
 
     Args:
-        model: A converted model; where `stored` has its tensors, they may be on meta.
-        stored: The tensors of its state dict; those of the model if None.
+        model: A converted model; where `tensor_source` has its tensors, they may be on meta.
+        tensor_source: The tensors of its state dict; those of the model if None.
         source: Where the weights came from, for the manifest.
 
     Raises:
@@ -114,8 +125,8 @@ def moeify_content(
             raise CheckpointError(
                 f"{path}: is wrapped by torch.compile; save before, or use {path}.compile()"
             )
-    state = collect(model, values=stored is None)
-    tensors = stored if stored is not None else LiveTensors(model)
+    state = collect(model, values=tensor_source is None)
+    tensors = tensor_source if tensor_source is not None else LiveTensors(model)
     outputs = []
     for name in sorted(state.tensors):
         scratch = state.roles[name] == "scratch"
@@ -156,12 +167,12 @@ def moeify_content(
         return encode(Manifest.model_validate(common | more))
 
     encoded = {name: text.encode() for name, text in texts.items()}
-    return Content("moeify", tuple(outputs), encoded, manifest)
+    return ModelFiles("moeify", tuple(outputs), encoded, manifest)
 
 
 def _scratch(name: str, tensor: Tensor) -> Output:
     """Return a buffer that is in no state dict, as it is now."""
-    spec = Spec(tuple(tensor.shape), tensor.dtype)
+    spec = TensorSpec(tuple(tensor.shape), tensor.dtype)
     return Output(name, spec, lambda: iter([tensor.detach().to("cpu")]))
 
 

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from moeify.checkpoint_manifest import Manifest, ModelRecord
-from moeify.checkpoint_replay import LayerFacts, Recorded, replay
+from moeify.checkpoint_replay import Recorded, replay
 from moeify.checkpoint_shards import DTYPES
 from moeify.checkpoint_state import to_meta
 from moeify.conversion import Conversion
@@ -137,7 +137,7 @@ def convert_again(
         plan=manifest.plan,
         plan_sha256=manifest.plan_sha256,
         inputs=manifest.inputs,
-        layers=[LayerFacts.of(record) for record in manifest.layers] if prove else None,
+        layers=manifest.layers if prove else None,
         ledger=manifest.ledger if prove else None,
         versions=manifest.versions,
     )
@@ -151,7 +151,7 @@ def _dense_dtypes(manifest: Manifest) -> dict[str, torch.dtype]:
     after the conversion: what became of the experts became of the rest.
     """
     names = manifest.names()
-    before = {layer.block: str(layer.plan.get("dtype")) for layer in manifest.layers}
+    before = {layer.block: layer.plan.dtype for layer in manifest.layers}
     cast = {}
     for name, tensor in manifest.tensors.items():
         block = name.partition(".experts.")[0]

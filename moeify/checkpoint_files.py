@@ -1,9 +1,11 @@
 """Folders that are written whole or not at all, and files that are read with suspicion.
 
 A folder is staged beside its target, synced file by file, and put in place by one rename (on Linux
-it is exchanged with an older one in one step). Files are opened without following links and
-without waiting for a FIFO, all from one directory handle, so that a save that replaces the folder
-meanwhile cannot be mixed in.
+it is exchanged with an older one in one step). When that is done, or when the next writer comes,
+what an interrupted writer left is removed; see `atomic_file` for single files and temporary names.
+
+Files are opened without following links and without waiting for a FIFO, all from one directory
+handle, so that a save that replaces the folder meanwhile cannot be mixed in.
 """
 
 from __future__ import annotations
@@ -11,106 +13,34 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import hashlib
+import fcntl
 import logging
 import os
 import re
-import secrets
 import shutil
-import socket
 import stat
 import sys
-import zlib
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Final
 
+from moeify.atomic_file import remove_leftovers, sync_folder, temporary_name
 from moeify.errors import CheckpointError
 
 log = logging.getLogger("moeify")
 
 MANIFEST: Final = "moeify.json"
 CHUNK: Final = 1 << 24
-_WORTH_A_THREAD: Final = 1 << 20
 
 _OURS = re.compile(
     r"moeify\.json|plan\.yaml|source_config\.json|generation_config\.json|config\.json"
     r"|(?:configuration|modeling)_moeify\.py|model\.safetensors(?:\.index\.json)?"
     r"|(?:moeify|model)-[0-9]{5}-of-[0-9]{5}\.safetensors"
 )
-_STAGED = re.compile(r"(?:staging|replaced)-([0-9]+)-([0-9a-f]+)")
 _AT_FDCWD: Final = -100
 _RENAME_EXCHANGE: Final = 2
 _NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP}
-
-
-class HashedFile:
-    """A new file that is hashed as it is written and synced when it is closed.
-
-    Large data is hashed in a thread beside the writing.
-
-    Args:
-        path: Must not exist.
-
-    Attributes:
-        size: Bytes so far.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.size = 0
-        self._digest = hashlib.sha256()
-        self._threads: ThreadPoolExecutor | None = None
-        self._stream = path.open("xb")
-
-    def write(self, data: bytes | memoryview) -> None:
-        """Append bytes."""
-        view = memoryview(data)
-        for start in range(0, len(view), CHUNK):
-            part = view[start : start + CHUNK]
-            if len(part) < _WORTH_A_THREAD:
-                self._stream.write(part)
-                self._digest.update(part)
-                continue
-            if self._threads is None:
-                self._threads = ThreadPoolExecutor(1, "moeify-file")
-            hashed = self._threads.submit(self._digest.update, part)
-            try:
-                self._stream.write(part)
-            finally:
-                hashed.result()
-        self.size += len(view)
-
-    def close(self) -> str:
-        """Bring the file to the disk and return its SHA-256 in hex."""
-        self._end_threads()
-        with self._stream as stream:
-            stream.flush()
-            os.fsync(stream.fileno())
-        return self._digest.hexdigest()
-
-    def abandon(self) -> None:
-        """Close it as it is."""
-        self._end_threads()
-        with contextlib.suppress(OSError):
-            self._stream.close()
-
-    def _end_threads(self) -> None:
-        if self._threads is not None:
-            self._threads.shutdown()
-            self._threads = None
-
-
-@contextmanager
-def new_file(path: Path) -> Iterator[HashedFile]:
-    """Open a new file; the caller closes it, an exception abandons it."""
-    file = HashedFile(path)
-    try:
-        yield file
-    except BaseException:
-        file.abandon()
-        raise
 
 
 def replace_folder(target: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
@@ -125,53 +55,44 @@ def replace_folder(target: str | os.PathLike[str], write: Callable[[Path], None]
     Raises:
         CheckpointError: The target is something else, or cannot be written; it is then as it was.
     """
-    path = _resolved(target)
-    old = _check_target(path)
-    staging = path.with_name(f".{path.name}.staging-{_tag()}")
+    path = resolve_target(target)
+    old = holds_save(path)
     try:
-        _sweep(path, "staging")
-        staging.mkdir()
-        try:
+        with staged_folder(path) as staging:
             if old:
-                staging.chmod(stat.S_IMODE(path.stat().st_mode))
-                _carry(path, staging)
+                carry_over(path, staging)
             write(staging)
-            _sync(staging)
-            _put(staging, path, exists=old)
-        except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise
+            publish(staging, path, exists=old)
     except OSError as error:
         state = "the older save is as it was" if old else "nothing was left there"
         raise CheckpointError(f"{path}: cannot be saved: {error}; {state}") from error
-    try:
-        with contextlib.suppress(OSError):
-            _sync(path.parent)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)  # the older save, after an exchange
-        _sweep(path, "replaced")
 
 
-def _resolved(target: str | os.PathLike[str]) -> Path:
+def resolve_target(target: str | os.PathLike[str]) -> Path:
+    """Return the path to write to, without links.
+
+    Raises:
+        CheckpointError: It is empty, or cannot be a path.
+    """
     text = os.fspath(target)
     try:
         path = Path(text).resolve()
     except (OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{text!r}: is no usable path: {error}") from error
+        raise CheckpointError(f"{text!r}: cannot be a path: {error}") from error
     if not text or not path.name:
         raise CheckpointError(f"{text!r}: give the folder to save to")
     return path
 
 
-def _check_target(path: Path) -> bool:
-    """Tell whether there is an older save.
+def holds_save(path: Path) -> bool:
+    """Return whether a path that may be written to holds an older save.
 
     Raises:
-        CheckpointError: There is something else, or no folder to put it in.
+        CheckpointError: It holds something else, or there is no folder to put it in.
     """
     try:
         if not path.parent.is_dir():
-            raise CheckpointError(f"{path.parent}: is no folder; make it first")
+            raise CheckpointError(f"{path.parent}: is not a folder; make it first")
         if not os.path.lexists(path):
             return False
         if not path.is_dir():
@@ -182,7 +103,7 @@ def _check_target(path: Path) -> bool:
             raise FileNotFoundError
     except FileNotFoundError:
         raise CheckpointError(
-            f"{path}: holds files and is no moeify save (it has no {MANIFEST}); nothing was "
+            f"{path}: holds files and is not a moeify save (it has no {MANIFEST}); nothing was "
             "touched: give another folder"
         ) from None
     except OSError as error:
@@ -190,40 +111,145 @@ def _check_target(path: Path) -> bool:
     return True
 
 
-def _host() -> str:
-    return f"{zlib.crc32(socket.gethostname().encode()):08x}"
-
-
-def _tag() -> str:
-    return f"{os.getpid()}-{_host()}{secrets.token_hex(4)}"
-
-
-def _sweep(path: Path, kind: str) -> None:
-    """Remove what processes of this host that are no more left beside `path`."""
-    prefix = f".{path.name}."
-    with contextlib.suppress(OSError):
-        for entry in list(path.parent.iterdir()):
-            if not entry.name.startswith(f"{prefix}{kind}-"):
-                continue
-            match = _STAGED.fullmatch(entry.name.removeprefix(prefix))
-            if match is None or (len(match[2]) == 16 and match[2][:8] != _host()):
-                continue
-            if not _alive(int(match[1])) and entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
+@contextmanager
+def staged_folder(path: Path) -> Iterator[Path]:
+    """Make a folder beside a path; whatever has its name in the end is removed."""
+    staging = stage(path)
     try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def stage(path: Path) -> Path:
+    """Make a folder beside a path, which the caller publishes or removes."""
+    remove_leftovers(path.parent, path.name)
+    staging = temporary_name(path)
+    staging.mkdir()
+    return staging
+
+
+def publish(staging: Path, path: Path, *, exists: bool) -> None:
+    """Put a staged folder, whose files are synced, in its place; remove an older one.
+
+    Args:
+        staging: A folder beside `path`, or below a folder beside it.
+        path: Where it goes.
+        exists: Whether there is an older one.
+
+    Raises:
+        OSError: It cannot be put there; an older one is as it was.
+    """
+    sync_folder(staging)
+    _put(staging, path, exists=exists)
+    try:
+        with contextlib.suppress(OSError):
+            sync_folder(path.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)  # the older one, after an exchange
+        remove_leftovers(path.parent, path.name)
+
+
+def move_files_into(
+    staging: Path, target: Path, *, stale: re.Pattern[str], last: Sequence[str]
+) -> None:
+    """Move a staged folder's files into a folder that holds other things too.
+
+    The files without which nothing loads are taken away before all others and moved after them: if
+    the machine stops in between, nothing loads from the folder, never a mix.
+
+    Args:
+        staging: Holds files only, which are synced.
+        target: Where they go.
+        stale: Names of older files to take away.
+        last: Files to move after all others, in this order.
+
+    Raises:
+        OSError: A file cannot be moved.
+    """
+    for name in reversed(last):
+        (target / name).unlink(missing_ok=True)
+    for entry in list(target.iterdir()):
+        if stale.fullmatch(entry.name):
+            entry.unlink()
+    sync_folder(target)
+    names = [entry.name for entry in staging.iterdir()]
+    for name in sorted(names, key=lambda n: (last.index(n) if n in last else -1, n)):
+        (staging / name).replace(target / name)
+    sync_folder(target)
+
+
+@contextmanager
+def locked_folder(path: Path) -> Iterator[None]:
+    """Make a folder if needed and hold it against other processes; remove it at the end if empty.
+
+    The lock ends with its process.
+
+    Raises:
+        CheckpointError: Another process holds it.
+    """
+    while True:
+        with contextlib.suppress(FileExistsError):
+            path.mkdir()
+        if path.is_symlink():
+            raise CheckpointError(f"{path}: is a link; remove it")
+        try:
+            handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except FileNotFoundError:  # another process has just finished
+            continue
+        try:
+            try:
+                if not try_lock(handle):
+                    raise CheckpointError(
+                        f"{path}: another process is writing this folder; wait for it, or end it"
+                    )
+            except OSError as error:  # a file system without locks
+                log.warning("%s: cannot be locked (%s): start no second writer", path, error)
+            if not _is_same(path, handle):
+                continue
+            try:
+                yield
+            finally:
+                if _is_same(path, handle):
+                    _remove_if_empty(path)
+            return
+        finally:
+            os.close(handle)
+
+
+def try_lock(handle: int) -> bool:
+    """Take a lock that ends with its process; return False if another one has it.
+
+    Raises:
+        OSError: The file system has no locks.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         return False
-    except OSError:
-        return True
     return True
 
 
-def _carry(old: Path, new: Path) -> None:
-    """Link what is not ours from the older save."""
+def _is_same(path: Path, handle: int) -> bool:
+    """Return whether a folder is still the one that was opened."""
+    try:
+        found = path.stat(follow_symlinks=False)
+    except OSError:
+        return False
+    return os.path.samestat(found, os.fstat(handle))
+
+
+def _remove_if_empty(path: Path) -> None:
+    """Remove a folder that holds nothing but empty folders."""
+    with contextlib.suppress(OSError):
+        for entry in list(path.iterdir()):
+            entry.rmdir()
+        path.rmdir()
+
+
+def carry_over(old: Path, new: Path) -> None:
+    """Give a staged folder the older save's mode and links to what others put there."""
+    new.chmod(stat.S_IMODE(old.stat().st_mode))
     for entry in old.iterdir():
         if _OURS.fullmatch(entry.name):
             continue
@@ -240,14 +266,6 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target, follow_symlinks=False)
 
 
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _put(staging: Path, path: Path, *, exists: bool) -> None:
     """Rename the staged folder to its place; an older save is then at `staging`, or gone."""
     if not exists:
@@ -255,7 +273,7 @@ def _put(staging: Path, path: Path, *, exists: bool) -> None:
         return
     if _exchange(staging, path):
         return
-    aside = path.with_name(f".{path.name}.replaced-{_tag()}")
+    aside = temporary_name(path, "replaced")
     path.rename(aside)
     try:
         staging.rename(path)
@@ -266,7 +284,7 @@ def _put(staging: Path, path: Path, *, exists: bool) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two folders in one step; False where the system or the file system cannot."""
+    """Swap two folders in one step; return False where the system cannot."""
     if not sys.platform.startswith("linux"):
         return False
     try:
@@ -293,7 +311,7 @@ class Folder:
         handle: The open directory.
 
     Raises:
-        CheckpointError: It is none.
+        CheckpointError: It cannot be opened as one.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
@@ -317,7 +335,7 @@ class Folder:
             size: Its size, if known.
 
         Raises:
-            CheckpointError: It is missing, a link, no regular file, or of another size.
+            CheckpointError: It is missing, a link, not a regular file, or of another size.
         """
         where = self.where(name)
         if "/" in name or os.sep in name or name in ("", ".", ".."):
@@ -334,7 +352,7 @@ class Folder:
         found = os.fstat(handle)
         problem = ""
         if not stat.S_ISREG(found.st_mode):
-            problem = "is no regular file"
+            problem = "is not a regular file"
         elif size is not None and found.st_size != size:
             problem = f"has {found.st_size} bytes instead of {size}: it is truncated or was changed"
         if problem:
@@ -362,4 +380,18 @@ class Folder:
         return os.path.join(self.path, name)
 
 
-__all__ = ["CHUNK", "MANIFEST", "Folder", "HashedFile", "new_file", "replace_folder"]
+__all__ = [
+    "CHUNK",
+    "MANIFEST",
+    "Folder",
+    "carry_over",
+    "holds_save",
+    "locked_folder",
+    "move_files_into",
+    "publish",
+    "replace_folder",
+    "resolve_target",
+    "stage",
+    "staged_folder",
+    "try_lock",
+]

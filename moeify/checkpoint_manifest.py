@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError
 from moeify.checkpoint_files import MANIFEST, Folder
 from moeify.checkpoint_json import canonical_digest, parse_json
 from moeify.errors import CheckpointError
+from moeify.layer_description import LayerDescription
 from moeify.selection import Strict
 from moeify.strict_yaml import path_text
 
@@ -77,10 +78,10 @@ class TensorRecord(Strict):
 
 
 class LayerRecord(Strict):
-    """One converted layer.
+    """One converted layer, and what proves that another conversion is the same.
 
     Attributes:
-        plan: `LayerPlan.to_dict()`.
+        plan: What it became.
         block: Path of the block.
         swaps: Paths of the modules that were replaced.
         graph: Digest of the block's graph, as moeify prints it.
@@ -88,7 +89,7 @@ class LayerRecord(Strict):
             that moeify knows.
     """
 
-    plan: dict[str, Any]
+    plan: LayerDescription
     block: str
     swaps: list[str]
     graph: _Digest
@@ -165,7 +166,7 @@ class Manifest(Strict):
 
 def encode(manifest: Manifest) -> bytes:
     """Return the file's content."""
-    data = manifest.model_dump(mode="json")
+    data = manifest.model_dump(mode="json", by_alias=True)
     data["sha256"] = canonical_digest(data)
     return json.dumps(data, indent=1, allow_nan=False).encode() + b"\n"
 
@@ -223,6 +224,3 @@ def _check(manifest: Manifest, where: str) -> None:
         raise CheckpointError(
             f"{where}: parameters: {manifest.parameters}, but the tensors have {total}"
         )
-    for position, layer in enumerate(manifest.layers):
-        if not isinstance(layer.plan.get("name"), str):
-            raise CheckpointError(f"{where}: layers[{position}].plan.name: a string is needed")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -23,6 +23,7 @@ from moeify.conversion import Conversion, require_conversion
 from moeify.convert_model import convert_without_values
 from moeify.errors import CheckpointError, MoeifyError
 from moeify.input_spec import check_description, make_inputs
+from moeify.layer_description import describe_layer
 from moeify.passes.base import Pass
 from moeify.plan import Plan
 from moeify.version import __version__
@@ -30,35 +31,6 @@ from moeify.version import __version__
 log = logging.getLogger("moeify")
 
 _ADVICE = "the library changed, or another model was given"
-
-
-@dataclass(frozen=True, slots=True)
-class LayerFacts:
-    """What was kept of one converted layer; None stands for what was not.
-
-    Attributes:
-        plan: Facts of `LayerPlan.to_dict()`, the name among them.
-        block: Path of its block.
-        swaps: Paths of the modules that were replaced.
-        graph: Digest of what the block computes.
-        inner: Digest of the graphs inside it.
-    """
-
-    plan: Mapping[str, Any]
-    block: str | None = None
-    swaps: Sequence[str] | None = None
-    graph: str | None = None
-    inner: str | None = None
-
-    @classmethod
-    def of(cls, record: LayerRecord) -> LayerFacts:
-        """Return the facts in a manifest's record of a layer."""
-        return cls(record.plan, record.block, record.swaps, record.graph, record.inner)
-
-    @property
-    def name(self) -> str:
-        """The layer's name."""
-        return str(self.plan.get("name"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +44,8 @@ class Recorded:
         plan_sha256: Its digest.
         inputs: Description of the example inputs; None where they are made from the config.
         layers: What must come out, in order; None where nothing is known of it.
+        only: Compare only these fields of a layer's plan, and not what its block computes.
+        ignore: Fields of a layer's plan that may differ.
         ledger: Where every dense parameter must go; None where that was not kept.
         versions: Versions of the packages that wrote it.
         passes: What to do if a block computes something else, as it does with passes of one's own.
@@ -82,7 +56,9 @@ class Recorded:
     plan: Mapping[str, Any]
     plan_sha256: str
     inputs: Any
-    layers: Sequence[LayerFacts] | None
+    layers: Sequence[LayerRecord] | None
+    only: Collection[str] | None = None
+    ignore: Collection[str] = ()
     ledger: Mapping[str, Sequence[str]] | None = None
     versions: Mapping[str, str] | None = None
     passes: str = "if the model was converted with passes of your own, give them again as passes="
@@ -119,8 +95,7 @@ def replay(
         ) from error
     conversion = require_conversion(model)
     if then.layers is not None:
-        now = [LayerFacts.of(record) for record in layer_records(model, conversion)]
-        _check_layers(then.layers, now, then)
+        _check_layers(then.layers, layer_records(model, conversion), then)
     if then.ledger is not None:
         _check_ledger(then.ledger, conversion, then)
     return conversion
@@ -149,37 +124,39 @@ def _inputs(then: Recorded) -> Any:
 # -- the proof
 
 
-def _check_layers(old: Sequence[LayerFacts], new: Sequence[LayerFacts], then: Recorded) -> None:
-    names = [[layer.name for layer in layers] for layers in (old, new)]
+def _check_layers(old: Sequence[LayerRecord], new: Sequence[LayerRecord], then: Recorded) -> None:
+    names = [[layer.plan.name for layer in layers] for layers in (old, new)]
     if names[0] != names[1]:
         raise CheckpointError(
             f"{then.fields}layers: were {names[0]}, and are now {names[1]}: {_ADVICE}"
         )
     for before, now in zip(old, new, strict=True):
         _check_facts(before, now, then)
-        _check_graphs(before, now, then)
+        if then.only is None:
+            _check_graphs(before, now, then)
 
 
-def _check_facts(old: LayerFacts, new: LayerFacts, then: Recorded) -> None:
+def _check_facts(old: LayerRecord, new: LayerRecord, then: Recorded) -> None:
     """Compare what the plan made of a layer and where it stands."""
-    facts = {**old.plan, "block": old.block, "swaps": old.swaps}
-    now = {**new.plan, "block": new.block, "swaps": new.swaps}
-    for key, value in facts.items():
-        if value is not None and now.get(key, value) != value:
+    was = {**old.plan.data(), "block": old.block, "swaps": old.swaps}
+    now = {**new.plan.data(), "block": new.block, "swaps": new.swaps}
+    for key in was if then.only is None else then.only:
+        if key not in then.ignore and was[key] != now[key]:
             raise CheckpointError(
-                f"{then.where}: {old.name}: {key} was {value!r} and is now {now[key]!r}: {_ADVICE}"
+                f"{then.where}: {old.plan.name}: {key} was {was[key]!r} and is now {now[key]!r}: "
+                f"{_ADVICE}"
             )
 
 
-def _check_graphs(old: LayerFacts, new: LayerFacts, then: Recorded) -> None:
+def _check_graphs(old: LayerRecord, new: LayerRecord, then: Recorded) -> None:
     """Compare what a block computes.
 
     Graphs may be written differently by another release, which is worth a warning and no more.
     """
     here = versions()
     # The block's own graph is moeify's doing, the graphs inside it come from all of them.
-    outer = ["moeify"] if old.graph not in (None, new.graph) else []
-    inner = list(here) if old.inner not in (None, new.inner) else []
+    outer = ["moeify"] if old.graph != new.graph else []
+    inner = list(here) if old.inner != new.inner else []
     if not outer and not inner:
         return
     wrote = then.versions or {}
@@ -187,17 +164,17 @@ def _check_graphs(old: LayerFacts, new: LayerFacts, then: Recorded) -> None:
         log.warning(
             "%s: %s: the graph of its block is not the one that %s wrote: compare outputs",
             then.where,
-            old.name,
+            old.plan.name,
             wrote,
         )
         return
     if outer:
         raise CheckpointError(
-            f"{then.where}: {old.name}: its block computes something else: {then.passes}"
+            f"{then.where}: {old.plan.name}: its block computes something else: {then.passes}"
         )
     raise CheckpointError(
-        f"{then.where}: {old.name}: the dense MLP computes something else between its projections: "
-        "another model was given"
+        f"{then.where}: {old.plan.name}: the dense MLP computes something else between its "
+        "projections: another model was given"
     )
 
 
@@ -222,7 +199,7 @@ def layer_records(model: nn.Module, conversion: Conversion) -> list[LayerRecord]
         graph, inner = graph_digests(model.get_submodule(converted.block))
         records.append(
             LayerRecord(
-                plan=converted.layer.to_dict(),
+                plan=describe_layer(converted.layer),
                 block=converted.block,
                 swaps=[swap.path for swap in converted.swaps],
                 graph=graph,
@@ -241,7 +218,6 @@ def versions() -> dict[str, str]:
 
 
 __all__ = [
-    "LayerFacts",
     "Recorded",
     "layer_records",
     "replay",

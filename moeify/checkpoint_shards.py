@@ -6,8 +6,9 @@ The reader allocates nothing that a header merely claims: sizes are held against
 from __future__ import annotations
 
 import hashlib
+import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Final
 
@@ -52,6 +53,26 @@ def bytes_of(tensor: Tensor) -> memoryview:
     """Return a tensor's data as a file holds it."""
     plain = tensor.detach().resolve_conj().resolve_neg().to("cpu").contiguous()
     return plain.reshape(-1).view(torch.uint8).numpy().data
+
+
+def file_head(entries: Iterable[tuple[str, torch.dtype, Sequence[int]]]) -> bytes:
+    """Return what a file begins with: the length of the header, and the header.
+
+    Args:
+        entries: Name, dtype and shape of each tensor, in the order of their data.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, dtype, shape in entries:
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {
+            "dtype": CODE_OF[dtype_name(dtype)],
+            "shape": list(shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 @dataclass(frozen=True, slots=True)

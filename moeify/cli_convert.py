@@ -24,32 +24,30 @@ from moeify.checkpoint_json import canonical_digest
 from moeify.checkpoint_replay import versions
 from moeify.cli_calibration import texts_as_inputs
 from moeify.cli_convert_report import print_done, print_dry, print_job, progress
-from moeify.cli_models import (
-    files_beside,
-    folder_bytes,
-    is_converted,
-    is_save,
-    load_dense,
-    model_folder,
-)
-from moeify.content import Content, LiveTensors, Stored
+from moeify.cli_models import files_beside, folder_bytes, load_dense, model_folder
+from moeify.content import LiveTensors, ModelFiles
 from moeify.content_resume import bytes_to_write, free_bytes, partial_path, write_resumable
 from moeify.convert_check import Verdict, auto_class, verify
 from moeify.convert_hash import hashing
 from moeify.errors import MoeifyError
-from moeify.export_manifest import read_export_manifest
-from moeify.exports import Export, content_for
+from moeify.export_manifest import read_format_manifest
+from moeify.exports import choose_format
+from moeify.layer_description import describe_layer
 from moeify.layer_plan import ResolvedPlan
 from moeify.model_card import model_card
 from moeify.plan import Plan
-from moeify.reverse import dense_content
-from moeify.source import SourceFolder
+from moeify.reverse import dense_files
+from moeify.stored_folder import is_converted, is_save
 from moeify.streamed import stream
 from moeify.units import dtype_from_name
 from moeify.verification import is_exact
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from moeify.content import TensorSource
+    from moeify.exports import FormatChoice
+    from moeify.source import CheckpointReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +69,7 @@ class Options:
 
     dtype: str | None = None
     max_shard_size: str = "5GB"
-    export: Export = "auto"
+    export: FormatChoice = "auto"
     verify: int = 2
     force: bool = False
     resume: bool = False
@@ -85,7 +83,7 @@ class _Job:
     """What is to be written, and what is known of it.
 
     Attributes:
-        content: The folder.
+        model_files: The folder.
         digest: Of the source's files.
         resolved: What the plan became; None on the way back.
         promised: Whether the outputs must be the source's.
@@ -95,14 +93,14 @@ class _Job:
         folders: What is read meanwhile, the source first.
     """
 
-    content: Content
+    model_files: ModelFiles
     digest: str
     resolved: ResolvedPlan | None
     promised: bool
     source_bytes: int
     missing: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    folders: list[SourceFolder] = field(default_factory=list)
+    folders: list[CheckpointReader] = field(default_factory=list)
 
     @property
     def files(self) -> list[str]:
@@ -134,18 +132,18 @@ def convert(
         job = _in_memory(_dense_folder(folder), plan, options)
     else:
         job = _streamed(_dense_folder(folder), plan, options)
-    texts = {**files_beside(folder), **job.content.texts}
-    job.content = dataclasses.replace(job.content, texts=texts)
+    texts = {**files_beside(folder), **job.model_files.texts}
+    job.model_files = dataclasses.replace(job.model_files, texts=texts)
     prepared = time.perf_counter()
     report: dict[str, Any] = {
         "source": str(folder),
         "out": str(target),
-        "kind": job.content.kind,
+        "kind": job.model_files.kind,
         "dry_run": options.dry_run,
-        "bytes": bytes_to_write(job.content, options.max_shard_size),
+        "bytes": bytes_to_write(job.model_files, options.max_shard_size),
         "free_bytes": free_bytes(target),
         "not_in_source": job.missing,
-        "notes": [*job.notes, *job.content.notes],
+        "notes": [*job.notes, *job.model_files.notes],
         "resolved": None if job.resolved is None else job.resolved.to_dict(),
     }
     print_job(job.resolved, report, console)
@@ -237,12 +235,12 @@ def _dense_folder(folder: Path) -> Path:
 
 def _streamed(folder: Path, plan: Plan, options: Options) -> _Job:
     dtype = None if options.dtype is None else dtype_from_name(options.dtype)
-    model, stored = stream(folder, plan, dtype)
-    return _job(model, stored, stored.resolved, stored.folder, options, [])
+    model, tensor_source = stream(folder, plan, dtype)
+    return _job(model, tensor_source, tensor_source.resolved, tensor_source.folder, options, [])
 
 
 def _in_memory(folder: Path, plan: Plan, options: Options) -> _Job:
-    files = SourceFolder(folder)
+    files = CheckpointReader(folder)
     model, missing = load_dense(folder, options.dtype)
     inputs = None
     if options.calibration is not None:
@@ -254,21 +252,21 @@ def _in_memory(folder: Path, plan: Plan, options: Options) -> _Job:
 
 def _job(
     model: nn.Module,
-    stored: Stored,
+    tensor_source: TensorSource,
     resolved: ResolvedPlan,
-    files: SourceFolder,
+    files: CheckpointReader,
     options: Options,
     missing: list[str],
 ) -> _Job:
     others = dict.fromkeys(
         os.path.join(layer.folder, folder) for layer in resolved for folder in layer.init.from_
     )
-    folders = [files, *map(SourceFolder, others)]
+    folders = [files, *map(CheckpointReader, others)]
     made_of = files.fingerprint()
     if others:
         made_of["experts"] = [folder.fingerprint() for folder in folders[1:]]
     return _Job(
-        content_for(model, stored, options.export, source=made_of),
+        choose_format(model, tensor_source, options.export, source=made_of),
         canonical_digest(made_of),
         resolved,
         all(is_exact(layer) for layer in resolved),
@@ -282,9 +280,9 @@ def _job(
 def _reversed(folder: Path) -> _Job:
     if not is_converted(folder):
         raise MoeifyError(f"{folder}: was not converted by moeify, so there is no way back")
-    content = dense_content(folder)
+    model_files = dense_files(folder)
     digest = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
-    return _Job(content, digest, None, False, content.nbytes)
+    return _Job(model_files, digest, None, False, model_files.nbytes)
 
 
 def _card(job: _Job, folder: Path, sha256: Mapping[str, str]) -> dict[str, bytes]:
@@ -292,18 +290,18 @@ def _card(job: _Job, folder: Path, sha256: Mapping[str, str]) -> dict[str, bytes
     if job.resolved is None:
         return {}
 
-    content = job.content
-    config = json.loads(content.texts.get("config.json", b"{}"))
+    model_files = job.model_files
+    config = json.loads(model_files.texts.get("config.json", b"{}"))
     text = model_card(
-        kind=content.kind,
+        kind=model_files.kind,
         plan=job.resolved.plan.data(),
-        layers=[{**layer.to_dict(), "exact": is_exact(layer)} for layer in job.resolved],
+        layers=[(describe_layer(layer), is_exact(layer)) for layer in job.resolved],
         source=folder,
         sha256=sha256,
         total=job.resolved.parameters,
         active=job.resolved.active_parameters,
-        auto=auto_class(config, content.kind),
-        notes=content.notes,
+        auto=auto_class(config, model_files.kind),
+        notes=model_files.notes,
     )
     return {"README.md": text}
 
@@ -311,7 +309,7 @@ def _card(job: _Job, folder: Path, sha256: Mapping[str, str]) -> dict[str, bytes
 def _write(job: _Job, folder: Path, target: Path, options: Options) -> tuple[Verdict, float]:
     """Write, compare and put in place; return what came of it, and the seconds it took."""
     found: list[tuple[Verdict, float]] = []
-    content = job.content
+    model_files = job.model_files
 
     def check(staged: Path) -> None:
         for opened in job.folders:
@@ -320,12 +318,12 @@ def _write(job: _Job, folder: Path, target: Path, options: Options) -> tuple[Ver
         verdict = verify(
             folder,
             staged,
-            content.kind,
+            model_files.kind,
             source_kind="dense" if job.resolved is not None else _kind_of(folder),
             inputs=options.verify,
             promised=job.promised,
             dtype=options.dtype,
-            needed=max(job.source_bytes, content.nbytes),
+            needed=max(job.source_bytes, model_files.nbytes),
             shown_as=target,
         )
         found.append((verdict, time.perf_counter() - start))
@@ -333,15 +331,15 @@ def _write(job: _Job, folder: Path, target: Path, options: Options) -> tuple[Ver
     made_of = {
         "plan": None if job.resolved is None else job.resolved.plan.digest(),
         "source": job.digest,
-        "export": content.kind,
+        "export": model_files.kind,
         "dtype": options.dtype,
         "versions": versions(),
     }
     files = [folder / name for name in job.files]
-    with progress(content.nbytes) as advance, hashing(files) as sha256:
+    with progress(model_files.nbytes) as advance, hashing(files) as sha256:
         try:
             write_resumable(
-                content,
+                model_files,
                 target,
                 made_of=made_of,
                 max_shard_size=options.max_shard_size,
@@ -361,5 +359,5 @@ def _write(job: _Job, folder: Path, target: Path, options: Options) -> tuple[Ver
 def _kind_of(folder: Path) -> str:
     """Return the kind of a converted folder."""
     with Folder(folder) as opened:
-        manifest = read_export_manifest(opened)
+        manifest = read_format_manifest(opened)
     return "moeify" if manifest is None else manifest.kind

@@ -9,22 +9,25 @@ from typing import TYPE_CHECKING, Any
 
 from moeify import checkpoint
 from moeify.checkpoint_files import Folder
-from moeify.cli_models import build_on_meta, is_converted, model_folder
+from moeify.cli_models import build_on_meta, model_folder
 from moeify.cli_output import make_table, say
 from moeify.conversion import conversion_of
 from moeify.discovery import Discovery, discover
 from moeify.errors import MoeifyError
-from moeify.export_manifest import ExportManifest, read_export_manifest
+from moeify.export_manifest import FormatManifest, read_format_manifest
+from moeify.layer_description import LayerDescription, describe_layer
 from moeify.layer_plan import ResolvedPlan
 from moeify.plan import Plan
 from moeify.selection import shorten
 from moeify.sites import Site
-from moeify.source import SourceFolder
+from moeify.source import CheckpointReader
+from moeify.stored_folder import is_converted
 from moeify.units import format_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console
     from torch import nn
+
 
 _SITES = {
     "#": "right",
@@ -71,7 +74,7 @@ def inspect_model(path: str, console: Console) -> dict[str, Any]:
     folder = Path(path)
     if is_converted(folder):
         with Folder(folder) as opened:
-            export = read_export_manifest(opened)
+            export = read_format_manifest(opened)
         return _saved(folder, console) if export is None else _exported(folder, export, console)
     model = build_on_meta(model_folder(folder))
     found = discover(model)
@@ -136,15 +139,15 @@ def _saved(folder: Path, console: Console) -> dict[str, Any]:
         kind="moeify",
         name=type(model).__name__,
         plan=record.plan.data(),
-        layers=[converted.layer.to_dict() for converted in record.layers],
+        layers=[describe_layer(converted.layer) for converted in record.layers],
         count=sum(p.numel() for p in parameters),
         total=sum(p.numel() * p.element_size() for p in parameters),
     )
 
 
-def _exported(folder: Path, manifest: ExportManifest, console: Console) -> dict[str, Any]:
+def _exported(folder: Path, manifest: FormatManifest, console: Console) -> dict[str, Any]:
     """Show a folder that transformers reads; its tensors are counted, padding too."""
-    with SourceFolder(folder) as files:
+    with CheckpointReader(folder) as files:
         specs = [entry.spec for entry in files.keys.values()]
     return _converted(
         folder,
@@ -152,7 +155,7 @@ def _exported(folder: Path, manifest: ExportManifest, console: Console) -> dict[
         kind=manifest.kind,
         name=manifest.architecture,
         plan=manifest.plan,
-        layers=manifest.layers,
+        layers=[record.plan for record in manifest.layers],
         count=sum(math.prod(spec.shape) for spec in specs),
         total=sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in specs),
     )
@@ -165,19 +168,19 @@ def _converted(
     kind: str,
     name: str,
     plan: dict[str, Any],
-    layers: list[dict[str, Any]],
+    layers: list[LayerDescription],
     count: int,
     total: int,
 ) -> dict[str, Any]:
     rows: list[Sequence[object]] = [
         (
             index,
-            layer["name"],
-            layer["experts"],
-            layer["top_k"],
-            "-" if layer["residual"] == "none" else layer["residual"],
-            f"{layer['d_in']}->{layer['d_ff']}->{layer['d_out']}",
-            f"{layer['parameters_after']:,}",
+            layer.name,
+            layer.experts,
+            layer.top_k,
+            "-" if layer.residual == "none" else layer.residual,
+            f"{layer.d_in}->{layer.d_ff}->{layer.d_out}",
+            f"{layer.parameters_after:,}",
         )
         for index, layer in enumerate(layers)
     ]
@@ -194,5 +197,5 @@ def _converted(
         "parameters": count,
         "bytes": total,
         "plan": plan,
-        "layers": layers,
+        "layers": [layer.data() for layer in layers],
     }

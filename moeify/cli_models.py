@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from moeify.atomic_file import replace_file
 from moeify.checkpoint_build import parameters_on_meta, quiet_random_state
-from moeify.checkpoint_files import MANIFEST, Folder
 from moeify.checkpoint_manifest import MAX_BYTES
 from moeify.errors import MoeifyError
-from moeify.export_manifest import read_export_manifest
-from moeify.source import SourceFolder
+from moeify.source import CheckpointReader
 from moeify.units import dtype_from_name
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -113,7 +112,7 @@ def _stored_dtype(folder: Path) -> torch.dtype:
     """Return the dtype of the first floating-point tensor of a folder, as transformers does."""
     if not any((folder / name).is_file() for name in (_WEIGHTS, _INDEX)):
         return torch.float32
-    keys = SourceFolder(folder).keys.values()
+    keys = CheckpointReader(folder).keys.values()
     return next((k.spec.dtype for k in keys if k.spec.dtype.is_floating_point), torch.float32)
 
 
@@ -196,29 +195,8 @@ def copy_beside(source: Path, target: Path) -> list[str]:
     """Copy tokenizer and processor files, over older ones too, and return their names."""
     texts = files_beside(source)
     for name, data in texts.items():
-        scratch = target / f".{name}.copying"
-        scratch.write_bytes(data)
-        scratch.replace(target / name)
+        replace_file(target / name, data)
     return list(texts)
-
-
-def is_save(folder: Path) -> bool:
-    """Tell whether moeify wrote a folder."""
-    return (folder / MANIFEST).is_file()
-
-
-def is_converted(folder: Path) -> bool:
-    """Tell whether moeify wrote a folder with a converted model, not with a dense one.
-
-    Raises:
-        CheckpointError: What it wrote there is damaged.
-    """
-    if not is_save(folder):
-        return False
-
-    with Folder(folder) as opened:
-        manifest = read_export_manifest(opened)
-    return manifest is None or manifest.kind != "dense"
 
 
 def folder_bytes(folder: Path) -> int:

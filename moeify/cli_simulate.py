@@ -9,17 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from moeify.cli_models import build_on_meta, is_converted, model_folder
+from moeify.cli_models import build_on_meta, model_folder
 from moeify.cli_output import make_table, say
 from moeify.errors import MoeifyError
 from moeify.plan import Plan
 from moeify.selection import shorten
 from moeify.simulate import Collectives, Simulation, simulate
 from moeify.simulate_plot import Point, draw, sweep
+from moeify.stored_folder import is_converted
 from moeify.units import format_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console
+
 
 _LENGTH = 2048
 _COLLECTIVES = {

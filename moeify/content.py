@@ -1,8 +1,8 @@
-"""What a model's folder is made of: tensors that are read while they are written, and small files.
+"""Where a model's tensors come from, and the files that they are written as.
 
-Where tensors come from (`Stored`: a model in memory, a folder) and what they are written as
-(`Content`: moeify's own format, a Hugging Face folder) know nothing of each other, so that every
-way in works with every way out, a few rows at a time.
+A `TensorSource` (a model in memory, a folder) and a `ModelFiles` (moeify's own format, a Hugging
+Face folder) know nothing of each other, so that every way in works with every way out, a few rows
+at a time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Kind = Literal["moeify", "custom", "native", "dense"]
 
 
 @dataclass(frozen=True, slots=True)
-class Spec:
+class TensorSpec:
     """Shape and dtype of a tensor.
 
     Attributes:
@@ -38,7 +38,7 @@ class Spec:
     dtype: torch.dtype
 
 
-class Stored(Protocol):
+class TensorSource(Protocol):
     """The tensors of a model by the names of its state dict, wherever they are.
 
     Each tensor stands there once; the further names of tied ones are aliases. Reading is cheap to
@@ -46,7 +46,7 @@ class Stored(Protocol):
     """
 
     @property
-    def specs(self) -> Mapping[str, Spec]:
+    def specs(self) -> Mapping[str, TensorSpec]:
         """Every tensor of the state dict, in its order, without aliases."""
         ...
 
@@ -83,8 +83,9 @@ class LiveTensors:
         }
         if state_dict is not None:
             self._replace(state_dict)
-        self.specs: Mapping[str, Spec] = {
-            name: Spec(tuple(tensor.shape), tensor.dtype) for name, tensor in self._tensors.items()
+        self.specs: Mapping[str, TensorSpec] = {
+            name: TensorSpec(tuple(tensor.shape), tensor.dtype)
+            for name, tensor in self._tensors.items()
         }
 
     def _replace(self, state_dict: Mapping[str, Tensor]) -> None:
@@ -103,7 +104,7 @@ class LiveTensors:
             self._tensors[name] = state_dict[name]
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """See `Stored.read`."""
+        """See `TensorSource.read`."""
         tensor = self._tensors[name].detach()
         rows = tensor if tensor.dim() == 0 else tensor[start:stop]
         return rows.to("cpu").contiguous()
@@ -121,7 +122,7 @@ class Output:
     """
 
     name: str
-    spec: Spec
+    spec: TensorSpec
     pieces: Callable[[], Iterator[Tensor]]
 
     @property
@@ -130,27 +131,27 @@ class Output:
         return torch.Size(self.spec.shape).numel() * self.spec.dtype.itemsize
 
 
-def copied(stored: Stored, name: str, as_name: str | None = None) -> Output:
-    """Return an output that is a stored tensor as it is, read some rows at a time.
+def copied(tensor_source: TensorSource, name: str, as_name: str | None = None) -> Output:
+    """Return an output that copies a tensor as it is, read some rows at a time.
 
     With three axes that is one expert at a time, else as many rows as are no more than `PIECE`.
 
     Args:
-        stored: Where it is.
+        tensor_source: Where it is.
         name: Its name there.
         as_name: Its name in the file; the same if None.
     """
-    spec = stored.specs[name]
+    spec = tensor_source.specs[name]
 
     def pieces() -> Iterator[Tensor]:
         if not spec.shape:
-            yield stored.read(name)
+            yield tensor_source.read(name)
             return
         count = spec.shape[0]
         row = torch.Size(spec.shape[1:]).numel() * spec.dtype.itemsize
         step = 1 if len(spec.shape) > 2 else max(1, PIECE // max(row, 1))
         for start in range(0, count, step):
-            yield stored.read(name, start, min(start + step, count))
+            yield tensor_source.read(name, start, min(start + step, count))
 
     return Output(as_name or name, spec, pieces)
 
@@ -171,7 +172,7 @@ class Written:
 
 
 @dataclass(frozen=True, slots=True)
-class Content:
+class ModelFiles:
     """What is to be in a folder.
 
     Attributes:
@@ -203,6 +204,6 @@ class Content:
         return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
-def describe(spec: Spec) -> str:
+def describe(spec: TensorSpec) -> str:
     """Write a shape and dtype for messages: `float32[4, 8]`."""
     return f"{dtype_name(spec.dtype)}{list(spec.shape)}"

@@ -1,40 +1,37 @@
-"""Writes a `Content` so that a long write can be gone on with: finished shards are kept.
+"""Write a `ModelFiles` so that an interrupted write can be resumed: finished shards are kept.
 
 A folder `.NAME.partial` beside the target holds the staged folder and a journal of the shards that
 are finished, each with its digest. An error, Ctrl-C or a kill leaves it for `resume`; a new start
-removes it. A lock on it, which ends with its process, keeps two writers off each other.
+removes it. A lock on it, which ends with its process, keeps a second writer out.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from pydantic import ValidationError
 
+from moeify.atomic_file import replace_file, sync_folder
 from moeify.checkpoint_files import (
     CHUNK,
     Folder,
-    _carry,
-    _check_target,
-    _put,
-    _resolved,
-    _sweep,
-    _sync,
+    carry_over,
+    holds_save,
+    locked_folder,
+    publish,
+    resolve_target,
 )
 from moeify.checkpoint_json import parse_json
 from moeify.checkpoint_manifest import FileRecord
-from moeify.content import Content, Output, Written
+from moeify.content import ModelFiles, Output, Written
 from moeify.content_writer import Advance, finish, header, split, write_shard
 from moeify.errors import CheckpointError
 from moeify.selection import Strict
@@ -66,25 +63,25 @@ class Journal(Strict):
 
 def partial_path(directory: str | os.PathLike[str]) -> Path:
     """Return the folder that a write leaves unfinished."""
-    path = _resolved(directory)
+    path = resolve_target(directory)
     return path.with_name(f".{path.name}.partial")
 
 
-def bytes_to_write(content: Content, max_shard_size: int | str = "5GB") -> int:
+def bytes_to_write(model_files: ModelFiles, max_shard_size: int | str = "5GB") -> int:
     """Return the bytes of all files with tensors, headers too, and of the small files."""
-    groups = split(content.tensors, parse_bytes(max_shard_size, "max_shard_size"))
+    groups = split(model_files.tensors, parse_bytes(max_shard_size, "max_shard_size"))
     heads = sum(len(header(group)) for group in groups)
-    return content.nbytes + heads + sum(map(len, content.texts.values()))
+    return model_files.nbytes + heads + sum(map(len, model_files.texts.values()))
 
 
 def free_bytes(directory: str | os.PathLike[str]) -> int:
     """Return the bytes that may be written beside a folder."""
-    found = os.statvfs(_resolved(directory).parent)
+    found = os.statvfs(resolve_target(directory).parent)
     return found.f_bavail * found.f_frsize
 
 
 def write_resumable(
-    content: Content,
+    model_files: ModelFiles,
     directory: str | os.PathLike[str],
     *,
     made_of: Mapping[str, Any],
@@ -97,7 +94,7 @@ def write_resumable(
     """Write a folder; what is finished survives whatever happens.
 
     Args:
-        content: What is to be in it.
+        model_files: What is to be in it.
         directory: A folder that does not exist, is empty, or holds an older one of moeify's.
         made_of: What the bytes depend on: digests of plan and source, options. JSON.
         max_shard_size: Bytes per file, or such as "5GB"; a larger tensor gets a file of its own.
@@ -109,44 +106,39 @@ def write_resumable(
     Raises:
         CheckpointError: It cannot be written, another process is at it, or `resume` finds something
             else begun. The target is as it was.
-        ValueError: `max_shard_size` is no size.
+        ValueError: `max_shard_size` is not a size.
     """
     limit = parse_bytes(max_shard_size, "max_shard_size")
-    path = _resolved(directory)
+    path = resolve_target(directory)
     partial = partial_path(path)
-    old = _check_target(path)
+    old = holds_save(path)
     journal = Journal(
         format="moeify-journal",
         version=1,
-        made_of={**made_of, "max_shard_size": limit, "tensors": _digest(content.tensors)},
+        made_of={**made_of, "max_shard_size": limit, "tensors": _digest(model_files.tensors)},
         shards=[],
     )
     try:
-        with _locked(partial):
+        with locked_folder(partial):
             staged = partial / _STAGED
-            groups = split(content.tensors, limit)
-            names = content.shard_names(len(groups))
+            groups = split(model_files.tensors, limit)
+            names = model_files.shard_names(len(groups))
             done = _finished(partial, journal, set(names)) if resume else {}
             _clear(partial, done)
             staged.mkdir(exist_ok=True)
-            _check_room(content, path, limit, sum(record.bytes for record in done.values()))
+            _check_room(model_files, path, limit, sum(record.bytes for record in done.values()))
             named = dict(zip(names, groups, strict=True))
             shards = _write_shards(partial, journal, named, done, advance)
             if old:
-                staged.chmod(path.stat().st_mode & 0o7777)
-                _carry(path, staged)
+                carry_over(path, staged)
             if late is not None:
-                texts = {**content.texts, **late()}
-                content = dataclasses.replace(content, texts=texts)
-            written = finish(content, staged, groups, shards)
-            _sync(staged)
+                texts = {**model_files.texts, **late()}
+                model_files = dataclasses.replace(model_files, texts=texts)
+            written = finish(model_files, staged, groups, shards)
             if check is not None:
                 check(staged)
-            _put(staged, path, exists=old)
-            with contextlib.suppress(OSError):
-                _sync(path.parent)
-            shutil.rmtree(partial, ignore_errors=True)  # with the older one, after an exchange
-            _sweep(path, "replaced")
+            publish(staged, path, exists=old)
+            shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         kept = f"; {partial} keeps what is finished, for --resume" if partial.exists() else ""
         raise CheckpointError(f"{path}: cannot be written: {error}{kept}") from error
@@ -166,7 +158,7 @@ def _write_shards(
     for name, group in groups.items():
         if name not in done:
             shards.append(write_shard(staged / name, group, advance))
-            _sync(staged)
+            sync_folder(staged)
         else:
             shards.append(done[name])
             if advance is not None:
@@ -177,55 +169,6 @@ def _write_shards(
 
 def _digest(outputs: tuple[Output, ...]) -> str:
     return hashlib.sha256(header(outputs)).hexdigest()
-
-
-@contextmanager
-def _locked(partial: Path) -> Iterator[None]:
-    """Make the partial folder and hold it; an empty one is removed at the end.
-
-    Raises:
-        CheckpointError: Another process holds it.
-    """
-    while True:
-        with contextlib.suppress(FileExistsError):
-            partial.mkdir()
-        if partial.is_symlink():
-            raise CheckpointError(f"{partial}: is a link; remove it")
-        try:
-            handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        except FileNotFoundError:  # another process has just finished
-            continue
-        try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise CheckpointError(
-                    f"{partial}: another process is writing this folder; wait for it, or end it"
-                ) from None
-            except OSError as error:  # a file system without locks
-                log.warning("%s: cannot be locked (%s): start no second writer", partial, error)
-            if not _same(partial, handle):
-                continue
-            try:
-                yield
-            finally:
-                if _same(partial, handle):
-                    with contextlib.suppress(OSError):
-                        (partial / _STAGED).rmdir()
-                    with contextlib.suppress(OSError):
-                        partial.rmdir()
-            return
-        finally:
-            os.close(handle)
-
-
-def _same(path: Path, handle: int) -> bool:
-    """Tell whether a folder is still the one that was opened."""
-    try:
-        found = path.stat(follow_symlinks=False)
-    except OSError:
-        return False
-    return os.path.samestat(found, os.fstat(handle))
 
 
 def _finished(partial: Path, journal: Journal, names: set[str]) -> dict[str, FileRecord]:
@@ -293,8 +236,8 @@ def _entries(folder: Path) -> list[Path]:
     return list(folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else []
 
 
-def _check_room(content: Content, path: Path, limit: int, kept: int) -> None:
-    needed, free = bytes_to_write(content, limit) - kept, free_bytes(path)
+def _check_room(model_files: ModelFiles, path: Path, limit: int, kept: int) -> None:
+    needed, free = bytes_to_write(model_files, limit) - kept, free_bytes(path)
     if needed > free:
         raise CheckpointError(
             f"{path}: {needed:,} bytes are to be written and {free:,} are free; nothing was written"
@@ -303,10 +246,4 @@ def _check_room(content: Content, path: Path, limit: int, kept: int) -> None:
 
 def _write_journal(partial: Path, journal: Journal) -> None:
     data = json.dumps(journal.model_dump(mode="json"), indent=1, allow_nan=False).encode()
-    scratch = partial / f"{_JOURNAL}.new"
-    with scratch.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    scratch.replace(partial / _JOURNAL)
-    _sync(partial)
+    replace_file(partial / _JOURNAL, data)

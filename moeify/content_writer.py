@@ -1,4 +1,4 @@
-"""Writes a `Content`: shards while their tensors are read, small files, an index, the manifest."""
+"""Write a `ModelFiles`: shards while their tensors are read, then small files and the manifest."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moeify.checkpoint_files import MANIFEST, new_file, replace_folder
+from moeify.atomic_file import HashedFile, write_new
+from moeify.checkpoint_files import MANIFEST, replace_folder
 from moeify.checkpoint_manifest import FileRecord
-from moeify.checkpoint_shards import CODE_OF, bytes_of
-from moeify.content import Content, Output, Written, describe
+from moeify.checkpoint_shards import bytes_of, file_head
+from moeify.content import ModelFiles, Output, Written, describe
 from moeify.errors import CheckpointError
 from moeify.units import dtype_name, parse_bytes
 
@@ -21,44 +22,51 @@ INDEX = "model.safetensors.index.json"
 Advance = Callable[[int], None]
 
 
-def write_content(
-    content: Content, directory: str | os.PathLike[str], *, max_shard_size: int | str = "5GB"
+def write_model_files(
+    model_files: ModelFiles, directory: str | os.PathLike[str], *, max_shard_size: int | str = "5GB"
 ) -> Written:
     """Write a folder, all or nothing.
 
     Args:
-        content: What is to be in it.
+        model_files: What is to be in it.
         directory: A folder that does not exist, is empty, or holds an older one of moeify's.
         max_shard_size: Bytes per file, or such as "5GB"; a larger tensor gets a file of its own.
 
     Raises:
         CheckpointError: It cannot be written; what was there is as it was.
-        ValueError: `max_shard_size` is no size.
+        ValueError: `max_shard_size` is not a size.
     """
-    groups = split(content.tensors, parse_bytes(max_shard_size, "max_shard_size"))
+    limit = parse_bytes(max_shard_size, "max_shard_size")
     done: list[Written] = []
-
-    def write(folder: Path) -> None:
-        names = content.shard_names(len(groups))
-        shards = [write_shard(folder / n, group) for n, group in zip(names, groups, strict=True)]
-        done.append(finish(content, folder, groups, shards))
-
-    replace_folder(directory, write)
+    replace_folder(
+        directory, lambda folder: done.append(write_files_into(model_files, folder, limit))
+    )
     return done[0]
 
 
+def write_files_into(model_files: ModelFiles, folder: Path, limit: int) -> Written:
+    """Write all files into a folder that exists, with at most `limit` bytes of tensors in each."""
+    groups = split(model_files.tensors, limit)
+    names = model_files.shard_names(len(groups))
+    shards = [write_shard(folder / n, group) for n, group in zip(names, groups, strict=True)]
+    return finish(model_files, folder, groups, shards)
+
+
 def finish(
-    content: Content, folder: Path, groups: Sequence[Sequence[Output]], shards: list[FileRecord]
+    model_files: ModelFiles,
+    folder: Path,
+    groups: Sequence[Sequence[Output]],
+    shards: list[FileRecord],
 ) -> Written:
     """Write all but the shards."""
     names = [record.file for record in shards]
     place = {o.name: n for n, group in zip(names, groups, strict=True) for o in group}
-    texts = dict(content.texts)
-    if content.kind != "moeify" and len(groups) > 1:
-        texts[INDEX] = index_text(content, place)
+    texts = dict(model_files.texts)
+    if model_files.kind != "moeify" and len(groups) > 1:
+        texts[INDEX] = index_text(model_files, place)
     files = [_write_text(folder / name, text) for name, text in texts.items()]
     written = Written(shards, files, place)
-    _write_text(folder / MANIFEST, content.manifest(written))
+    _write_text(folder / MANIFEST, model_files.manifest(written))
     return written
 
 
@@ -89,7 +97,7 @@ def write_shard(
         CheckpointError: A tensor gives other data than it said.
     """
     ordered = sorted(outputs, key=lambda o: -o.spec.dtype.itemsize)  # stable: aligned for all
-    with new_file(path) as file:
+    with HashedFile(path) as file:
         file.write(header(ordered))
         for output in ordered:
             for piece in _checked(output):
@@ -97,29 +105,18 @@ def write_shard(
                 file.write(data)
                 if advance is not None:
                     advance(len(data))
-        return FileRecord(file=path.name, sha256=file.close(), bytes=file.size)
+        return FileRecord(file=path.name, sha256=file.sha256(), bytes=file.size)
 
 
 def header(ordered: Sequence[Output]) -> bytes:
     """Return the head of a safetensors file with these tensors."""
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for output in ordered:
-        start, end = end, end + output.nbytes
-        entries[output.name] = {
-            "dtype": CODE_OF[dtype_name(output.spec.dtype)],
-            "shape": list(output.spec.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    return file_head((o.name, o.spec.dtype, o.spec.shape) for o in ordered)
 
 
-def index_text(content: Content, place: dict[str, str]) -> bytes:
+def index_text(model_files: ModelFiles, place: dict[str, str]) -> bytes:
     """Return the index that transformers reads where there are several files."""
     index = {
-        "metadata": {"total_size": content.nbytes},
+        "metadata": {"total_size": model_files.nbytes},
         "weight_map": dict(sorted(place.items())),
     }
     return json.dumps(index, indent=2).encode() + b"\n"
@@ -140,9 +137,15 @@ def _checked(output: Output) -> Iterator[Tensor]:
 
 def _write_text(path: Path, data: bytes) -> FileRecord:
     path.unlink(missing_ok=True)  # carried over from an older folder
-    with new_file(path) as file:
-        file.write(data)
-        return FileRecord(file=path.name, sha256=file.close(), bytes=file.size)
+    return FileRecord(file=path.name, sha256=write_new(path, data), bytes=len(data))
 
 
-__all__ = ["INDEX", "Advance", "finish", "split", "write_content", "write_shard"]
+__all__ = [
+    "INDEX",
+    "Advance",
+    "finish",
+    "split",
+    "write_files_into",
+    "write_model_files",
+    "write_shard",
+]

@@ -69,7 +69,7 @@ def verify(
     Args:
         source: Folder that it was made from.
         folder: What was written.
-        kind: Its kind, see `Content`.
+        kind: Its kind, see `ModelFiles`.
         source_kind: What the source is; a converted one for the way back.
         inputs: How many random inputs; 0 compares nothing.
         promised: Whether the numbers must be the same.
@@ -249,7 +249,7 @@ def load_as_reader(folder: Path, kind: str, dtype: str | None = None) -> nn.Modu
 
     Args:
         folder: The folder.
-        kind: Its kind, see `Content`.
+        kind: Its kind, see `ModelFiles`.
         dtype: Name of the torch dtype to load a dense model in; the config's if None.
 
     Raises:

@@ -16,10 +16,11 @@ from typing import Any, Final
 
 from torch import nn
 
-from moeify.content import Content, Stored, copied
+from moeify.checkpoint_replay import layer_records
+from moeify.content import ModelFiles, TensorSource, copied
 from moeify.conversion import require_conversion
 from moeify.errors import CheckpointError
-from moeify.export_manifest import manifest_of
+from moeify.export_manifest import format_manifest
 from moeify.hf_dense import (
     KEY,
     dense_class,
@@ -58,15 +59,15 @@ class {name}(ConvertedModel, {dense}):
 '''
 
 
-def custom_content(
-    model: nn.Module, stored: Stored, *, source: Mapping[str, Any] | None = None
-) -> Content:
+def custom_files(
+    model: nn.Module, tensor_source: TensorSource, *, source: Mapping[str, Any] | None = None
+) -> ModelFiles:
     """Return what is to be in a folder that transformers loads with moeify's help.
 
     Args:
         model: A converted Hugging Face model; may be on meta.
-        stored: Its tensors.
-        source: Where the weights came from; see `ExportManifest`.
+        tensor_source: Its tensors.
+        source: Where the weights came from; see `FormatManifest`.
 
     Raises:
         CheckpointError: The model's class is not transformers' own, or was converted with inputs
@@ -74,6 +75,7 @@ def custom_content(
         MoeifyError: The model has not been converted.
     """
     conversion = require_conversion(model)
+    layers = layer_records(model, conversion)
     cls, config_class = dense_classes(model)
     dense, generation = dense_config(model), generation_config(model)
     inputs = conversion.inputs if describable(conversion.inputs) else None
@@ -85,22 +87,24 @@ def custom_content(
             "model_type": saved_as,
             "architectures": [name],
             "auto_map": auto_map(cls, config_name, name),
-            "dtype": main_dtype(stored),
-            KEY: recipe_of(model, conversion),
+            "dtype": main_dtype(tensor_source),
+            KEY: recipe_of(conversion, layers),
         }
     )
     texts = {"config.json": _json(config), **_code_of(cls, config_class, saved_as)}
     if generation is not None:
         texts["generation_config.json"] = _json(generation)
-    return Content(
+    return ModelFiles(
         kind="custom",
-        tensors=tuple(copied(stored, at, name) for name, at in _names(model, stored).items()),
+        tensors=tuple(
+            copied(tensor_source, at, name) for name, at in _names(model, tensor_source).items()
+        ),
         texts=texts,
-        manifest=manifest_of(
+        manifest=format_manifest(
             "custom",
             architecture=name,
             plan=conversion.plan,
-            layers=[converted.layer.to_dict() for converted in conversion.layers],
+            layers=layers,
             source=dict(source or {}),
             details={
                 "class": f"{cls.__module__}.{cls.__name__}",
@@ -154,10 +158,10 @@ def _each(value: object) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value)  # type: ignore[arg-type]
 
 
-def main_dtype(stored: Stored) -> str:
+def main_dtype(tensor_source: TensorSource) -> str:
     """Return the dtype of most floating-point elements."""
     counts: dict[str, int] = {}
-    for spec in stored.specs.values():
+    for spec in tensor_source.specs.values():
         if spec.dtype.is_floating_point:
             name = dtype_name(spec.dtype)
             size = 1
@@ -167,14 +171,14 @@ def main_dtype(stored: Stored) -> str:
     return max(counts, key=lambda name: counts[name], default="float32")
 
 
-def _names(model: nn.Module, stored: Stored) -> dict[str, str]:
+def _names(model: nn.Module, tensor_source: TensorSource) -> dict[str, str]:
     """Return every name to write with the name that it is stored under.
 
     Names that transformers ties when it loads are left out, as it does; other further names of a
     tensor are written in full.
     """
-    groups: dict[str, list[str]] = {name: [name] for name in stored.specs}
-    for alias, name in stored.aliases.items():
+    groups: dict[str, list[str]] = {name: [name] for name in tensor_source.specs}
+    for alias, name in tensor_source.aliases.items():
         groups[name].append(alias)
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     return {name: at for at, group in groups.items() for name in _written(group, tied)}
@@ -195,4 +199,4 @@ def _json(data: Any) -> bytes:
     return text.encode() + b"\n"
 
 
-__all__ = ["auto_map", "custom_content", "dense_class", "main_dtype"]
+__all__ = ["auto_map", "custom_files", "dense_class", "main_dtype"]

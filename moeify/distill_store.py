@@ -15,7 +15,8 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from moeify.checkpoint_files import Folder
+from moeify.atomic_file import final_name, replace_file
+from moeify.checkpoint_files import Folder, try_lock
 from moeify.checkpoint_json import parse_json
 from moeify.errors import CheckpointError
 from moeify.tensor_files import TensorFiles
@@ -64,7 +65,7 @@ class Store:
             present = (folder / MANIFEST).exists()
             if not present and any(not _ours(entry.name) for entry in folder.iterdir()):
                 raise CheckpointError(
-                    f"{folder}: holds files and is no cache (it has no {MANIFEST}): give another"
+                    f"{folder}: holds files and is not a cache (it has no {MANIFEST}): give another"
                 )
         except OSError as error:
             raise CheckpointError(f"{folder}: cannot be used: {error}") from error
@@ -126,9 +127,9 @@ class Store:
         file = _file(number)
         record = {"file": file, "bytes": len(data), "sha256": digest, "rows": len(keys)}
         try:
-            _replace(self.folder / file, data)
+            replace_file(self.folder / file, data)
             self._read = self._manifest([*self.shards, record])
-            _replace(self.folder / MANIFEST, self._read)
+            replace_file(self.folder / MANIFEST, self._read)
         except OSError as error:
             raise CheckpointError(f"{self.folder}: cannot be written: {error}") from error
         self._add(record)
@@ -149,13 +150,11 @@ class Store:
         """Become the only one who writes here."""
         if self._lock is not None:
             return
-        import fcntl
-
         handle = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             manifest = self.folder / MANIFEST
-            if (manifest.read_bytes() if manifest.exists() else None) != self._read:
+            locked = try_lock(handle)
+            if not locked or (manifest.read_bytes() if manifest.exists() else None) != self._read:
                 raise BlockingIOError
         except OSError:
             os.close(handle)
@@ -175,7 +174,7 @@ class Store:
             self._read = folder.read(MANIFEST, limit=_LIMIT)
         data = parse_json(self._read, where)
         if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise CheckpointError(f"{where}: is no manifest of format {FORMAT}")
+            raise CheckpointError(f"{where}: is not a manifest of format {FORMAT}")
         found = {name: data.get(name) for name in self.options}
         if found != self.options:
             raise CheckpointError(f"{where}: is a cache of {found}, not of {self.options}")
@@ -224,24 +223,10 @@ def _file(number: str) -> str:
 
 
 def _ours(name: str) -> bool:
-    return name.startswith(("teacher-", "teacher_cache.")) and name.endswith(
-        (".safetensors", ".new", ".lock")
+    name = final_name(name)
+    return name in (MANIFEST, _LOCK) or (
+        name.startswith("teacher-") and name.endswith(".safetensors")
     )
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Put a file in place, whole and on the disk."""
-    staged = path.with_name(f"{path.name}.new")
-    with staged.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    staged.replace(path)
-    handle = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 __all__ = ["MANIFEST", "Row", "Store"]

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from moeify.checkpoint_json import parse_json
-from moeify.content import Stored
+from moeify.content import TensorSource
 from moeify.errors import CheckpointError
 from moeify.layer_plan import LayerPlan
-from moeify.source_names import Source, open_source
+from moeify.source_names import DenseTensors, open_dense_folder
 
-_OPEN: WeakKeyDictionary[nn.Module, dict[tuple[str, ...], tuple[Source, ...]]] = WeakKeyDictionary()
+_OPEN: WeakKeyDictionary[nn.Module, dict[tuple[str, ...], tuple[DenseTensors, ...]]] = (
+    WeakKeyDictionary()
+)
 """The checkpoints that were opened for a model: its experts are built one at a time."""
 
 _SAME = (
@@ -36,7 +38,7 @@ _SAME = (
 """What must be alike in configs: what the shapes of tensors do not tell."""
 
 
-def sources_for(model: nn.Module, layer: LayerPlan) -> tuple[Source, ...]:
+def sources_for(model: nn.Module, layer: LayerPlan) -> tuple[DenseTensors, ...]:
     """Open the checkpoints of a layer with `init: {experts: models}`.
 
     Args:
@@ -57,14 +59,14 @@ def sources_for(model: nn.Module, layer: LayerPlan) -> tuple[Source, ...]:
     return known[folders]
 
 
-def _opened(folder: str, model: nn.Module) -> Source:
+def _opened(folder: str, model: nn.Module) -> DenseTensors:
     if not os.path.isdir(folder):
         raise CheckpointError(
             f"{folder}: is no folder; `from` names local folders, relative to the plan's file or, "
             "without one, to the working directory"
         )
     _check_config(folder, model)
-    source = open_source(folder, model)
+    source = open_dense_folder(folder, model)
     for name, parameter in model.named_parameters():
         if name in source.missing:
             raise CheckpointError(f"{folder}: lacks {name} of this {_kind(model)}")
@@ -96,14 +98,14 @@ def _check_config(folder: str, model: nn.Module) -> None:
             )
 
 
-def read_like(source: Stored, name: str, like: Tensor) -> Tensor:
+def read_like(source: TensorSource, name: str, like: Tensor) -> Tensor:
     """Return a source's tensor in the dtype and on the device of `like`."""
     found = source.read(source.aliases.get(name, name))
     return found.to(device=like.device, dtype=like.dtype)
 
 
 def averaged(
-    sources: Sequence[Stored], name: str, start: int = 0, stop: int | None = None
+    sources: Sequence[TensorSource], name: str, start: int = 0, stop: int | None = None
 ) -> Tensor:
     """Return rows of a tensor, averaged over checkpoints.
 
@@ -132,23 +134,23 @@ def averaged(
 
 
 class Averaged:
-    """The average of checkpoints, as a `Stored`.
+    """The average of checkpoints, as a `TensorSource`.
 
     Args:
         sources: The checkpoints, of one architecture.
     """
 
-    def __init__(self, sources: Sequence[Stored]) -> None:
+    def __init__(self, sources: Sequence[TensorSource]) -> None:
         self._sources = tuple(sources)
         self.specs = sources[0].specs
         self.aliases = sources[0].aliases
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """See `Stored.read`."""
+        """See `TensorSource.read`."""
         return averaged(self._sources, name, start, stop)
 
 
-def rest_of(model: nn.Module, layers: Iterable[LayerPlan], source: Stored) -> Stored:
+def rest_of(model: nn.Module, layers: Iterable[LayerPlan], source: TensorSource) -> TensorSource:
     """Return where everything but the experts of a plan comes from.
 
     Args:

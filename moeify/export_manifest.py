@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import ValidationError
 
 from moeify.checkpoint_files import MANIFEST, Folder
 from moeify.checkpoint_json import canonical_digest, parse_json
-from moeify.checkpoint_manifest import MAX_BYTES, FileRecord
+from moeify.checkpoint_manifest import MAX_BYTES, FileRecord, LayerRecord
 from moeify.checkpoint_replay import versions
 from moeify.content import Kind, Written
 from moeify.errors import CheckpointError
@@ -18,8 +18,10 @@ from moeify.plan import Plan
 from moeify.selection import Strict
 from moeify.strict_yaml import path_text
 
+VERSION: Final = 2
 
-class ExportManifest(Strict):
+
+class FormatManifest(Strict):
     """The content of `moeify.json`, without its own digest.
 
     Attributes:
@@ -30,7 +32,7 @@ class ExportManifest(Strict):
         architecture: Class that reads it, such as "MixtralForCausalLM".
         plan: The plan's data.
         plan_sha256: Its digest.
-        layers: `LayerPlan.to_dict()` of every converted layer.
+        layers: The converted layers, in execution order.
         source: Where the weights came from: folder name, files with sizes and digests; may be
             empty for a model in memory.
         details: What else the reader of this kind needs.
@@ -39,35 +41,35 @@ class ExportManifest(Strict):
     """
 
     format: Literal["moeify-export"]
-    version: Literal[1]
+    version: Literal[2]
     kind: Literal["custom", "native", "dense"]
     versions: dict[str, str]
     architecture: str
     plan: dict[str, Any]
     plan_sha256: str
-    layers: list[dict[str, Any]]
+    layers: list[LayerRecord]
     source: dict[str, Any]
     details: dict[str, Any]
     shards: list[FileRecord]
     files: list[FileRecord]
 
 
-def manifest_of(
+def format_manifest(
     kind: Kind,
     *,
     architecture: str,
     plan: Plan,
-    layers: list[dict[str, Any]],
+    layers: list[LayerRecord],
     source: dict[str, Any],
     details: dict[str, Any] | None = None,
 ) -> Callable[[Written], bytes]:
-    """Return what makes the manifest once the other files are written; see `ExportManifest`."""
+    """Return what makes the manifest once the other files are written; see `FormatManifest`."""
 
     def make(written: Written) -> bytes:
-        manifest = ExportManifest.model_validate(
+        manifest = FormatManifest.model_validate(
             {
                 "format": "moeify-export",
-                "version": 1,
+                "version": VERSION,
                 "kind": kind,
                 "versions": versions(),
                 "architecture": architecture,
@@ -80,14 +82,14 @@ def manifest_of(
                 "files": written.files,
             }
         )
-        data = manifest.model_dump(mode="json")
+        data = manifest.model_dump(mode="json", by_alias=True)
         data["sha256"] = canonical_digest(data)
         return json.dumps(data, indent=1, allow_nan=False).encode() + b"\n"
 
     return make
 
 
-def read_export_manifest(folder: Folder) -> ExportManifest | None:
+def read_format_manifest(folder: Folder) -> FormatManifest | None:
     """Read `moeify.json` of an exported folder; None if it is of another format, or not there.
 
     Raises:
@@ -103,9 +105,15 @@ def read_export_manifest(folder: Folder) -> ExportManifest | None:
     data = parse_json(text, where)
     if not isinstance(data, dict) or data.get("format") != "moeify-export":
         return None
+    version = data.get("version")
+    if type(version) is not int or version != VERSION:
+        raise CheckpointError(
+            f"{where}: version: {version!r:.40} cannot be read, only {VERSION}; "
+            "use the moeify that wrote it"
+        )
     digest = data.pop("sha256", None)
     try:
-        manifest = ExportManifest.model_validate(data)
+        manifest = FormatManifest.model_validate(data)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise CheckpointError(f"{where}: {path_text(first['loc'])}: {first['msg']}") from None

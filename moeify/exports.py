@@ -1,4 +1,4 @@
-"""Which kind of folder a converted model becomes."""
+"""Choose which format a converted model is written in."""
 
 from __future__ import annotations
 
@@ -8,35 +8,35 @@ from typing import Any, Literal
 
 from torch import nn
 
-from moeify.checkpoint import moeify_content
-from moeify.content import Content, Stored
-from moeify.custom import custom_content
+from moeify.checkpoint import moeify_files
+from moeify.content import ModelFiles, TensorSource
+from moeify.custom import custom_files
 from moeify.errors import CheckpointError
-from moeify.native import NotNative, native_content
+from moeify.native import NotNative, native_files
 
-Export = Literal["auto", "native", "custom", "moeify"]
-KINDS: tuple[Export, ...] = ("auto", "native", "custom", "moeify")
+FormatChoice = Literal["auto", "native", "custom", "moeify"]
+CHOICES: tuple[FormatChoice, ...] = ("auto", "native", "custom", "moeify")
 
 
-def content_for(
+def choose_format(
     model: nn.Module,
-    stored: Stored,
-    kind: Export = "auto",
+    tensor_source: TensorSource,
+    kind: FormatChoice = "auto",
     *,
     source: Mapping[str, Any] | None = None,
-) -> Content:
-    """Return what is to be in a converted model's folder.
+) -> ModelFiles:
+    """Choose the format of a converted model's folder and return its files.
 
     Args:
         model: A converted model; may be on meta.
-        stored: Its tensors.
+        tensor_source: Its tensors.
         kind: "native": a class of transformers that computes the same, so that nothing else is
             needed. "custom": code that needs moeify, for any class of transformers. "moeify": what
             `moeify.load` reads, for any model. "auto": the first of them that fits.
-        source: Where the weights came from; see `ExportManifest`.
+        source: Where the weights came from; see `FormatManifest`.
 
     Returns:
-        The content; its notes say why what comes earlier in "auto" does not fit.
+        The files; their notes say why what comes earlier in "auto" does not fit.
 
     Raises:
         NotNative: "native" does not fit; says why for each class.
@@ -45,15 +45,15 @@ def content_for(
         ValueError: The kind is unknown.
     """
     given = dict(source or {})
-    if kind not in KINDS:
-        raise ValueError(f"export: {kind!r} is unknown; use one of {', '.join(KINDS)}")
+    if kind not in CHOICES:
+        raise ValueError(f"export: {kind!r} is unknown; use one of {', '.join(CHOICES)}")
     if kind == "moeify":
-        return moeify_content(model, stored, source=given)
+        return moeify_files(model, tensor_source, source=given)
     if kind == "custom":
-        return custom_content(model, stored, source=given)
+        return custom_files(model, tensor_source, source=given)
     notes: list[str] = []
     try:
-        return native_content(model, stored, source=given)
+        return native_files(model, tensor_source, source=given)
     except NotNative as error:
         if kind == "native":
             raise
@@ -64,8 +64,8 @@ def content_for(
         for reason, names in reasons.items():
             notes.append(f"not {'native' if every else ', '.join(names)}: {reason}")
     try:
-        content = custom_content(model, stored, source=given)
+        model_files = custom_files(model, tensor_source, source=given)
     except CheckpointError as error:
         notes.append(f"not custom: {error}")
-        content = moeify_content(model, stored, source=given)
-    return dataclasses.replace(content, notes=(*content.notes, *notes))
+        model_files = moeify_files(model, tensor_source, source=given)
+    return dataclasses.replace(model_files, notes=(*model_files.notes, *notes))

@@ -14,7 +14,7 @@ from moeify.errors import CheckpointError
 from moeify.hf import is_hf
 
 KEY: Final = "moeify"
-"""Where a config holds the recipe."""
+"""Where a converted model's config holds the recipe."""
 
 DECOY: Final = "load-with-an-Auto-class-and-trust_remote_code.safetensors"
 """A file that is not there, where a dense class looks for weights: its own would be random."""
@@ -115,15 +115,6 @@ def _dense_data(config: Any, *, use_diff: bool) -> dict[str, Any]:
     return data
 
 
-def generation_config(model: nn.Module) -> dict[str, Any] | None:
-    """Return the data of `generation_config.json`, or None if the model does not generate."""
-    found: Any = getattr(model, "generation_config", None)
-    if found is None or not model.can_generate():  # type: ignore[operator]
-        return None
-    data: dict[str, Any] = json.loads(found.to_json_string(use_diff=True))
-    return data
-
-
 def with_decoys(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config's data in which dense classes, also of its parts, find no weights."""
     parts = {
@@ -141,3 +132,12 @@ def without_decoys(config: Mapping[str, Any]) -> dict[str, Any]:
         for key, part in config.items()
         if key != _DECOY_KEY
     }
+
+
+def generation_config(model: nn.Module) -> dict[str, Any] | None:
+    """Return the data of `generation_config.json`, or None if the model does not generate."""
+    found: Any = getattr(model, "generation_config", None)
+    if found is None or not model.can_generate():  # type: ignore[operator]
+        return None
+    data: dict[str, Any] = json.loads(found.to_json_string(use_diff=True))
+    return data

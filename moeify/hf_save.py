@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -12,18 +11,18 @@ from typing import Any, Final
 from torch import Tensor, nn
 
 from moeify import compat
-from moeify.checkpoint_files import MANIFEST, Folder
+from moeify.checkpoint_files import MANIFEST, Folder, move_files_into, staged_folder
 from moeify.checkpoint_json import parse_json
 from moeify.checkpoint_manifest import MAX_BYTES
-from moeify.content import Content, LiveTensors, Written
-from moeify.content_writer import INDEX, write_content
+from moeify.content import LiveTensors, ModelFiles, Written
+from moeify.content_writer import INDEX, write_files_into, write_model_files
 from moeify.conversion import require_conversion, require_one_process
 from moeify.errors import CheckpointError, MoeifyError
-from moeify.exports import Export, content_for
+from moeify.exports import FormatChoice, choose_format
+from moeify.units import parse_bytes
 
 _CHECKPOINT: Final = re.compile(r"checkpoint-[0-9]+")  # as transformers' Trainer names them
 _WEIGHTS: Final = re.compile(r"model(?:-[0-9]{5}-of-[0-9]{5})?\.safetensors(?:\.index\.json)?")
-_STAGED: Final = ".moeify-staging"
 _IGNORED: Final = ("save_peft_format", "save_original_format")
 
 
@@ -37,7 +36,7 @@ def save_pretrained(
     variant: str | None = None,
     token: str | bool | None = None,
     *,
-    export: Export = "auto",
+    export: FormatChoice = "auto",
     **kwargs: Any,
 ) -> None:
     """Save a converted model of transformers, so that `from_pretrained` gives it back.
@@ -61,7 +60,7 @@ def save_pretrained(
         max_shard_size: Bytes per file, or such as "5GB".
         variant: Not supported.
         token: For the upload.
-        export: "auto", "native", "custom" or "moeify"; see `content_for`.
+        export: "auto", "native", "custom" or "moeify"; see `choose_format`.
         **kwargs: Options of the upload; `safe_serialization=True` changes nothing.
 
     Raises:
@@ -80,12 +79,12 @@ def save_pretrained(
     if state_dict is not None or (export == "auto" and _CHECKPOINT.fullmatch(target.name)):
         export = "custom"
     _check(model, state_dict)
-    content = content_for(model, LiveTensors(model, state_dict), export)
+    model_files = choose_format(model, LiveTensors(model, state_dict), export)
     target.parent.mkdir(parents=True, exist_ok=True)
     if _replaceable(target):
-        written = write_content(content, target, max_shard_size=max_shard_size)
+        written = write_model_files(model_files, target, max_shard_size=max_shard_size)
     else:
-        written = _write_into(content, target, max_shard_size)
+        written = _write_into(model_files, target, max_shard_size)
     if push_to_hub:
         names = [record.file for record in (*written.shards, *written.files)]
         _upload(target, [*names, MANIFEST], token, upload)
@@ -145,36 +144,17 @@ def _replaceable(target: Path) -> bool:
         return False
 
 
-def _write_into(content: Content, target: Path, max_shard_size: int | str) -> Written:
+def _write_into(model_files: ModelFiles, target: Path, max_shard_size: int | str) -> Written:
     """Write beside what others keep in a folder; see `save_pretrained`."""
-    staged = target / _STAGED
     try:
-        shutil.rmtree(staged, ignore_errors=True)
-        written = write_content(content, staged, max_shard_size=max_shard_size)
-        for name in ("config.json", MANIFEST):
-            (target / name).unlink(missing_ok=True)
-        for entry in list(target.iterdir()):
-            if _WEIGHTS.fullmatch(entry.name):
-                entry.unlink()
-        _sync(target)
-        last = (INDEX, MANIFEST, "config.json")
-        names = [entry.name for entry in staged.iterdir()]
-        for name in sorted(names, key=lambda n: (last.index(n) if n in last else -1, n)):
-            (staged / name).replace(target / name)
-        _sync(target)
+        with staged_folder(target / "moeify") as staged:
+            written = write_files_into(
+                model_files, staged, parse_bytes(max_shard_size, "max_shard_size")
+            )
+            move_files_into(staged, target, stale=_WEIGHTS, last=(INDEX, MANIFEST, "config.json"))
     except OSError as error:
         raise CheckpointError(f"{target}: cannot be saved: {error}") from error
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
     return written
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _upload(

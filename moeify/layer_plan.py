@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moeify.fitted_table import Column, FittedTable
+from moeify.layer_description import describe_layer
 from moeify.plan import Plan
 from moeify.selection import shorten
 from moeify.sites import Site
@@ -125,35 +126,8 @@ class LayerPlan:
         return self.parameters_after * self.site.itemsize
 
     def to_dict(self) -> dict[str, Any]:
-        """Gives the layer as JSON-able data.
-
-        Returns:
-            Fields and counts.
-        """
-        site = self.site
-        return {
-            "name": site.name,
-            "install": site.install,
-            "d_in": site.d_in,
-            "d_ff": site.d_ff,
-            "d_out": site.d_out,
-            "activation": site.activation,
-            "gated": site.gated,
-            "dtype": site.dtype,
-            "experts": self.experts,
-            "top_k": self.top_k,
-            "residual": self.residual,
-            "expert": self.expert,
-            "kernel": self.kernel,
-            "router": self.router.model_dump(mode="json"),
-            "init": self.init.model_dump(mode="json", by_alias=True),
-            "rule": self.rule,
-            "parameters_before": self.parameters_before,
-            "parameters_after": self.parameters_after,
-            "active_parameters": self.active_parameters,
-            "active_neurons": self.active_neurons,
-            "bytes_after": self.bytes_after,
-        }
+        """Return the layer as JSON-able data: a `LayerDescription`."""
+        return describe_layer(self).data()
 
 
 @dataclass(frozen=True, slots=True)

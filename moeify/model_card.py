@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from moeify import strict_yaml
 from moeify.errors import MoeifyError
+from moeify.layer_description import LayerDescription
 
 _MAX_CARD: Final = 1 << 20
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,199}")
@@ -40,7 +41,7 @@ def model_card(
     *,
     kind: str,
     plan: Mapping[str, Any],
-    layers: Sequence[Mapping[str, Any]],
+    layers: Sequence[tuple[LayerDescription, bool]],
     source: Path,
     sha256: Mapping[str, str],
     total: int,
@@ -53,7 +54,7 @@ def model_card(
     Args:
         kind: "native", "custom" or "moeify".
         plan: The plan's data.
-        layers: `LayerPlan.to_dict()` of each converted layer, with `exact` added.
+        layers: Each converted layer, and whether it computes what the dense one does.
         source: Folder of the dense model, whose own card gives licence and name.
         sha256: Digests of its files with tensors, in hex, by name.
         total: Parameters of the converted model.
@@ -61,7 +62,7 @@ def model_card(
         auto: Auto class that loads it.
         notes: Further sentences.
     """
-    exact = all(layer["exact"] for layer in layers)
+    exact = all(same for _, same in layers)
     lines = [
         "---",
         *_front_matter(source, kind),
@@ -98,15 +99,15 @@ def model_card(
     return ("\n".join(lines) + "\n").encode("utf-8", "replace")
 
 
-def _layer_table(layers: Sequence[Mapping[str, Any]]) -> list[str]:
+def _layer_table(layers: Sequence[tuple[LayerDescription, bool]]) -> list[str]:
     return [
         "| layer | experts | a token uses | residual | starts from | as the dense one |",
         "|---|---|---|---|---|---|",
         *(
-            f"| {_code(str(layer['name']))} | {layer['experts']} | {layer['top_k']} "
-            f"| {layer['residual']} | {layer['init']['experts']} "
-            f"| {'yes' if layer['exact'] else 'no'} |"
-            for layer in layers
+            f"| {_code(layer.name)} | {layer.experts} | {layer.top_k} "
+            f"| {layer.residual} | {layer.init.experts} "
+            f"| {'yes' if same else 'no'} |"
+            for layer, same in layers
         ),
     ]
 

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from moeify import strict_yaml
-from moeify.content import Content, Stored
+from moeify.checkpoint_replay import layer_records
+from moeify.content import ModelFiles, TensorSource
 from moeify.conversion import Conversion, require_conversion, require_one_process
 from moeify.errors import MoeifyError
-from moeify.export_manifest import manifest_of
+from moeify.export_manifest import format_manifest
 from moeify.hf_dense import dense_class, dense_config, generation_config
 from moeify.input_spec import describable
 from moeify.native_facts import Facts, facts_of
@@ -48,18 +49,18 @@ class NotNative(MoeifyError):
         super().__init__(f"no class of transformers is what this model has become: {said}")
 
 
-def native_content(
+def native_files(
     model: nn.Module,
-    stored: Stored,
+    tensor_source: TensorSource,
     *,
     source: Mapping[str, Any] | None = None,
     architecture: str | None = None,
-) -> Content:
+) -> ModelFiles:
     """Describe the folder of a converted model as a class of transformers.
 
     Args:
         model: The converted model; it may be on meta.
-        stored: Its tensors.
+        tensor_source: Its tensors.
         source: Where its weights came from, for the manifest.
         architecture: The class to write, such as "MixtralForCausalLM"; the first that fits if None.
 
@@ -69,7 +70,7 @@ def native_content(
     Raises:
         NotNative: No class fits, or not that one; `reasons` says why.
         MoeifyError: The model was not converted, or lies on several ranks.
-        ValueError: `architecture` is no class that moeify writes.
+        ValueError: `architecture` is not a class that moeify writes.
     """
     record = require_conversion(model)
     require_one_process(model, "native export")
@@ -77,14 +78,14 @@ def native_content(
     if not chosen:
         known = ", ".join(target.architecture for target in TARGETS)
         raise ValueError(f"architecture: {architecture!r} is none of {known}")
-    facts = facts_of(model, record, stored)
+    facts = facts_of(model, record, tensor_source)
     if isinstance(facts, str):
         raise NotNative({target.architecture: facts for target in chosen})
     reasons: dict[str, str] = {}
     for target in chosen:
         why = "; ".join(misfits(target, facts)) or _differs(target, facts)
         if not why:
-            return _content(target, facts, record, model, stored, source, reasons)
+            return _files_of(target, facts, record, model, tensor_source, source, reasons)
         reasons[target.architecture] = why
     raise NotNative(reasons)
 
@@ -103,17 +104,17 @@ def _differs(target: Target, facts: Facts) -> str:
     return ""
 
 
-def _content(
+def _files_of(
     target: Target,
     facts: Facts,
     record: Conversion,
     model: nn.Module,
-    stored: Stored,
+    tensor_source: TensorSource,
     source: Mapping[str, Any] | None,
     reasons: Mapping[str, str],
-) -> Content:
+) -> ModelFiles:
     config = config_of(target, facts)
-    tensors = tensors_of(target, facts, stored)
+    tensors = tensors_of(target, facts, tensor_source)
     _check(target, config, tensors)
     texts = {"config.json": config.to_json_string()}
     generation = generation_config(model)
@@ -126,28 +127,18 @@ def _content(
         "config": dense_config(model),
         "inputs": record.inputs if describable(record.inputs) else None,
         "generation": generation,
-        "layers": [
-            {
-                "block": layer.block,
-                "prefix": f"model.layers.{layer.index}.{target.moe}",
-                "experts": layer.experts,
-                "residual": layer.residual,
-                "biased": layer.biased,
-            }
-            for layer in facts.layers
-        ],
-        "names": list(stored.specs),
-        "aliases": dict(stored.aliases),
+        "names": list(tensor_source.specs),
+        "aliases": dict(tensor_source.aliases),
     }
-    return Content(
+    return ModelFiles(
         kind="native",
         tensors=tuple(tensors.outputs),
         texts={name: text.encode() for name, text in texts.items()},
-        manifest=manifest_of(
+        manifest=format_manifest(
             "native",
             architecture=target.architecture,
             plan=record.plan,
-            layers=[converted.layer.to_dict() for converted in record.layers],
+            layers=layer_records(model, record),
             source=dict(source or {}),
             details=details,
         ),
@@ -194,7 +185,7 @@ def _notes(
     if any(r.capacity_factor is not None or r.noise != "none" for r in routers):
         notes.append("training: the class drops no tokens and adds no noise, as the plan does")
     if any(r.aux_loss or r.z_loss or r.bias_update for r in routers):
-        same = len({layer.aux_loss for layer in facts.layers}) == 1
+        same = len({layer.plan.router.aux_loss for layer in facts.layers}) == 1
         balance = (
             f"has {'the' if same else 'the first layer of the'} plan's weight, is over all layers "
             "together, and is off until output_router_logits=True"
@@ -205,9 +196,10 @@ def _notes(
             f"training: the class's balance loss {balance}; it has no z-loss, and nothing moves a "
             "selection bias"
         )
-    if facts.layers[0].top_k == 1 and facts.layers[0].normalized:
+    if facts.layers[0].plan.top_k == 1 and facts.layers[0].normalized:
         notes.append("training: with one expert of weight 1 its router has no gradient there")
-    if target.score == "sigmoid" and any(layer.score == "softmax" for layer in facts.layers):
+    scores = {layer.plan.router.score for layer in facts.layers}
+    if target.score == "sigmoid" and "softmax" in scores:
         notes.append(
             "routing: the class chooses by sigmoids, which is the plan's choice but where the best "
             "two logits x differ by less than 6e-8 * exp(x), such as 0.001 at 10, in float32"
@@ -225,4 +217,4 @@ def _notes(
     return [chosen, *notes, *(f"not {name}: {why}" for name, why in reasons.items())]
 
 
-__all__ = ["NativeTensors", "NotNative", "native_content"]
+__all__ = ["NativeTensors", "NotNative", "native_files"]

@@ -14,9 +14,10 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from moeify.content import Stored
+from moeify.content import TensorSource
 from moeify.conversion import Conversion, ConvertedLayer
 from moeify.hf_dense import dense_class, dense_classes, dense_config
+from moeify.layer_plan import LayerPlan
 from moeify.specs import RouterSpec
 from moeify.units import dtype_name
 
@@ -97,37 +98,38 @@ _ROUTER: Final = {
 
 
 @dataclass(frozen=True, slots=True)
-class Routed:
-    """One converted layer.
+class DecoderLayer:
+    """A converted MLP of a decoder.
 
     Attributes:
-        index: Position among the model's layers.
+        plan: What it became.
         block: Path of the block.
-        experts: E.
-        top_k: K.
         width: Hidden width of an expert.
-        residual: As in the plan.
-        score: As in the plan.
-        normalized: The weights of a token's experts sum to 1; else they are the scores.
-        biased: It has a selection bias.
-        aux_loss: As in the plan.
     """
 
-    index: int
+    plan: LayerPlan
     block: str
-    experts: int
-    top_k: int
     width: int
-    residual: str
-    score: str
-    normalized: bool
-    biased: bool
-    aux_loss: float
+
+    @property
+    def index(self) -> int:
+        """Position among the model's layers."""
+        return int(self.block.split(".")[2])
+
+    @property
+    def normalized(self) -> bool:
+        """Whether the weights of a token's experts sum to 1; else they are the scores."""
+        return self.plan.router.combine != "probability"
+
+    @property
+    def biased(self) -> bool:
+        """Whether it has a selection bias."""
+        return self.plan.router.bias_update > 0
 
     @property
     def any_score(self) -> bool:
         """Whether only the order of the scores matters: one expert, and it weighs 1."""
-        return self.top_k == 1 and self.normalized and not self.biased
+        return self.plan.top_k == 1 and self.normalized and not self.biased
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +152,7 @@ class Facts:
 
     family: str
     config: Any
-    layers: tuple[Routed, ...]
+    layers: tuple[DecoderLayer, ...]
     depth: int
     width: int
     head_dim: int
@@ -161,13 +163,13 @@ class Facts:
     dtype: torch.dtype
 
 
-def facts_of(model: nn.Module, record: Conversion, stored: Stored) -> Facts | str:
+def facts_of(model: nn.Module, record: Conversion, tensor_source: TensorSource) -> Facts | str:
     """Look at a converted model.
 
     Args:
         model: It may be on meta.
         record: Its conversion.
-        stored: Its tensors; only their specs are looked at.
+        tensor_source: Its tensors; only their specs are looked at.
 
     Returns:
         The facts, or why no class of transformers fits.
@@ -177,7 +179,7 @@ def facts_of(model: nn.Module, record: Conversion, stored: Stored) -> Facts | st
     if cls is not type(model):  # loaded from a custom export: its config says more
         kind: Any = dense_classes(model)[1]
         config = kind.from_dict(dense_config(model))
-    reason = next(_no_class(model, cls, config, record, stored), None)
+    reason = next(_no_class(model, cls, config, record, tensor_source), None)
     if reason is not None:
         return reason
     family = FAMILIES[cls.__name__]
@@ -187,7 +189,15 @@ def facts_of(model: nn.Module, record: Conversion, stored: Stored) -> Facts | st
     if kinds != {"full_attention"}:
         window = "mixed"
     heads = config.hidden_size // config.num_attention_heads
-    layers = sorted((_routed(layer, stored) for layer in record.layers), key=lambda r: r.index)
+    layers = [
+        DecoderLayer(
+            converted.layer,
+            converted.block,
+            tensor_source.specs[f"{converted.block}.experts.down_proj"].shape[2],
+        )
+        for converted in record.layers
+    ]
+    layers.sort(key=lambda layer: layer.index)
     return Facts(
         family=family,
         config=config,
@@ -199,12 +209,12 @@ def facts_of(model: nn.Module, record: Conversion, stored: Stored) -> Facts | st
         qkv_bias=bias or family == "qwen2",
         output_bias=bias,
         window=window,
-        dtype=stored.specs[f"{layers[0].block}.router.weight"].dtype,
+        dtype=tensor_source.specs[f"{layers[0].block}.router.weight"].dtype,
     )
 
 
 def _no_class(
-    model: nn.Module, cls: type, config: Any, record: Conversion, stored: Stored
+    model: nn.Module, cls: type, config: Any, record: Conversion, tensor_source: TensorSource
 ) -> Iterator[str]:
     name = cls.__name__
     if name in _NO_FAMILY:
@@ -219,12 +229,12 @@ def _no_class(
         fresh: nn.Module = cls(config)
     yield from _module_reasons(model, fresh, [layer.block for layer in record.layers])
     for layer in record.layers:
-        yield from _layer_reasons(layer, stored)
+        yield from _layer_reasons(layer, tensor_source)
     extra = (".router.selection_bias", ".router.pending_counts")
-    dtypes = {dtype_name(s.dtype) for n, s in stored.specs.items() if not n.endswith(extra)}
+    dtypes = {dtype_name(s.dtype) for n, s in tensor_source.specs.items() if not n.endswith(extra)}
     if len(dtypes) != 1:
         yield f"its parameters are of {' and '.join(sorted(dtypes))}, and are loaded as one"
-    ties = {frozenset(pair) for pair in stored.aliases.items()}
+    ties = {frozenset(pair) for pair in tensor_source.aliases.items()}
     embedding = frozenset(("lm_head.weight", "model.embed_tokens.weight"))
     if odd := sorted(min(pair) for pair in ties - {embedding}):
         yield f"{odd[0]} is tied to another tensor"
@@ -269,7 +279,7 @@ def _module_reasons(model: nn.Module, fresh: nn.Module, blocks: list[str]) -> It
             yield f"{path}: its forward is patched"
 
 
-def _layer_reasons(converted: ConvertedLayer, stored: Stored) -> Iterator[str]:
+def _layer_reasons(converted: ConvertedLayer, tensor_source: TensorSource) -> Iterator[str]:
     layer, block = converted.layer, converted.block
     site, router = layer.site, layer.router
     if not re.fullmatch(r"model\.layers\.[0-9]+\.mlp", block) or layer.expert != "mlp":
@@ -294,22 +304,6 @@ def _layer_reasons(converted: ConvertedLayer, stored: Stored) -> Iterator[str]:
         names |= {f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
     if layer.residual == "sigmoid":
         names.add("residual_mix.coefficient.weight")
-    held = {n.removeprefix(f"{block}.") for n in stored.specs if n.startswith(f"{block}.")}
+    held = {n.removeprefix(f"{block}.") for n in tensor_source.specs if n.startswith(f"{block}.")}
     if odd := sorted(names ^ held):
         yield f"{layer.name}: {'has' if odd[0] in held else 'lacks'} {odd[0]}"
-
-
-def _routed(converted: ConvertedLayer, stored: Stored) -> Routed:
-    layer, block = converted.layer, converted.block
-    return Routed(
-        index=int(block.split(".")[2]),
-        block=block,
-        experts=layer.experts,
-        top_k=layer.top_k,
-        width=stored.specs[f"{block}.experts.down_proj"].shape[2],
-        residual=layer.residual,
-        score=layer.router.score,
-        normalized=layer.router.combine != "probability",
-        biased=layer.router.bias_update > 0,
-        aux_loss=layer.router.aux_loss,
-    )

@@ -188,7 +188,7 @@ def _attention(target: Target, facts: Facts) -> Iterator[str]:
 def _routing(target: Target, facts: Facts) -> Iterator[str]:
     layers = facts.layers
     for name, values in (
-        ("top_k", {layer.top_k for layer in layers}),
+        ("top_k", {layer.plan.top_k for layer in layers}),
         ("hidden width of an expert", {layer.width for layer in layers}),
         ("kind of `combine`", {layer.normalized for layer in layers}),
     ):
@@ -198,8 +198,8 @@ def _routing(target: Target, facts: Facts) -> Iterator[str]:
         yield "its weights always sum to 1: `combine: probability` is not in it"
     if not target.selection_bias and any(layer.biased for layer in layers):
         yield "it has no selection bias (`bias_update`)"
-    if not all(layer.any_score or layer.score == target.score for layer in layers):
-        what = "chooses and weighs" if layers[0].top_k > 1 else "weighs"
+    if not all(layer.any_score or layer.plan.router.score == target.score for layer in layers):
+        what = "chooses and weighs" if layers[0].plan.top_k > 1 else "weighs"
         yield (
             f"its router {what} by {target.score} scores: another `router.score` fits top_k 1 "
             "with weight 1 only, where the order alone matters"
@@ -214,22 +214,22 @@ def _layers(target: Target, facts: Facts) -> Iterator[str]:
     if target.dense == "first" and positions != list(range(dense, facts.depth)):
         yield "only its first layers can be dense"
     for layer in layers:
-        if layer.residual not in ("none", target.residual):
+        if layer.plan.residual not in ("none", target.residual):
             has = f"`residual: {target.residual}`" if target.shared else "no residual"
-            yield f"`residual: {layer.residual}`, where it has {has}"
+            yield f"`residual: {layer.plan.residual}`, where it has {has}"
             break
-    counts = sorted({layer.experts for layer in layers})
+    counts = sorted({layer.plan.experts for layer in layers})
     if len(counts) > 1 and not target.selection_bias:
         text = ", ".join(map(str, counts[:-1])) + f" and {counts[-1]}"
         yield f"layers of {text} experts, where it has one number for all"
-    shared = any(layer.residual != "none" for layer in layers)
+    shared = any(layer.plan.residual != "none" for layer in layers)
     if target.residual == "add" and shared and facts.width % layers[0].width:
         yield f"its shared experts are multiples of {layers[0].width}, and {facts.width} is none"
 
 
 def experts_of(target: Target, facts: Facts) -> int:
     """Return how many experts each layer of that class has; two at least for a grouped top-k."""
-    most = max(layer.experts for layer in facts.layers)
+    most = max(layer.plan.experts for layer in facts.layers)
     return max(most, 2) if target.selection_bias else most
 
 
@@ -237,7 +237,7 @@ def shared_width(target: Target, facts: Facts) -> int:
     """Return the width of its shared expert; 0 if it has none."""
     if not target.shared:
         return 0
-    if any(layer.residual != "none" for layer in facts.layers):
+    if any(layer.plan.residual != "none" for layer in facts.layers):
         return facts.width
     return facts.layers[0].width if target.residual == "add" else SHARED_WIDTH
 
@@ -249,12 +249,12 @@ def config_of(target: Target, facts: Facts) -> Any:
     first = facts.layers[0]
     values = {key: getattr(facts.config, key) for key in SAME}
     values["rope_parameters"] = {**facts.config.rope_parameters, **target.rope}
-    values |= {"num_experts_per_tok": first.top_k, "output_router_logits": False}
+    values |= {"num_experts_per_tok": first.plan.top_k, "output_router_logits": False}
     values |= {"architectures": [target.architecture], "dtype": dtype_name(facts.dtype)}
     if target.head_dim:
         values["head_dim"] = facts.head_dim
     if target.aux_loss:
-        values["router_aux_loss_coef"] = first.aux_loss
+        values["router_aux_loss_coef"] = first.plan.router.aux_loss
     if target.probability:
         values["norm_topk_prob"] = first.normalized
     numbers = _numbers_of(target, facts)

@@ -13,8 +13,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from moeify.content import Output, Spec, Stored, copied
-from moeify.native_facts import Facts, Routed
+from moeify.content import Output, TensorSource, TensorSpec, copied
+from moeify.native_facts import DecoderLayer, Facts
 from moeify.native_targets import Target, experts_of, shared_width
 
 NEVER: Final = -1e4
@@ -24,21 +24,21 @@ EMBEDDINGS: Final = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 class _Experts:
-    """The rows of a stacked tensor, of which the last one read is kept until it is let go.
+    """The rows of a stacked tensor; the last one read is kept until its last use.
 
     Args:
-        stored: Where it is.
+        tensor_source: Where it is.
         name: Its name there.
     """
 
-    def __init__(self, stored: Stored, name: str) -> None:
-        self._stored, self._name = stored, name
+    def __init__(self, tensor_source: TensorSource, name: str) -> None:
+        self._tensor_source, self._name = tensor_source, name
         self._last: tuple[int, Tensor] | None = None
 
     def read(self, expert: int, start: int, stop: int, *, keep: bool) -> Tensor:
         """Return rows `[start, stop)` of one expert."""
         if self._last is None or self._last[0] != expert:
-            self._last = (expert, self._stored.read(self._name, expert, expert + 1)[0])
+            self._last = (expert, self._tensor_source.read(self._name, expert, expert + 1)[0])
         rows = self._last[1][start:stop]
         if not keep:
             self._last = None
@@ -63,7 +63,7 @@ class Tensors:
         def pieces() -> Iterator[Tensor]:
             yield torch.zeros(shape, dtype=dtype)
 
-        self.outputs.append(Output(name, Spec(shape, dtype), pieces))
+        self.outputs.append(Output(name, TensorSpec(shape, dtype), pieces))
         self.padding[why] = self.padding.get(why, 0) + torch.Size(shape).numel()
 
     @property
@@ -72,21 +72,21 @@ class Tensors:
         return sum(torch.Size(output.spec.shape).numel() for output in self.outputs)
 
 
-def tensors_of(target: Target, facts: Facts, stored: Stored) -> Tensors:
+def tensors_of(target: Target, facts: Facts, tensor_source: TensorSource) -> Tensors:
     """List the tensors of a folder of that class, in the order of the stored ones."""
     blocks = {layer.block: layer for layer in facts.layers}
     found, done = Tensors(), set()
-    for name in stored.specs:
+    for name in tensor_source.specs:
         block = name.split(".mlp.")[0] + ".mlp"
         if block not in blocks:
-            found.outputs.append(copied(stored, name))
+            found.outputs.append(copied(tensor_source, name))
         elif block not in done:
             done.add(block)
-            _layer(found, target, facts, blocks[block], stored)
+            _layer(found, target, facts, blocks[block], tensor_source)
     for alias in EMBEDDINGS:
-        if alias in stored.aliases:  # not every reader ties what the config says is tied
-            found.outputs.append(copied(stored, stored.aliases[alias], alias))
-            size = torch.Size(stored.specs[stored.aliases[alias]].shape).numel()
+        if alias in tensor_source.aliases:  # not every reader ties what the config says is tied
+            found.outputs.append(copied(tensor_source, tensor_source.aliases[alias], alias))
+            size = torch.Size(tensor_source.specs[tensor_source.aliases[alias]].shape).numel()
             found.padding["the tied embedding, again as the output's"] = size
     if target.qkv_bias == "always" and not facts.qkv_bias:
         heads, pairs = facts.config.num_attention_heads, facts.config.num_key_value_heads
@@ -97,19 +97,21 @@ def tensors_of(target: Target, facts: Facts, stored: Stored) -> Tensors:
     return found
 
 
-def _layer(found: Tensors, target: Target, facts: Facts, layer: Routed, stored: Stored) -> None:
+def _layer(
+    found: Tensors, target: Target, facts: Facts, layer: DecoderLayer, tensor_source: TensorSource
+) -> None:
     prefix = f"model.layers.{layer.index}.{target.moe}"
     width, model = layer.width, facts.config.hidden_size
     total, dtype = experts_of(target, facts), facts.dtype
-    _router(found, target, layer, stored, prefix, total)
-    up = _Experts(stored, f"{layer.block}.experts.gate_up_proj")
-    down = _Experts(stored, f"{layer.block}.experts.down_proj")
+    _router(found, target, layer, tensor_source, prefix, total)
+    up = _Experts(tensor_source, f"{layer.block}.experts.gate_up_proj")
+    down = _Experts(tensor_source, f"{layer.block}.experts.down_proj")
     parts = ((up, 0, width, True), (up, width, 2 * width, False), (down, 0, model, False))
     for expert in range(total):
         for leaf, (rows, start, stop, keep) in zip(target.leaves, parts, strict=True):
             name = f"{prefix}.experts.{expert}.{leaf}.weight"
             shape = (model, width) if rows is down else (width, model)
-            if expert >= layer.experts:
+            if expert >= layer.plan.experts:
                 found.zeros(name, shape, dtype, "experts that are never chosen")
                 continue
 
@@ -122,24 +124,29 @@ def _layer(found: Tensors, target: Target, facts: Facts, layer: Routed, stored: 
             ) -> Iterator[Tensor]:
                 yield rows.read(expert, start, stop, keep=keep)
 
-            found.outputs.append(Output(name, Spec(shape, dtype), pieces))
+            found.outputs.append(Output(name, TensorSpec(shape, dtype), pieces))
     if target.shared:
-        _shared(found, target, facts, layer, stored, prefix)
+        _shared(found, target, facts, layer, tensor_source, prefix)
 
 
 def _router(
-    found: Tensors, target: Target, layer: Routed, stored: Stored, prefix: str, total: int
+    found: Tensors,
+    target: Target,
+    layer: DecoderLayer,
+    tensor_source: TensorSource,
+    prefix: str,
+    total: int,
 ) -> None:
     weight = f"{layer.block}.router.weight"
-    spec, missing = stored.specs[weight], total - layer.experts
+    spec, missing = tensor_source.specs[weight], total - layer.plan.experts
 
     def rows() -> Iterator[Tensor]:
-        yield stored.read(weight)
+        yield tensor_source.read(weight)
         if missing:
             yield torch.zeros(missing, spec.shape[1], dtype=spec.dtype)
 
     shape = (total, spec.shape[1])
-    found.outputs.append(Output(f"{prefix}.gate.weight", Spec(shape, spec.dtype), rows))
+    found.outputs.append(Output(f"{prefix}.gate.weight", TensorSpec(shape, spec.dtype), rows))
     if missing:
         found.padding["rows of routers"] = (
             found.padding.get("rows of routers", 0) + missing * spec.shape[1]
@@ -148,34 +155,39 @@ def _router(
         return
 
     def bias() -> Iterator[Tensor]:
-        own = torch.zeros(layer.experts)
+        own = torch.zeros(layer.plan.experts)
         if layer.biased:
-            own = stored.read(f"{layer.block}.router.selection_bias").float()
+            own = tensor_source.read(f"{layer.block}.router.selection_bias").float()
         yield torch.cat([own, torch.full((missing,), NEVER)])
 
     name = f"{prefix}.gate.e_score_correction_bias"
-    found.outputs.append(Output(name, Spec((total,), torch.float32), bias))
+    found.outputs.append(Output(name, TensorSpec((total,), torch.float32), bias))
 
 
 def _shared(
-    found: Tensors, target: Target, facts: Facts, layer: Routed, stored: Stored, prefix: str
+    found: Tensors,
+    target: Target,
+    facts: Facts,
+    layer: DecoderLayer,
+    tensor_source: TensorSource,
+    prefix: str,
 ) -> None:
     width, model = shared_width(target, facts), facts.config.hidden_size
     shapes = {"gate_proj": (width, model), "up_proj": (width, model), "down_proj": (model, width)}
     why = "shared experts of zeros, which run for every token"
     for leaf, shape in shapes.items():
         name = f"{prefix}.{target.shared}.{leaf}.weight"
-        if layer.residual == "none":
+        if layer.plan.residual == "none":
             found.zeros(name, shape, facts.dtype, why)
         else:
-            found.outputs.append(copied(stored, f"{layer.block}.mlp.{leaf}.weight", name))
+            found.outputs.append(copied(tensor_source, f"{layer.block}.mlp.{leaf}.weight", name))
     if target.residual == "sigmoid":
         name = f"{prefix}.{target.shared}_gate.weight"
-        if layer.residual == "none":
+        if layer.plan.residual == "none":
             found.zeros(name, (1, model), facts.dtype, why)
         else:
             own = f"{layer.block}.residual_mix.coefficient.weight"
-            found.outputs.append(copied(stored, own, name))
+            found.outputs.append(copied(tensor_source, own, name))
 
 
 def names_of(target: Target, model: Any) -> dict[str, tuple[int, ...]]:

@@ -2,39 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, ValidationError
-from torch import nn
 
-from moeify.checkpoint_replay import LayerFacts, Recorded, layer_records, versions
+from moeify.checkpoint_manifest import LayerRecord
+from moeify.checkpoint_replay import Recorded, versions
 from moeify.conversion import Conversion
 from moeify.errors import CheckpointError
 from moeify.input_spec import describable
 from moeify.selection import Strict
 from moeify.strict_yaml import path_text
 
+_OF_DTYPE: Final = frozenset({"dtype", "bytes_after"})
+"""What follows from the dtype, which a caller of `from_pretrained` may choose."""
+
 _Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-
-
-class RecipeLayer(Strict):
-    """What must come out of the conversion for one layer.
-
-    Attributes:
-        name: The layer.
-        block: Path of its block.
-        experts: Number of experts.
-        top_k: Experts per token.
-        graph: Digest of what the block computes.
-        inner: Digest of the graphs inside it.
-    """
-
-    name: str
-    block: str
-    experts: int
-    top_k: int
-    graph: _Digest
-    inner: _Digest
 
 
 class Recipe(Strict):
@@ -46,38 +29,28 @@ class Recipe(Strict):
         plan: The plan's data.
         plan_sha256: Its digest.
         inputs: Description of the example inputs; None where they are made from the config.
-        layers: What must come out.
+        layers: What must come out of the conversion, without what is at its default.
     """
 
-    version: Literal[1]
+    version: Literal[2]
     versions: dict[str, str]
     plan: dict[str, Any]
     plan_sha256: _Digest
     inputs: Any
-    layers: list[RecipeLayer]
+    layers: list[LayerRecord]
 
 
-def recipe_of(model: nn.Module, conversion: Conversion) -> dict[str, Any]:
+def recipe_of(conversion: Conversion, layers: list[LayerRecord]) -> dict[str, Any]:
     """Return the recipe of a converted Hugging Face model, as JSON-able data."""
-    records = layer_records(model, conversion)
-    return Recipe(
-        version=1,
+    recipe = Recipe(
+        version=2,
         versions=versions(),
         plan=conversion.plan.data(),
         plan_sha256=conversion.plan.digest(),
         inputs=conversion.inputs if describable(conversion.inputs) else None,
-        layers=[
-            RecipeLayer(
-                name=converted.layer.name,
-                block=converted.block,
-                experts=converted.layer.experts,
-                top_k=converted.layer.top_k,
-                graph=record.graph,
-                inner=record.inner,
-            )
-            for converted, record in zip(conversion.layers, records, strict=True)
-        ],
-    ).model_dump(mode="json")
+        layers=layers,
+    )
+    return recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True)
 
 
 def read_recipe(data: Any, where: str) -> Recipe:
@@ -107,15 +80,8 @@ def recorded(recipe: Recipe, where: str) -> Recorded:
         plan=recipe.plan,
         plan_sha256=recipe.plan_sha256,
         inputs=recipe.inputs,
-        layers=[
-            LayerFacts(
-                {"name": layer.name, "experts": layer.experts, "top_k": layer.top_k},
-                layer.block,
-                graph=layer.graph,
-                inner=layer.inner,
-            )
-            for layer in recipe.layers
-        ],
+        layers=recipe.layers,
+        ignore=_OF_DTYPE,
         versions=recipe.versions,
         passes="passes of your own, and dense modules that were changed, do not travel with this "
         "format; use moeify.save",

@@ -20,20 +20,21 @@ from torch import nn
 from moeify import strict_yaml
 from moeify.capture import ExampleInputs
 from moeify.checkpoint_files import Folder
-from moeify.checkpoint_manifest import Manifest, read_manifest
+from moeify.checkpoint_manifest import Manifest
 from moeify.checkpoint_state import to_meta
-from moeify.cli_models import build_on_meta, is_converted, model_folder
+from moeify.cli_models import build_on_meta, model_folder
 from moeify.conversion import ATTRIBUTE, conversion_of
 from moeify.dense_again import revert
 from moeify.errors import MoeifyError
-from moeify.export_manifest import read_export_manifest
 from moeify.input_spec import describable, make_inputs
+from moeify.layer_description import LayerDescription, describe_layer
 from moeify.layer_plan import ResolvedPlan
 from moeify.pipeline import prepare, run_pipeline
 from moeify.plan import Plan
 from moeify.report_graphs import Stage, Stages
 from moeify.report_run import Run
 from moeify.reverse import dense_on_meta
+from moeify.stored_folder import is_converted, read_any_manifest
 from moeify.student_size import describe
 
 log = logging.getLogger("moeify")
@@ -128,7 +129,7 @@ def of_model(model: nn.Module, plan: Plan | None, inputs: ExampleInputs | None =
     if plan is not None:
         raise MoeifyError(f"this {name} is converted already, by a plan of its own: give none")
     facts = Facts(f"a {name} in memory", name, "converted")
-    facts.rows = rows_of([converted.layer.to_dict() for converted in record.layers])
+    facts.rows = rows_of([describe_layer(converted.layer) for converted in record.layers])
     facts.plan = plan_text(record.plan.data())
     again = None
     if record.parallel is None:
@@ -171,16 +172,15 @@ def of_folder(folder: Path, plan: Plan | None) -> Facts:
     if plan is not None:
         raise MoeifyError(f"{folder}: is converted already, by a plan of its own: give none")
     with Folder(folder) as opened:
-        manifest = read_export_manifest(opened) or read_manifest(opened)
+        manifest = read_any_manifest(opened)
     saved = isinstance(manifest, Manifest)
     if isinstance(manifest, Manifest):
-        layers = [layer.plan for layer in manifest.layers]
         name, inputs, kind = manifest.model.name.rpartition(".")[2], manifest.inputs, "moeify"
     else:
-        layers, name, kind = manifest.layers, manifest.architecture, manifest.kind
+        name, kind = manifest.architecture, manifest.kind
         inputs = manifest.details.get("inputs")
     facts = Facts(str(folder), name, f"converted, kind `{kind}`")
-    facts.rows = rows_of(layers)
+    facts.rows = rows_of([record.plan for record in manifest.layers])
     facts.plan = plan_text(manifest.plan)
     if isinstance(manifest, Manifest):
         facts.total = manifest.parameters
@@ -216,32 +216,30 @@ def of_run(run: Run) -> Facts:
     return facts
 
 
-def rows_of(layers: Iterable[Mapping[str, Any]]) -> list[Row]:
-    """Return the rows of `LayerPlan.to_dict()`s.
+def rows_of(layers: Iterable[LayerDescription]) -> list[Row]:
+    """Return the rows of converted layers.
 
     Raises:
-        MoeifyError: One is none.
+        MoeifyError: One has more experts than can be drawn.
     """
     rows = []
     for layer in layers:
-        try:
-            row = Row(
-                name=str(layer["name"]),
+        if layer.experts > 65536:
+            raise MoeifyError(f"{layer.name[:80]}: {layer.experts} experts cannot be drawn")
+        rows.append(
+            Row(
+                name=layer.name,
                 state="moe",
-                experts=_whole(layer["experts"]),
-                top_k=_whole(layer["top_k"]),
-                residual=str(layer["residual"]),
-                widths=f"{layer['d_in']}->{layer['d_ff']}->{layer['d_out']}",
-                start=str(layer["init"]["experts"]),
-                before=_whole(layer["parameters_before"]),
-                after=_whole(layer["parameters_after"]),
-                active=_whole(layer["active_parameters"]),
+                experts=layer.experts,
+                top_k=layer.top_k,
+                residual=layer.residual,
+                widths=f"{layer.d_in}->{layer.d_ff}->{layer.d_out}",
+                start=layer.init.experts,
+                before=layer.parameters_before,
+                after=layer.parameters_after,
+                active=layer.active_parameters,
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise MoeifyError(f"a layer is not described as moeify does: {error!r:.200}") from None
-        if not 1 <= row.experts <= 65536:
-            raise MoeifyError(f"{row.name[:80]}: {row.experts:.20} experts are none to be drawn")
-        rows.append(row)
+        )
     return rows
 
 
@@ -313,7 +311,7 @@ def _replay(
     facts.dense, facts.total = resolved.dense_parameters, resolved.parameters
     facts.active, facts.size = resolved.active_parameters, resolved.bytes
     facts.notes += resolved.notes
-    made = {row.name: row for row in rows_of([layer.to_dict() for layer in resolved])}
+    made = {row.name: row for row in rows_of([describe_layer(layer) for layer in resolved])}
     facts.rows = []
     for site in resolved.sites:
         row = made.pop(site.name, None)

@@ -6,13 +6,13 @@ The page is a single file that loads nothing. What is not known is said on it, n
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from moeify.atomic_file import replace_file
 from moeify.capture import ExampleInputs
 from moeify.errors import MoeifyError
 from moeify.plan import Plan
@@ -119,10 +119,5 @@ def write_page(facts: Facts, run: Run | None, path: Path) -> int:
         raise MoeifyError(f"{path.parent}: is no folder; make it first")
     title = f"moeify report: {short(facts.model or facts.source, 80)}"
     data = page(title, *sections(facts, run)).encode("utf-8")
-    staged = path.with_name(f".{path.name[:80]}.{secrets.token_hex(4)}")
-    try:
-        staged.write_bytes(data)
-        staged.replace(path)
-    finally:
-        staged.unlink(missing_ok=True)
+    replace_file(path, data)
     return len(data)

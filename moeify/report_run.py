@@ -14,8 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from pydantic import ValidationError
+
 from moeify.errors import MoeifyError
+from moeify.layer_description import LayerDescription
 from moeify.run_log import FORMAT
+from moeify.strict_yaml import path_text
 
 MAX_BYTES: Final = 1 << 28
 _ROUTER: Final = re.compile(r"router/(.+)/(load_max|load_min|entropy|dropped)")
@@ -31,7 +35,7 @@ class Run:
         where: Name of the file.
         model: Class of the model; "" if the file does not say.
         plan: The plan's data, likewise None.
-        layers: `LayerPlan.to_dict()` of every converted layer, likewise empty.
+        layers: Every converted layer, likewise empty.
         numbers: By name, the (step, value) of losses and the like, in the order of the steps.
         counts: By layer, the (step, routes per expert).
         facts: By layer, then by name (`entropy`, `dropped`, `load_max`, `load_min`), (step, value).
@@ -41,7 +45,7 @@ class Run:
     where: str
     model: str = ""
     plan: dict[str, Any] | None = None
-    layers: list[dict[str, Any]] = field(default_factory=list)
+    layers: list[LayerDescription] = field(default_factory=list)
     numbers: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     counts: dict[str, list[tuple[int, list[float]]]] = field(default_factory=dict)
     facts: dict[str, dict[str, list[tuple[int, float]]]] = field(default_factory=dict)
@@ -147,9 +151,16 @@ def _describe(run: Run, record: dict[str, Any], where: str) -> None:
     if record.get("version") != 1:
         raise MoeifyError(f"{where}: version: {record.get('version')!r:.40} cannot be read, only 1")
     fits = isinstance(name, str) and (plan is None or isinstance(plan, dict))
-    if not fits or not isinstance(layers, list) or not all(isinstance(x, dict) for x in layers):
+    if not fits or not isinstance(layers, list):
         raise MoeifyError(f"{where}: does not describe a model as RunLog does")
-    run.model, run.plan, run.layers = str(name), plan, layers
+    try:
+        run.layers = [LayerDescription.model_validate(layer) for layer in layers]
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise MoeifyError(
+            f"{where}: layers: {path_text(first['loc']):.200}: {first['msg']:.200}"
+        ) from None
+    run.model, run.plan = str(name), plan
 
 
 def _named(record: dict[str, Any], where: str) -> Iterator[tuple[str, float]]:
@@ -207,12 +218,12 @@ def _spread(run: Run, step: int, known: dict[Any, Any]) -> None:
 
 
 def _check_widths(run: Run, path: Path) -> None:
-    planned = {str(layer.get("name")): layer.get("experts") for layer in run.layers}
+    planned = {layer.name: layer.experts for layer in run.layers}
     for layer, row in run.counts.items():
         widths = {len(counts) for _, counts in row}
         want = planned.get(layer)
-        if len(widths) > 1 or (type(want) is int and widths != {want}):
+        if len(widths) > 1 or (want is not None and widths != {want}):
             raise MoeifyError(
                 f"{path}: {layer[:80]}: counts of {sorted(widths)} experts in one run"
-                + (f", whose model has {want}" if type(want) is int else "")
+                + (f", whose model has {want}" if want is not None else "")
             )

@@ -25,13 +25,13 @@ from moeify.checkpoint_build import build, default_device_cpu
 from moeify.checkpoint_files import Folder
 from moeify.checkpoint_json import parse_json
 from moeify.checkpoint_manifest import MAX_BYTES, Manifest, ModelRecord, read_manifest
-from moeify.checkpoint_replay import LayerFacts, Recorded, replay
+from moeify.checkpoint_replay import Recorded, layer_records, replay
 from moeify.checkpoint_state import tensors_of
-from moeify.content import Content, Output, Spec, Stored, Written, copied, describe
+from moeify.content import ModelFiles, Output, TensorSource, TensorSpec, Written, copied, describe
 from moeify.conversion import Conversion, ConvertedLayer, require_conversion
 from moeify.dense_again import RevertedLayer
 from moeify.errors import CheckpointError
-from moeify.export_manifest import ExportManifest, manifest_of, read_export_manifest
+from moeify.export_manifest import FormatManifest, format_manifest, read_format_manifest
 from moeify.hf_dense import dense_class, dense_config, generation_config
 from moeify.source_names import places_of, renaming
 from moeify.stored_folder import FolderTensors
@@ -42,11 +42,11 @@ log = logging.getLogger("moeify")
 
 _ALIKE: Final = frozenset({"copy", "granular", "split"})
 """Ways to start experts after which the dense MLP can be had again."""
-_KEYS: Final = ("name", "experts", "top_k", "residual", "expert", "init")
+_KEYS: Final = {"name", "experts", "top_k", "residual", "expert", "init"}
 """What must be the same in every layer for the tensors to mean the same."""
 
 
-def dense_content(directory: str | os.PathLike[str]) -> Content:
+def dense_files(directory: str | os.PathLike[str]) -> ModelFiles:
     """Describe the dense model that a folder of moeify's comes from.
 
     Exact, bit for bit, where nothing has been trained and the experts are copies; see `demoeify`
@@ -67,28 +67,28 @@ def dense_content(directory: str | os.PathLike[str]) -> Content:
     """
     with default_device_cpu():
         start = _start(directory)
-    model, stored = start.model, start.stored
+    model, tensor_source = start.model, start.tensor_source
     conversion = require_conversion(model)
-    places = _fill(model, stored, start.where)
-    layers = _Layers(model, stored, places)
+    places = _fill(model, tensor_source, start.where)
+    layers = _Layers(model, tensor_source, places)
     kept = _kept(start, conversion, places, layers.specs)
     outputs = [
-        layers.output(name) if name in layers.specs else copied(stored, kept[name], name)
+        layers.output(name) if name in layers.specs else copied(tensor_source, kept[name], name)
         for name in start.names
     ]
-    make = manifest_of(
+    make = format_manifest(
         "dense",
         architecture=dense_class(model).__name__,
         plan=conversion.plan,
-        layers=[converted.layer.to_dict() for converted in conversion.layers],
+        layers=layer_records(model, conversion),
         source=start.source,
     )
 
     def manifest(written: Written) -> bytes:
-        stored.unchanged()  # all has been read by now
+        tensor_source.unchanged()  # all has been read by now
         return make(written)
 
-    return Content(
+    return ModelFiles(
         kind="dense",
         tensors=tuple(outputs),
         texts=_texts(model, outputs),
@@ -124,7 +124,7 @@ class _Start:
 
     Attributes:
         where: The folder, for messages.
-        stored: Its tensors.
+        tensor_source: Its tensors.
         names: The dense model's tensors, in the order of its state dict.
         aliases: Further names of tied ones, to those names.
         model: The converted model on meta.
@@ -132,7 +132,7 @@ class _Start:
     """
 
     where: str
-    stored: FolderTensors | NativeTensors
+    tensor_source: FolderTensors | NativeTensors
     names: tuple[str, ...]
     aliases: Mapping[str, str]
     model: nn.Module
@@ -141,15 +141,15 @@ class _Start:
 
 def _start(directory: str | os.PathLike[str]) -> _Start:
     with Folder(directory) as folder:
-        export, where = read_export_manifest(folder), folder.path
+        export, where = read_format_manifest(folder), folder.path
         if export is not None and export.kind == "dense":
             raise CheckpointError(f"{where}: is a dense model already")
         native = export is not None and export.kind == "native"
-        stored = NativeTensors(directory) if native else FolderTensors(directory)
-        if isinstance(stored.manifest, Manifest):
-            dense = _saved(folder, stored.manifest)
+        tensor_source = NativeTensors(directory) if native else FolderTensors(directory)
+        if isinstance(tensor_source.manifest, Manifest):
+            dense = _saved(folder, tensor_source.manifest)
         else:
-            dense = _exported(stored.manifest, where)
+            dense = _exported(tensor_source.manifest, where)
     specs, aliases = places_of(dense)
     rename = renaming(dense, where)
     for name in specs:
@@ -163,9 +163,9 @@ def _start(directory: str | os.PathLike[str]) -> _Start:
         load(directory, device="meta", model=model)
     else:
         replay(model, _recorded(export, where))
-    files = [record.model_dump(mode="json") for record in stored.manifest.shards]
+    files = [record.model_dump(mode="json") for record in tensor_source.manifest.shards]
     source = {"folder": os.path.basename(os.path.realpath(directory)), "files": files}
-    return _Start(where, stored, tuple(specs), aliases, model, source)
+    return _Start(where, tensor_source, tuple(specs), aliases, model, source)
 
 
 def _saved(folder: Folder, manifest: Manifest) -> nn.Module:
@@ -186,7 +186,7 @@ def _saved(folder: Folder, manifest: Manifest) -> nn.Module:
     return build(manifest.model, config, generation, folder.path)
 
 
-def _exported(export: ExportManifest, where: str) -> nn.Module:
+def _exported(export: FormatManifest, where: str) -> nn.Module:
     """Build the dense model of an export."""
     details = export.details
     config, generation = details.get("config"), details.get("generation")
@@ -207,7 +207,7 @@ def _exported(export: ExportManifest, where: str) -> nn.Module:
     return build(record, config, generation, where)
 
 
-def _recorded(export: ExportManifest, where: str) -> Recorded:
+def _recorded(export: FormatManifest, where: str) -> Recorded:
     """Return what an export says of its conversion."""
     return Recorded(
         where=where,
@@ -215,16 +215,17 @@ def _recorded(export: ExportManifest, where: str) -> Recorded:
         plan=export.plan,
         plan_sha256=export.plan_sha256,
         inputs=export.details.get("inputs"),
-        layers=[LayerFacts({key: layer.get(key) for key in _KEYS}) for layer in export.layers],
+        layers=export.layers,
+        only=_KEYS,
         versions=export.versions,
     )
 
 
-def _fill(model: nn.Module, stored: Stored, where: str) -> dict[str, str]:
+def _fill(model: nn.Module, tensor_source: TensorSource, where: str) -> dict[str, str]:
     """Give a converted model on meta the dtypes of its tensors, and hold their shapes against it.
 
     Returns:
-        Every name in the model's state dict, to the name in `stored.specs`.
+        Every name in the model's state dict, to the name in `tensor_source.specs`.
 
     Raises:
         CheckpointError: A tensor is missing, or of another shape.
@@ -235,11 +236,11 @@ def _fill(model: nn.Module, stored: Stored, where: str) -> dict[str, str]:
         groups[name].append(alias)
     places: dict[str, str] = {}
     for name, group in groups.items():
-        found = {alias: stored.aliases.get(alias, alias) for alias in group}
-        held = next((at for at in found.values() if at in stored.specs), None)
+        found = {alias: tensor_source.aliases.get(alias, alias) for alias in group}
+        held = next((at for at in found.values() if at in tensor_source.specs), None)
         if held is None:
             raise CheckpointError(f"{where}: {name}: is in none of the files")
-        spec = stored.specs[held]
+        spec = tensor_source.specs[held]
         if spec.shape != specs[name].shape:
             raise CheckpointError(
                 f"{where}: {name}: is {describe(spec)}, and {list(specs[name].shape)} in a "
@@ -252,12 +253,12 @@ def _fill(model: nn.Module, stored: Stored, where: str) -> dict[str, str]:
         for alias, at in found.items():
             path, _, key = alias.rpartition(".")
             setattr(model.get_submodule(path), key, twin)
-            places[alias] = at if at in stored.specs else held
+            places[alias] = at if at in tensor_source.specs else held
     return places
 
 
 def _kept(
-    start: _Start, conversion: Conversion, places: Mapping[str, str], made: Mapping[str, Spec]
+    start: _Start, conversion: Conversion, places: Mapping[str, str], made: Mapping[str, TensorSpec]
 ) -> dict[str, str]:
     """Return where every dense tensor is stored that no block holds.
 
@@ -286,23 +287,25 @@ class _Layers:
 
     Args:
         model: Converted, on meta, in the dtypes of its tensors.
-        stored: Its tensors.
+        tensor_source: Its tensors.
         places: Their names there, by every name in the model.
 
     Attributes:
         specs: By dense name.
     """
 
-    def __init__(self, model: nn.Module, stored: Stored, places: Mapping[str, str]) -> None:
-        self._model, self._stored, self._places = model, stored, places
+    def __init__(
+        self, model: nn.Module, tensor_source: TensorSource, places: Mapping[str, str]
+    ) -> None:
+        self._model, self._tensor_source, self._places = model, tensor_source, places
         self._layer: dict[str, ConvertedLayer] = {}
-        self.specs: dict[str, Spec] = {}
+        self.specs: dict[str, TensorSpec] = {}
         for converted in require_conversion(model).layers:
             with torch.no_grad():
                 rebuilt = RevertedLayer(model, converted)
             for name, parameter in rebuilt.parameters.items():
                 self._layer[name] = converted
-                self.specs[name] = Spec(tuple(parameter.shape), parameter.dtype)
+                self.specs[name] = TensorSpec(tuple(parameter.shape), parameter.dtype)
         self._made: tuple[ConvertedLayer | None, dict[str, Tensor]] = None, {}
 
     def output(self, name: str) -> Output:
@@ -336,7 +339,7 @@ class _Layers:
             for item in list(tensors_of(block)):
                 if item.role == "scratch":
                     continue
-                value = self._stored.read(self._places[f"{layer.block}.{item.name}"])
+                value = self._tensor_source.read(self._places[f"{layer.block}.{item.name}"])
                 if item.role == "parameter":
                     value = nn.Parameter(value, requires_grad=False)
                 undo.callback(setattr, item.module, item.key, item.tensor)
@@ -360,7 +363,7 @@ def dense_on_meta(directory: str | os.PathLike[str]) -> nn.Module:
         CheckpointError: The folder is damaged, or not of a Hugging Face model.
     """
     with Folder(directory) as folder:
-        export = read_export_manifest(folder)
+        export = read_format_manifest(folder)
         if export is not None:
             return _exported(export, folder.path)
         return _saved(folder, read_manifest(folder))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from moeify.conversion import conversion_of
 from moeify.errors import MoeifyError
+from moeify.layer_description import describe_layer
 from moeify.losses import live_routers, router_stats
 
 __all__ = ["FORMAT", "LayerNumbers", "RunLog"]
@@ -46,14 +47,14 @@ class LayerNumbers(TypedDict):
 class RunLog:
     """Appends what a training step did to a file.
 
-    A file that is there already is gone on with, if it is of the same model; a line that a crash
-    left unfinished is taken away. In a world of several ranks, write on one of them.
+    A file that is there already is continued, if it is of the same model; a line that a crash left
+    unfinished is taken away. In a world of several ranks, write on one of them.
 
     Args:
         path: The file, made with the first line; its folder must exist.
 
     Raises:
-        MoeifyError: It is no log, or that of another model; raised by `write`.
+        MoeifyError: It is not a log, or that of another model; raised by `write`.
 
     Example:
         >>> import tempfile, torch
@@ -92,7 +93,7 @@ class RunLog:
             **numbers: Losses and the like, each a float or a tensor with one element.
 
         Raises:
-            MoeifyError: The file cannot be gone on with.
+            MoeifyError: The file cannot be continued.
             ValueError: A number has a name of the format's own, or the step is negative.
         """
         taken = [name for name in numbers if name in _RESERVED]
@@ -135,12 +136,12 @@ class RunLog:
             whole = data[: data.rfind(b"\n") + 1]
             for number, line in enumerate(whole.decode("utf-8", "replace").splitlines(), 1):
                 if not line.startswith("{"):
-                    raise MoeifyError(f"{self.path}:{number}: is no log of moeify's")
+                    raise MoeifyError(f"{self.path}:{number}: is not a log of moeify's")
                 if line.startswith(f'{{"format": "{FORMAT}"'):
                     self._header = line
             if len(whole) < len(data):
                 if not data.startswith(b"{"):
-                    raise MoeifyError(f"{self.path}: is no log of moeify's")
+                    raise MoeifyError(f"{self.path}: is not a log of moeify's")
                 os.truncate(self.path, len(whole))
         self._opened = True
 
@@ -152,7 +153,7 @@ def _describe(model: nn.Module) -> dict[str, Any]:
         "version": 1,
         "class": type(model).__name__,
         "plan": None if record is None else record.plan.data(),
-        "layers": [] if record is None else [c.layer.to_dict() for c in record.layers],
+        "layers": [] if record is None else [describe_layer(c.layer).data() for c in record.layers],
     }
 
 

@@ -23,8 +23,9 @@ from torch import nn
 from torch.distributed.checkpoint import state_dict_saver
 from torch.optim import Optimizer
 
+from moeify.atomic_file import remove_leftovers
 from moeify.checkpoint import unwrapped
-from moeify.checkpoint_files import _resolved, _sweep, _tag
+from moeify.checkpoint_files import resolve_target, stage
 from moeify.conversion import require_conversion
 from moeify.errors import CheckpointError
 from moeify.sharded_describe import describe
@@ -42,7 +43,6 @@ __all__ = ["Loaded", "Saving", "find_checkpoint", "latest", "load_sharded", "sav
 log = logging.getLogger("moeify")
 
 _STEP = re.compile(r"step-([0-9]{8,18})")
-_LEFT: Final = re.compile(r"\.(step-[0-9]{8,18})\.(staging|replaced)-.*")
 MAX_STEP: Final = 10**18 - 1
 
 
@@ -298,7 +298,7 @@ def _collected(
     def collect() -> Path:
         if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step <= MAX_STEP:
             raise CheckpointError(f"step: {step!r:.40} is no number of a step")
-        path = _resolved(directory) / f"step-{step:08d}"
+        path = resolve_target(directory) / f"step-{step:08d}"
         state = ModelState.of(model)
         optimized = None if optimizer is None else Optimized(optimizer, state)
         masters = {}
@@ -341,7 +341,7 @@ def _write(tensors: dict[str, Pieces], path: Path, finish: Finish, ranks: Ranks)
         raise
     finally:
         if ranks.rank == 0:
-            _sweep_all(path.parent)
+            remove_leftovers(path.parent, _STEP)
     return path
 
 
@@ -364,33 +364,17 @@ def _runner(
 
 
 def _stage(path: Path) -> Path:
-    """Make the staged folder; what the dead left goes first.
+    """Remove the leftovers of processes that died, of any step, and make the staged folder.
 
     Raises:
         CheckpointError: There is something else in its place.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep_all(path.parent)
+    remove_leftovers(path.parent, _STEP)
     if os.path.lexists(path) and (
         path.is_symlink()
         or not path.is_dir()
         or (any(path.iterdir()) and not _is_file(path / NAME))
     ):
         raise CheckpointError(f"{path}: is no checkpoint; nothing was touched")
-    staging = path.with_name(f".{path.name}.staging-{_tag()}")
-    staging.mkdir()
-    return staging
-
-
-def _sweep_all(root: Path) -> None:
-    """Remove what processes of this host that are no more left of any step."""
-    try:
-        names = {
-            (match[1], match[2])
-            for entry in root.iterdir()
-            if (match := _LEFT.fullmatch(entry.name))
-        }
-    except OSError:
-        return
-    for name, kind in names:
-        _sweep(root / name, kind)
+    return stage(path)

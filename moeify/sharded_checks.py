@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from moeify.checkpoint_json import canonical_digest
 from moeify.conversion import require_conversion
 from moeify.errors import CheckpointError
+from moeify.layer_description import describe_layer
 from moeify.sharded_manifest import ShardedManifest
 from moeify.sharded_state import ModelState
 from moeify.units import dtype_name
@@ -38,15 +39,16 @@ def check_layers(model: nn.Module, manifest: ShardedManifest, where: str) -> Non
     Raises:
         CheckpointError: They were not; names the layer.
     """
-    now = {c.layer.site.name: c.layer.to_dict() for c in require_conversion(model).layers}
-    then = {str(record.plan.get("name")): record.plan for record in manifest.layers}
+    layers = [describe_layer(converted.layer) for converted in require_conversion(model).layers]
+    now = {layer.name: layer for layer in layers}
+    then = {record.plan.name: record.plan for record in manifest.layers}
     for name, plan in then.items():
         if name not in now:
             raise CheckpointError(
                 f"{where}: {name}: is a MoE layer in the checkpoint, and not in the model"
             )
         for key, text in _KEYS.items():
-            saved, here = plan.get(key), now[name].get(key)
+            saved, here = getattr(plan, key), getattr(now[name], key)
             if saved != here:
                 raise CheckpointError(
                     f"{where}: {name}: {text.format(saved)} in the checkpoint, {here} in the model"

@@ -5,20 +5,18 @@ Optimizer state and random generators exist in a sharded checkpoint only.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from moeify import strict_yaml
+from moeify.atomic_file import HashedFile, write_new
 from moeify.checkpoint_build import build, convert_again, default_device_cpu
-from moeify.checkpoint_files import Folder, _resolved, _tag, new_file, replace_folder
+from moeify.checkpoint_files import MANIFEST, Folder, replace_folder, resolve_target, staged_folder
 from moeify.checkpoint_json import parse_json
 from moeify.checkpoint_manifest import (
     MAX_BYTES,
@@ -30,7 +28,13 @@ from moeify.checkpoint_manifest import (
     read_manifest,
 )
 from moeify.checkpoint_replay import layer_records
-from moeify.checkpoint_shards import CODE_OF, DTYPES, bytes_of, check_shard, nbytes, read_shard
+from moeify.checkpoint_shards import (
+    DTYPES,
+    bytes_of,
+    check_shard,
+    file_head,
+    read_shard,
+)
 from moeify.errors import CheckpointError
 from moeify.plan import Plan
 from moeify.sharded_checkpoint import find_checkpoint
@@ -67,7 +71,7 @@ def to_sharded(
     Raises:
         CheckpointError: The folder is damaged, or the checkpoint cannot be written.
     """
-    path = _resolved(directory) / f"step-{step:08d}"
+    path = resolve_target(directory) / f"step-{step:08d}"
     with Folder(folder) as source:
         manifest = read_manifest(source)
         texts = {}
@@ -83,24 +87,18 @@ def to_sharded(
                 expected = manifest.of_shard(shard_record.file)
                 shard = check_shard(source, shard_record, expected)
                 where = ",".join
-                file = PieceFile(
-                    staging / f"moeify-rank-{number:05d}.safetensors",
-                    [
-                        (
-                            f"model.{name}@{where('0' for _ in expected[name].shape)}",
-                            DTYPES[expected[name].dtype],
-                            expected[name].shape,
-                        )
-                        for name in shard.names
-                    ],
-                )
-                try:
+                entries = [
+                    (
+                        f"model.{name}@{where('0' for _ in expected[name].shape)}",
+                        DTYPES[expected[name].dtype],
+                        expected[name].shape,
+                    )
+                    for name in shard.names
+                ]
+                path = staging / f"moeify-rank-{number:05d}.safetensors"
+                with PieceFile(path, entries) as file:
                     for name, tensor in read_shard(source, shard, expected):
                         pieces[name] = file.write(number, [0] * tensor.ndim, tensor)
-                    file.close()
-                except BaseException:
-                    file.abandon()
-                    raise
                 files.append(DataFile(file=file.name, bytes=file.size))
             return _sharded(manifest, pieces, files, texts, step)
 
@@ -152,15 +150,12 @@ def _sharded(
 def _staged(path: Path, write: Callable[[Path], ShardedManifest]) -> None:
     if os.path.lexists(path):
         raise CheckpointError(f"{path}: is there already; nothing was touched")
-    staging = path.with_name(f".{path.name}.staging-{_tag()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        staging.mkdir()
-        put(staging, path, write(staging))
+        with staged_folder(path) as staging:
+            put(staging, path, write(staging))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be saved: {error}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def to_single(
@@ -288,32 +283,20 @@ def _write(folder: Path, single: Manifest, manifest: ShardedManifest, reader: Pi
     texts = {"plan.yaml": strict_yaml.dump(single.plan, "plan.yaml"), **manifest.texts}
     files = []
     for name, text in texts.items():
-        with new_file(folder / name) as file:
-            file.write(text.encode())
-            files.append(FileRecord(file=name, sha256=file.close(), bytes=file.size))
+        data = text.encode()
+        digest = write_new(folder / name, data)
+        files.append(FileRecord(file=name, sha256=digest, bytes=len(data)))
     made = single.model_copy(update={"shards": shards, "files": files})
-    with new_file(folder / "moeify.json") as file:
-        file.write(encode(made))
-        file.close()
+    write_new(folder / MANIFEST, encode(made))
 
 
 def _write_shard(path: Path, records: dict[str, TensorRecord], reader: PieceReader) -> FileRecord:
     """Write one safetensors file, a tensor at a time."""
     names = sorted(records, key=lambda n: (-DTYPES[records[n].dtype].itemsize, n))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in names:
-        start, end = end, end + nbytes(records[name])
-        header[name] = {
-            "dtype": CODE_OF[records[name].dtype],
-            "shape": records[name].shape,
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with new_file(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+    entries = [(name, DTYPES[records[name].dtype], records[name].shape) for name in names]
+    with HashedFile(path) as file:
+        file.write(file_head(entries))
         for name in names:
             values: torch.Tensor = reader.values(f"model.{name}")
             file.write(bytes_of(values))
-        return FileRecord(file=path.name, sha256=file.close(), bytes=file.size)
+        return FileRecord(file=path.name, sha256=file.sha256(), bytes=file.size)

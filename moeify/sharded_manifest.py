@@ -162,7 +162,7 @@ class ShardedManifest(Strict):
 
 def encode(manifest: ShardedManifest) -> bytes:
     """Return the file's content."""
-    data = manifest.model_dump(mode="json")
+    data = manifest.model_dump(mode="json", by_alias=True)
     data["sha256"] = canonical_digest(data)
     return json.dumps(data, allow_nan=False).encode() + b"\n"
 

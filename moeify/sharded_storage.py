@@ -6,12 +6,7 @@ renames the folder.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
-import math
-import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,29 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import (
-    Metadata,
-    MetadataIndex,
-)
-from torch.distributed.checkpoint.planner import (
-    SavePlan,
-    SavePlanner,
-    WriteItem,
-)
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from moeify.checkpoint_files import CHUNK, _put, _sync
-from moeify.checkpoint_shards import CODE_OF
-from moeify.sharded_manifest import (
-    NAME,
-    DataFile,
-    PieceRecord,
-    ShardedManifest,
-    encode,
-)
+from moeify.atomic_file import SyncedFile, write_new
+from moeify.checkpoint_files import CHUNK, publish
+from moeify.checkpoint_shards import file_head
+from moeify.sharded_manifest import NAME, DataFile, PieceRecord, ShardedManifest, encode
 from moeify.sharded_pieces import Pieces
-from moeify.units import dtype_name
 
 __all__ = ["PieceFile", "PieceWriter", "PiecesToSave", "put"]
 
@@ -49,7 +31,7 @@ Finish = Callable[[dict[str, list[PieceRecord]], list[DataFile]], ShardedManifes
 
 
 class PieceFile:
-    """A new safetensors file with pieces, each hashed as it is written.
+    """A new safetensors file with pieces, each hashed as it is written; a context manager.
 
     Args:
         path: Must not exist.
@@ -59,24 +41,25 @@ class PieceFile:
     def __init__(
         self, path: Path, entries: Sequence[tuple[str, torch.dtype, Sequence[int]]]
     ) -> None:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for name, dtype, size in entries:
-            start, end = end, end + math.prod(size) * dtype.itemsize
-            header[name] = {
-                "dtype": CODE_OF[dtype_name(dtype)],
-                "shape": list(size),
-                "data_offsets": [start, end],
-            }
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        self.name, self.size = path.name, 0
-        self._stream = path.open("xb")
+        head = file_head(entries)
+        self.name = path.name
+        self._file = SyncedFile(path)
         try:
-            self._append(len(text).to_bytes(8, "little") + text)
+            self._file.write(head)
         except BaseException:
-            self.abandon()
+            self._file.abandon()
             raise
+
+    def __enter__(self) -> PieceFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._file.__exit__(kind)
+
+    @property
+    def size(self) -> int:
+        """Bytes so far."""
+        return self._file.size
 
     def write(self, number: int, at: Sequence[int], values: Tensor) -> PieceRecord:
         """Append a piece.
@@ -92,7 +75,7 @@ class PieceFile:
             view = data.reshape(-1).view(torch.uint8).numpy().data
             for start in range(0, len(view), CHUNK):
                 digest.update(view[start : start + CHUNK])
-                self._append(view[start : start + CHUNK])
+                self._file.write(view[start : start + CHUNK])
         return PieceRecord(
             file=number,
             begin=begin,
@@ -101,21 +84,6 @@ class PieceFile:
             at=list(at),
             size=list(values.shape),
         )
-
-    def _append(self, data: bytes | memoryview) -> None:
-        self._stream.write(data)
-        self.size += len(data)
-
-    def close(self) -> None:
-        """Bring the file to the disk."""
-        with self._stream as stream:
-            stream.flush()
-            os.fsync(stream.fileno())
-
-    def abandon(self) -> None:
-        """Close it as it is."""
-        with contextlib.suppress(OSError):
-            self._stream.close()
 
 
 def _rows(values: Tensor) -> Iterator[Tensor]:
@@ -131,15 +99,8 @@ def _rows(values: Tensor) -> Iterator[Tensor]:
 
 def put(staging: Path, path: Path, manifest: ShardedManifest) -> None:
     """Add the manifest to a staged folder and put it in its place, all or nothing."""
-    with (staging / NAME).open("xb") as stream:
-        stream.write(encode(manifest))
-        stream.flush()
-        os.fsync(stream.fileno())
-    _sync(staging)
-    _put(staging, path, exists=path.exists())
-    with contextlib.suppress(OSError):
-        _sync(path.parent)
-    shutil.rmtree(staging, ignore_errors=True)  # the older one, after an exchange
+    write_new(staging / NAME, encode(manifest))
+    publish(staging, path, exists=path.exists())
 
 
 class PiecesToSave(DefaultSavePlanner):
@@ -201,17 +162,12 @@ class PieceWriter(StorageWriter):
             entries.append((_entry(item.index), data.properties.dtype, data.chunk.sizes, item))
         entries.sort(key=lambda entry: -entry[1].itemsize)  # so that all are aligned
         path = self.staging / f"moeify-rank-{self.rank:05d}.safetensors"
-        file = PieceFile(path, [entry[:3] for entry in entries])
         results = []
-        try:
+        with PieceFile(path, [entry[:3] for entry in entries]) as file:
             for *_, item in entries:
                 values: Any = planner.resolve_data(item)
                 record = file.write(self.rank, item.index.offset or (), values)
                 results.append(WriteResult(item.index, record.bytes, record.model_dump()))
-            file.close()
-        except BaseException:
-            file.abandon()
-            raise
         last = results[-1]
         results[-1] = WriteResult(last.index, last.size_in_bytes, (last.storage_data, file.size))
         return results

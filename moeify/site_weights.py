@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from moeify.activations import activation
 from moeify.agreement import assert_same_on_ranks
 from moeify.calibration import Calibration
-from moeify.content import Stored
+from moeify.content import TensorSource
 from moeify.discovery import Discovery, FoundSite
 from moeify.errors import MoeifyError, UnsupportedModuleError
 from moeify.expert_init import MlpWeights, generator_for, init_experts, init_router, scaled, stacked
@@ -177,7 +177,7 @@ def branch_scale(layer: LayerPlan) -> float:
     return 0.5 if layer.residual in ("add", "sigmoid") else 1.0
 
 
-def _of_source(model: nn.Module, source: Stored, region: Region) -> MlpWeights:
+def _of_source(model: nn.Module, source: TensorSource, region: Region) -> MlpWeights:
     def parameter(name: str) -> Tensor:
         return read_like(source, name, model.get_parameter(name))
 

@@ -29,7 +29,7 @@ _BLOB = re.compile(r"\.\./\.\./blobs/([0-9a-f]{40}|[0-9a-f]{64})")
 _PICKLED = re.compile(r".*\.(?:bin|pt|pth|ckpt|pkl|pickle|h5|msgpack)")
 
 
-class SourceFolder(TensorFiles):
+class CheckpointReader(TensorFiles):
     """The tensors of a local folder with `model.safetensors`, or with an index of several files.
 
     Args:
@@ -170,7 +170,7 @@ def _index(folder: Folder, names: Sequence[str]) -> tuple[dict[str, str] | None,
         plain = isinstance(file, str) and file.endswith(".safetensors") and file.isprintable()
         if not plain or file.startswith(".") or set(file) & set("/\\:"):
             raise CheckpointError(
-                f"{where}: weight_map: {key!r:.200}: {file!r:.80} is no safetensors file in the "
+                f"{where}: weight_map: {key!r:.200}: {file!r:.80} is not a safetensors file in the "
                 "same folder"
             )
     if WEIGHTS in names and set(placed.values()) != {WEIGHTS}:
@@ -185,7 +185,7 @@ def _index(folder: Folder, names: Sequence[str]) -> tuple[dict[str, str] | None,
 def _mapping(folder: Folder, name: str) -> dict[str, Any]:
     data = parse_json(folder.read(name, limit=MAX_TEXT), folder.where(name))
     if not isinstance(data, dict):
-        raise CheckpointError(f"{folder.where(name)}: is no mapping")
+        raise CheckpointError(f"{folder.where(name)}: is not a mapping")
     return data
 
 
@@ -198,4 +198,4 @@ def _title(path: str) -> str:
     return real.name
 
 
-__all__ = ["INDEX", "WEIGHTS", "Entry", "SourceFolder"]
+__all__ = ["INDEX", "WEIGHTS", "CheckpointReader", "Entry"]

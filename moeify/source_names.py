@@ -17,23 +17,23 @@ from torch import Tensor, nn
 
 from moeify.checkpoint_files import CHUNK
 from moeify.checkpoint_state import tensors_of
-from moeify.content import Spec
+from moeify.content import TensorSpec
 from moeify.errors import CheckpointError, MoeifyError
-from moeify.source import SourceFolder
+from moeify.source import CheckpointReader
 
 
 class NeedsLoading(MoeifyError):
     """A folder's tensors are not the model's own: transformers makes them when it loads it."""
 
 
-class Source:
-    """The tensors of a dense model, by its own names, in a folder; a `Stored`.
+class DenseTensors:
+    """The tensors of a dense model, by its own names, in a folder; a `TensorSource`.
 
     Attributes:
         folder: The files.
-        specs: See `Stored`; shapes are the model's, dtypes are those of the files. Tensors that
+        specs: See `TensorSource`; shapes are the model's, dtypes are those of the files. Those that
             are `missing` have the model's dtype.
-        aliases: See `Stored`.
+        aliases: See `TensorSource`.
         missing: Parameters and buffers that the files hold under none of their names; they cannot
             be read.
         unused: Tensors of the files, by their names there, that the model has no place for.
@@ -41,8 +41,8 @@ class Source:
 
     def __init__(
         self,
-        folder: SourceFolder,
-        specs: Mapping[str, Spec],
+        folder: CheckpointReader,
+        specs: Mapping[str, TensorSpec],
         aliases: Mapping[str, str],
         keys: Mapping[str, str],
         unused: Iterable[str],
@@ -55,7 +55,7 @@ class Source:
         self._keys = keys
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """See `Stored.read`.
+        """See `TensorSource.read`.
 
         Raises:
             CheckpointError: The files lack it, or cannot be read.
@@ -66,7 +66,7 @@ class Source:
         return self.folder.read(key, start, stop)
 
 
-def open_source(directory: str | os.PathLike[str], model: nn.Module) -> Source:
+def open_dense_folder(directory: str | os.PathLike[str], model: nn.Module) -> DenseTensors:
     """Open a dense Hugging Face folder for reading, tensor by tensor.
 
     Args:
@@ -81,9 +81,9 @@ def open_source(directory: str | os.PathLike[str], model: nn.Module) -> Source:
         CheckpointError: The folder is damaged, quantised, or does not fit the model.
         NeedsLoading: The model's tensors are computed out of those in the files.
     """
-    folder = SourceFolder(directory)
+    folder = CheckpointReader(directory)
     try:
-        return _source(folder, model)
+        return _by_name(folder, model)
     except BaseException:
         folder.close()
         raise
@@ -106,7 +106,7 @@ def refuse_quantised(config: Mapping[str, Any], where: str) -> None:
         )
 
 
-def _source(folder: SourceFolder, model: nn.Module) -> Source:
+def _by_name(folder: CheckpointReader, model: nn.Module) -> DenseTensors:
     refuse_quantised(folder.config, folder.path)
     specs, aliases = places_of(model)
     rename = renaming(model, folder.path)
@@ -135,16 +135,16 @@ def _source(folder: SourceFolder, model: nn.Module) -> Source:
                 f"{folder.path}: {name} is in none of the files: a {type(model).__name__} makes it "
                 "when transformers loads the model"
             )
-    return Source(folder, specs, aliases, keys, (key for key in unused if not known(key)))
+    return DenseTensors(folder, specs, aliases, keys, (key for key in unused if not known(key)))
 
 
-def places_of(model: nn.Module) -> tuple[dict[str, Spec], dict[str, str]]:
+def places_of(model: nn.Module) -> tuple[dict[str, TensorSpec], dict[str, str]]:
     """Return every tensor of a state dict under its first name, and its further names.
 
     Args:
         model: Its tensors may be on meta: tied is what is one object.
     """
-    specs: dict[str, Spec] = {}
+    specs: dict[str, TensorSpec] = {}
     aliases: dict[str, str] = {}
     first: dict[int, str] = {}
     for item in tensors_of(model):
@@ -152,14 +152,14 @@ def places_of(model: nn.Module) -> tuple[dict[str, Spec], dict[str, str]]:
             continue
         name = first.setdefault(id(item.tensor), item.name)
         if name == item.name:
-            specs[name] = Spec(tuple(item.tensor.shape), item.tensor.dtype)
+            specs[name] = TensorSpec(tuple(item.tensor.shape), item.tensor.dtype)
         else:
             aliases[item.name] = name
     return specs, aliases
 
 
 def _tied(
-    folder: SourceFolder, keys: Mapping[str, str], aliases: Mapping[str, str]
+    folder: CheckpointReader, keys: Mapping[str, str], aliases: Mapping[str, str]
 ) -> dict[str, str]:
     """Return the key of each tensor's first name, whichever of its names the files use.
 
@@ -178,7 +178,7 @@ def _tied(
     return found
 
 
-def _same(folder: SourceFolder, one: str, other: str) -> bool:
+def _same(folder: CheckpointReader, one: str, other: str) -> bool:
     """Compare two tensors of one shape, some rows at a time."""
     specs = [folder.keys[key].spec for key in (one, other)]
     if specs[0] != specs[1]:

@@ -1,24 +1,52 @@
-"""The tensors of a saved folder, read where they lie."""
+"""A folder that moeify wrote: what it holds, and its tensors, read where they lie."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 from torch import Tensor
 
 from moeify.checkpoint_files import MANIFEST, Folder
 from moeify.checkpoint_manifest import FileRecord, Manifest, read_manifest
 from moeify.checkpoint_shards import DTYPES
-from moeify.content import Spec, describe
+from moeify.content import TensorSpec, describe
 from moeify.errors import CheckpointError
-from moeify.export_manifest import ExportManifest, read_export_manifest
-from moeify.source import SourceFolder
+from moeify.export_manifest import FormatManifest, read_format_manifest
+from moeify.source import CheckpointReader
 from moeify.tensor_files import TensorFiles
 
 
+def is_save(folder: Path) -> bool:
+    """Return whether moeify wrote a folder."""
+    return (folder / MANIFEST).is_file()
+
+
+def is_converted(folder: Path) -> bool:
+    """Return whether moeify wrote a folder with a converted model, not with a dense one.
+
+    Raises:
+        CheckpointError: What it wrote there is damaged.
+    """
+    if not is_save(folder):
+        return False
+    with Folder(folder) as opened:
+        manifest = read_format_manifest(opened)
+    return manifest is None or manifest.kind != "dense"
+
+
+def read_any_manifest(folder: Folder) -> Manifest | FormatManifest:
+    """Read `moeify.json` of a folder that moeify wrote in any format.
+
+    Raises:
+        CheckpointError: It is missing or damaged.
+    """
+    return read_format_manifest(folder) or read_manifest(folder)
+
+
 class FolderTensors:
-    """The tensors of a converted model in a folder that moeify wrote; a `Stored`.
+    """The tensors of a converted model in a folder that moeify wrote; a `TensorSource`.
 
     It reads what `moeify.save` wrote, and an export with custom code. In the latter, names that the
     model's class ties are not there at all.
@@ -29,27 +57,26 @@ class FolderTensors:
 
     Attributes:
         manifest: The content of `moeify.json`.
-        specs: See `Stored`.
-        aliases: See `Stored`.
+        specs: See `TensorSource`.
+        aliases: See `TensorSource`.
 
     Raises:
-        CheckpointError: It is no such folder, or is incomplete or damaged.
+        CheckpointError: It is not such a folder, or is incomplete or damaged.
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, verify: bool = False) -> None:
         with Folder(directory) as folder:
-            export = read_export_manifest(folder)
-            self.manifest: Manifest | ExportManifest = export or read_manifest(folder)
+            self.manifest = read_any_manifest(folder)
             if isinstance(self.manifest, Manifest):
                 self._files = _saved(folder, self.manifest)
-        if export is not None:
-            if export.kind != "custom":
+        if isinstance(self.manifest, FormatManifest):
+            if self.manifest.kind != "custom":
                 raise CheckpointError(
-                    f"{os.fspath(directory)}: holds a {export.kind} model, whose tensors have the "
-                    "names of its own class"
+                    f"{os.fspath(directory)}: holds a {self.manifest.kind} model, whose tensors "
+                    "have the names of its own class"
                 )
-            self._files = SourceFolder(directory)
-        self.specs: Mapping[str, Spec] = {n: e.spec for n, e in self._files.keys.items()}
+            self._files = CheckpointReader(directory)
+        self.specs: Mapping[str, TensorSpec] = {n: e.spec for n, e in self._files.keys.items()}
         self.aliases: Mapping[str, str] = {}
         if isinstance(self.manifest, Manifest):
             records = self.manifest.tensors
@@ -59,7 +86,7 @@ class FolderTensors:
             self._verify(self.manifest.shards)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """See `Stored.read`."""
+        """See `TensorSource.read`."""
         return self._files.read(name, start, stop)
 
     def unchanged(self) -> None:
@@ -94,7 +121,7 @@ def _saved(folder: Folder, manifest: Manifest) -> TensorFiles:
             what = "is missing" if name in expected else "should not be there"
             raise CheckpointError(f"{where}: {name:.200}: {what}")
         for name, tensor in expected.items():
-            spec = Spec(tuple(tensor.shape), DTYPES[tensor.dtype])
+            spec = TensorSpec(tuple(tensor.shape), DTYPES[tensor.dtype])
             if found[name].spec != spec:
                 raise CheckpointError(
                     f"{where}: {name:.200}: is {describe(found[name].spec)} instead of "

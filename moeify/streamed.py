@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from moeify.checkpoint_state import collect, tensors_of
 from moeify.cli_models import build_on_meta, model_folder
-from moeify.content import Spec, Stored
+from moeify.content import TensorSource, TensorSpec
 from moeify.conversion import ConvertedLayer, require_conversion
 from moeify.discovery import Discovery
 from moeify.errors import CaptureError, MoeifyError
@@ -30,11 +30,11 @@ from moeify.passes.replace_mlps import build_block, expert_weights
 from moeify.pipeline import prepare, refuse_wrapped, run_pipeline
 from moeify.plan import Plan
 from moeify.selection import shorten
-from moeify.source_names import Source, open_source
+from moeify.source_names import DenseTensors, open_dense_folder
 
 
 class StreamedTensors:
-    """The tensors of a converted model; see the module and `Stored`.
+    """The tensors of a converted model; see the module and `TensorSource`.
 
     Args:
         model: Converted, its parameters on meta.
@@ -47,15 +47,15 @@ class StreamedTensors:
         resolved: What was passed.
         source: What was passed.
         folder: Its files.
-        specs: See `Stored`.
-        aliases: See `Stored`.
+        specs: See `TensorSource`.
+        aliases: See `TensorSource`.
     """
 
     def __init__(
         self,
         model: nn.Module,
         dense: nn.Module,
-        source: Source,
+        source: DenseTensors,
         discovery: Discovery,
         resolved: ResolvedPlan,
     ) -> None:
@@ -63,8 +63,8 @@ class StreamedTensors:
         record = require_conversion(model)
         state = collect(model, values=False)
         names = [name for name, role in state.roles.items() if role != "scratch"]
-        self.specs: Mapping[str, Spec] = {
-            name: Spec(tuple(state.tensors[name].shape), state.tensors[name].dtype)
+        self.specs: Mapping[str, TensorSpec] = {
+            name: TensorSpec(tuple(state.tensors[name].shape), state.tensors[name].dtype)
             for name in names
         }
         self.aliases: Mapping[str, str] = {
@@ -91,7 +91,7 @@ class StreamedTensors:
                 self._block[name] = found
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """See `Stored.read`."""
+        """See `TensorSource.read`."""
         spec = self.specs[name]
         rows = range(*slice(start, stop).indices(spec.shape[0])) if spec.shape else range(0)
         tensor = self._made(name, rows) if name in self._block else self._kept(name, rows)
@@ -130,7 +130,11 @@ class _Layer:
     """Makes the tensors of one block, and remembers the last."""
 
     def __init__(
-        self, dense: nn.Module, source: Stored, discovery: Discovery, converted: ConvertedLayer
+        self,
+        dense: nn.Module,
+        source: TensorSource,
+        discovery: Discovery,
+        converted: ConvertedLayer,
     ) -> None:
         self.layer: LayerPlan = converted.layer
         self._model, self._source = dense, source
@@ -230,7 +234,7 @@ def stream(
     """
     place = model_folder(folder)
     dense = build_on_meta(place, dtype)
-    source = open_source(place, dense)
+    source = open_dense_folder(place, dense)
     _refuse_missing(source, dense, place)
     refuse_wrapped(dense)
     try:
@@ -249,7 +253,7 @@ def stream(
     return model, StreamedTensors(model, dense, source, discovery, resolved)
 
 
-def _refuse_missing(source: Source, dense: nn.Module, place: Path) -> None:
+def _refuse_missing(source: DenseTensors, dense: nn.Module, place: Path) -> None:
     """Refuse to draw at random what the files lack."""
     parameters = {name for name, _ in dense.named_parameters(remove_duplicate=False)}
     missing = [name for name in source.missing if name in parameters]

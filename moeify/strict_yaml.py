@@ -8,12 +8,10 @@ nesting nor an alias bomb can hurt. Importable without torch.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 import re
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from typing import Any, Final, TypeAlias
 
 import yaml
 
+from moeify.atomic_file import replace_file
 from moeify.errors import PlanError
 
 Where: TypeAlias = tuple[str | int, ...]
@@ -191,7 +190,7 @@ def dump(data: Any, file: str) -> str:
 
 
 def write(path: str | os.PathLike[str], text: str) -> None:
-    """Writes a file, all or nothing.
+    """Write a file, all or nothing.
 
     Args:
         path: Where; replaced if it exists.
@@ -202,18 +201,7 @@ def write(path: str | os.PathLike[str], text: str) -> None:
     """
     file = os.fspath(path)
     try:
-        target = Path(file).resolve()
-        beside = target.with_name(f".{target.name[:100]}.{secrets.token_hex(8)}.tmp")
-        try:
-            with beside.open("x", encoding="utf-8", newline="\n") as stream:
-                stream.write(text)
-                stream.flush()
-                os.fsync(stream.fileno())
-            beside.replace(target)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                beside.unlink()
-            raise
+        replace_file(Path(file).resolve(), text.encode())
     except (OSError, ValueError) as error:
         raise PlanError(f"cannot be written: {error}", file=file) from error
 

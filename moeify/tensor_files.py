@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moeify.checkpoint_files import CHUNK, Folder
 from moeify.checkpoint_shards import header_data, header_text, spans_of
-from moeify.content import Spec
+from moeify.content import TensorSpec
 from moeify.errors import CheckpointError
 
 
@@ -34,7 +34,7 @@ class Entry:
     """
 
     file: str
-    spec: Spec
+    spec: TensorSpec
     begin: int
     end: int
 
@@ -114,7 +114,7 @@ class TensorFiles:
         header.pop("__metadata__", None)
         start = 8 + len(text)
         found = {
-            name: Entry(file, Spec(s.shape, s.dtype), start + s.start, start + s.stop)
+            name: Entry(file, TensorSpec(s.shape, s.dtype), start + s.start, start + s.stop)
             for name, s in spans_of(header, state.st_size - start, where).items()
         }
         for name in found:

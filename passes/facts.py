@@ -18,12 +18,12 @@ from moeify.experts import Experts
 from moeify.kernels import combine as _combine  # noqa: F401  registers the op
 from moeify.kernels import dispatch as _dispatch  # noqa: F401  registers the op
 from moeify.kernels import wire as _wire  # noqa: F401  registers the op
+from moeify.layer_plan import LayerPlan
 from moeify.mesh import World
 from moeify.passes.base import Fact, PlanContext
 from moeify.passes.blocks import MOE_ROLE, ZERO, blocks_of, layer_at
 from moeify.passes.records import record_of
 from moeify.passes.verifier import Check
-from moeify.resolve import LayerPlan
 from moeify.sharding import is_sharded
 
 __all__ = ["CHECKS"]

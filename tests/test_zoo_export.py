@@ -17,7 +17,7 @@ from torch import Tensor
 
 import moeify as mf
 from moeify.content import LiveTensors
-from moeify.exports import content_for
+from moeify.exports import choose_format
 from moeify.hf import example_inputs_for
 from tests.zoo_models import ZOO
 
@@ -93,11 +93,11 @@ def exported(
         save_file(inputs, root / "inputs" / folder)
         with torch.no_grad():
             output = model.eval()(**inputs, return_dict=True)
-        content = content_for(model, LiveTensors(model))
+        model_files = choose_format(model, LiveTensors(model))
         found[name] = Exported(
             sites=ZOO[name].sites,
-            kind=content.kind,
-            why=next((n for n in content.notes if n.startswith("not ")), ""),
+            kind=model_files.kind,
+            why=next((n for n in model_files.notes if n.startswith("not ")), ""),
             wanted=output[next(key for key in output if key.startswith("logits"))],
         )
         model.save_pretrained(root / "models" / folder)

@@ -25,11 +25,11 @@ import torch.distributed as dist
 from torch import nn
 
 import moeify as mf
+from moeify.atomic_file import SyncedFile
 from moeify.checkpoint_json import canonical_digest
 from moeify.errors import CheckpointError
 from moeify.sharded_checkpoint import latest, load_sharded, save_sharded
 from moeify.sharded_manifest import NAME
-from moeify.sharded_storage import PieceFile
 from tests.distributed.ranks import run_ranks
 
 X = torch.linspace(-1, 1, 32).view(4, 8)
@@ -89,22 +89,22 @@ class Steps:
             self.act()
 
     def install(self, patch: Callable[[object, str, object], None], *, audit: bool) -> None:
-        fsync, append = os.fsync, PieceFile._append
+        fsync, write = os.fsync, SyncedFile.write
 
         def counted_fsync(handle: int) -> None:
             if self.count():
                 self.act()
             fsync(handle)
 
-        def counted_append(file: PieceFile, data: bytes | memoryview) -> None:
+        def counted_write(file: SyncedFile, data: bytes | memoryview) -> None:
             if self.count():
-                append(file, memoryview(data)[: len(data) // 2])
-                file._stream.flush()
+                write(file, memoryview(data)[: len(data) // 2])
+                file.flush()
                 self.act()
-            append(file, data)
+            write(file, data)
 
         patch(os, "fsync", counted_fsync)
-        patch(PieceFile, "_append", counted_append)
+        patch(SyncedFile, "write", counted_write)
         if audit:
             sys.addaudithook(self.event)
 
@@ -163,7 +163,7 @@ def killed_everywhere(root: Path, *, over: bool) -> int:
         assert status == -signal.SIGKILL, status
     assert seen == {"old", "new"}
     kept = {path.name for path in root.iterdir()}
-    assert kept <= {"step-00000001", "step-00000002"}, f"what the dead left is there: {kept}"
+    assert kept <= {"step-00000001", "step-00000002"}, f"leftovers of killed saves: {kept}"
     return steps
 
 
@@ -213,15 +213,15 @@ def ranks_in_trouble(rank: int, root: Path) -> str:
     """A full disk on one rank, then a rank that is killed in the midst of its file."""
     model, optimizer = trained(0, expert=2)
     save_sharded(model, root, optimizer=optimizer, step=1)
-    append = PieceFile._append
+    write = SyncedFile.write
 
-    def full(file: PieceFile, data: Any) -> None:
+    def full(file: SyncedFile, data: Any) -> None:
         if rank == 1 and file.size > 1000:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        append(file, data)
+        write(file, data)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PieceFile, "_append", full)
+        patch.setattr(SyncedFile, "write", full)
         with pytest.raises(CheckpointError, match=r"rank 1 could not save .*No space left"):
             save_sharded(model, root, optimizer=optimizer, step=2)
     dist.barrier()  # the first rank cleans up
@@ -236,13 +236,13 @@ def ranks_in_trouble(rank: int, root: Path) -> str:
     now = [t.to_local() if hasattr(t, "to_local") else t for t in values(model)]
     assert same(before, now)
 
-    def die(file: PieceFile, data: Any) -> None:
+    def die(file: SyncedFile, data: Any) -> None:
         if file.size > 1000:
             os.kill(os.getpid(), signal.SIGKILL)
-        append(file, data)
+        write(file, data)
 
     if rank == 1:
-        PieceFile._append = die  # type: ignore[method-assign]
+        SyncedFile.write = die  # type: ignore[method-assign]
     with pytest.raises(CheckpointError, match="a peer died or stalled") as caught:
         save_sharded(model, root, optimizer=optimizer, step=2)
     return str(caught.value)
@@ -338,7 +338,7 @@ DAMAGE = {
     "truncated": (truncate, "has 1000 bytes instead of"),
     "swapped files": (swap, "bytes instead of|SHA-256"),
     "symbolic link": (link, "is a symbolic link"),
-    "FIFO": (fifo, "is no regular file"),
+    "FIFO": (fifo, "is not a regular file"),
     "parent folder": (renamed("../moeify-rank-00000.safetensors"), "is no name of a data file"),
     "absolute": (renamed("/etc/passwd"), "is no name of a data file"),
     "key twice": (twice, "step: stands there twice"),

@@ -411,7 +411,7 @@ def test_foreign_places_are_left_alone(tmp_path: Path) -> None:
     folder = tmp_path / "foreign"
     folder.mkdir()
     (folder / "thesis.txt").write_text("mine")
-    with pytest.raises(CheckpointError, match="no moeify save"):
+    with pytest.raises(CheckpointError, match="not a moeify save"):
         mf.save(model, folder)
     with pytest.raises(CheckpointError, match="is a file"):
         mf.save(model, folder / "thesis.txt")
@@ -658,8 +658,8 @@ DAMAGES: dict[str, tuple[Any, str]] = {
         "plan.yaml: its SHA-256",
     ),
     "link": (replace_by_link, "symbolic link"),
-    "fifo": (replace_by_fifo, "no regular file"),
-    "folder": (lambda f: (shard_of(f).unlink(), shard_of_name(f).mkdir()), "no regular file"),
+    "fifo": (replace_by_fifo, "not a regular file"),
+    "folder": (lambda f: (shard_of(f).unlink(), shard_of_name(f).mkdir()), "not a regular file"),
     "dots": (name_shard("../m.safetensors"), r"shards\[0\].file"),
     "absolute": (name_shard("/etc/passwd"), r"shards\[0\].file"),
     "file with dots": (

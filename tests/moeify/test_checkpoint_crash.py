@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import moeify as mf
 from moeify import checkpoint_files
+from moeify.atomic_file import HashedFile
 from moeify.errors import CheckpointError
 
 X = torch.linspace(-1, 1, 32).view(4, 8)
@@ -82,22 +83,22 @@ class Steps:
             self.act()
 
     def install(self, patch: Callable[[object, str, object], None], *, audit: bool) -> None:
-        fsync, write = os.fsync, checkpoint_files.HashedFile.write
+        fsync, write = os.fsync, HashedFile.write
 
         def counted_fsync(handle: int) -> None:
             if self.count():
                 self.act()
             fsync(handle)
 
-        def counted_write(file: checkpoint_files.HashedFile, data: bytes | memoryview) -> None:
+        def counted_write(file: HashedFile, data: bytes | memoryview) -> None:
             if self.count():
                 write(file, memoryview(data)[: len(data) // 2])
-                file._stream.flush()
+                file.flush()
                 self.act()
             write(file, data)
 
         patch(os, "fsync", counted_fsync)
-        patch(checkpoint_files.HashedFile, "write", counted_write)
+        patch(HashedFile, "write", counted_write)
         if audit:
             sys.addaudithook(self.event)
 
@@ -160,7 +161,7 @@ def killed_everywhere(root: Path, *, existing: bool, exchange: bool) -> int:
             seen.add("old")
     assert "new" in seen or not existing
     assert ("old" if existing else "none") in seen
-    assert len(list(root.iterdir())) == 1, "what the dead left was not removed"
+    assert len(list(root.iterdir())) == 1, "leftovers of killed saves were not removed"
     return steps
 
 

@@ -23,8 +23,10 @@ from moeify import cli_convert, convert_check
 from moeify.cli import app
 from moeify.cli_models import load_dense
 from moeify.content import LiveTensors
+from moeify.layer_description import LayerDescription
 from moeify.model_card import model_card
 from moeify.plan import Plan
+from moeify.specs import InitSpec
 from moeify.streamed import stream
 from tests.moeify.test_checkpoint import family
 
@@ -348,8 +350,12 @@ def test_hostile_names_stay_data(tmp_path):
         kind="native",
         plan={"version": 1, "layers": [{"select": {"name": f"{HOSTILE}`````"}}]},
         layers=[
-            {"name": HOSTILE, "experts": 2, "top_k": 1, "residual": "none", "exact": True}
-            | {"init": {"experts": "copy"}}
+            (
+                LayerDescription.model_construct(
+                    name=HOSTILE, experts=2, top_k=1, residual="none", init=InitSpec()
+                ),
+                True,
+            )
         ],
         source=source,
         sha256={HOSTILE: "0" * 64},

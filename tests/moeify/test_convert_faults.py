@@ -25,8 +25,9 @@ from torch import nn
 
 import moeify as mf
 from moeify import content_resume
-from moeify.checkpoint import moeify_content
-from moeify.content import Content
+from moeify.checkpoint import moeify_files
+from moeify.checkpoint_files import locked_folder
+from moeify.content import ModelFiles
 from moeify.content_resume import partial_path, write_resumable
 from moeify.errors import CheckpointError, MoeifyError
 from tests.moeify.test_checkpoint_crash import (
@@ -44,13 +45,13 @@ MADE_OF = {"plan": "p", "source": "s"}
 
 def write(model: nn.Module, target: Path, **options: Any) -> None:
     made_of = options.pop("made_of", MADE_OF)
-    if id(model) not in _CONTENTS:
-        _CONTENTS[id(model)] = model, moeify_content(model)
-    content = _CONTENTS[id(model)][1]
-    write_resumable(content, target, made_of=made_of, max_shard_size=SHARD, **options)
+    if id(model) not in _FILES:
+        _FILES[id(model)] = model, moeify_files(model)
+    model_files = _FILES[id(model)][1]
+    write_resumable(model_files, target, made_of=made_of, max_shard_size=SHARD, **options)
 
 
-_CONTENTS: dict[int, tuple[nn.Module, Content]] = {}
+_FILES: dict[int, tuple[nn.Module, ModelFiles]] = {}
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -224,7 +225,7 @@ def test_finished_shards_are_not_written_again(begun, monkeypatch):
     written, told = counted(monkeypatch), []
     write(model, target, resume=True, advance=told.append)
     assert written[0].startswith("moeify-00003")
-    assert sum(told) == moeify_content(model).nbytes
+    assert sum(told) == moeify_files(model).nbytes
     assert torch.equal(found_at(target), output(model))
 
 
@@ -260,9 +261,9 @@ def test_resume_refuses_another_job(what, begun):
 
 def test_resume_refuses_other_shards(begun):
     model, target = begun
-    content = moeify_content(model)
+    model_files = moeify_files(model)
     with pytest.raises(CheckpointError, match="another max_shard_size"):
-        write_resumable(content, target, made_of=MADE_OF, max_shard_size=SHARD + 1, resume=True)
+        write_resumable(model_files, target, made_of=MADE_OF, max_shard_size=SHARD + 1, resume=True)
 
 
 @pytest.mark.parametrize("text", ["{", '{"format": 1}', '{"a": 1, "a": 2}', "[" * 10_000])
@@ -288,7 +289,7 @@ def test_a_shard_that_is_a_link_is_not_followed(begun, tmp_path):
 
 def test_two_writers(begun):
     model, target = begun
-    with content_resume._locked(partial_path(target)):
+    with locked_folder(partial_path(target)):
         for resume in (False, True):
             with pytest.raises(CheckpointError, match="another process"):
                 write(model, target, resume=resume)

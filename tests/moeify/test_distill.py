@@ -395,7 +395,7 @@ def test_cache(tmp_path, teacher):
             lambda: mf.distill(student, llama(5), temperature=2.0, cache=again),
             "other weights",
         ),
-        (lambda: TeacherCache(tmp_path), "is no cache"),
+        (lambda: TeacherCache(tmp_path), "is not a cache"),
     ):
         with pytest.raises(mf.MoeifyError, match=why):
             other()
@@ -420,7 +420,7 @@ def test_cache_after_a_crash_and_damage(tmp_path, teacher, monkeypatch):
     kd.fill([make([0, 1])])
     from moeify import distill_store
 
-    replace = distill_store._replace
+    replace = distill_store.replace_file
 
     def dies(path, content):  # between a shard and its manifest
         if path.name == distill_store.MANIFEST:
@@ -428,7 +428,7 @@ def test_cache_after_a_crash_and_damage(tmp_path, teacher, monkeypatch):
         replace(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(distill_store, "_replace", dies)
+        patch.setattr(distill_store, "replace_file", dies)
         with pytest.raises(mf.CheckpointError, match="the power is gone"):
             kd.fill([make([2, 3])])
     left = TeacherCache(folder, top_k=8)  # what another process would find
@@ -456,7 +456,7 @@ def test_cache_after_a_crash_and_damage(tmp_path, teacher, monkeypatch):
     with pytest.raises(mf.CheckpointError, match="truncated"):
         TeacherCache(folder, top_k=8)
     (folder / "teacher_cache.json").write_text('{"format": "pickle"}')
-    with pytest.raises(mf.CheckpointError, match="no manifest"):
+    with pytest.raises(mf.CheckpointError, match="not a manifest"):
         TeacherCache(folder, top_k=8)
 
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 import moeify as mf
 from moeify.capture import capture
 from moeify.content import LiveTensors
-from moeify.content_writer import write_content
+from moeify.content_writer import write_model_files
 from moeify.conversion import ATTRIBUTE, require_conversion
 from moeify.errors import MoeifyError, PlanError, UnsupportedModuleError
 from moeify.hf import example_inputs_for, is_hf
-from moeify.native import native_content
+from moeify.native import native_files
 from moeify.passes.stacks import find_stacks
 from moeify.plan import Plan
 from moeify.student_size import describe
@@ -212,7 +212,7 @@ def test_generates_saves_and_compiles(teacher, tmp_path):
     torch.testing.assert_close(compiled(prompt).logits, expected)
     plain = mf.moeify(ZOO["llama"](4).eval(), {"layers": [{"select": "all", "experts": 2}]})
     drop_layers(plain, {"depth": 2})
-    write_content(native_content(plain, LiveTensors(plain)), tmp_path / "native")
+    write_model_files(native_files(plain, LiveTensors(plain)), tmp_path / "native")
     native = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "native")
     torch.testing.assert_close(native(prompt).logits, plain(prompt).logits, atol=1e-5, rtol=1e-5)
     plain.train()

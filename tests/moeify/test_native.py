@@ -18,14 +18,15 @@ import transformers
 
 from moeify import moeify
 from moeify.content import LiveTensors
-from moeify.content_writer import write_content
+from moeify.content_writer import write_model_files
 from moeify.conversion import require_conversion
-from moeify.custom import custom_content
+from moeify.custom import custom_files
 from moeify.errors import CheckpointError
-from moeify.native import NativeTensors, NotNative, native_content
-from moeify.native_facts import Facts, facts_of
+from moeify.native import NativeTensors, NotNative, native_files
+from moeify.native_facts import DecoderLayer, Facts, facts_of
 from moeify.native_targets import TARGETS, misfits
 from moeify.router import Router
+from moeify.specs import RouterSpec
 
 IDS = torch.randint(3, 64, (2, 11), generator=torch.Generator().manual_seed(5))
 SMALL = {
@@ -216,9 +217,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     folders, models, notes = {}, {}, {}
     for i, (name, case) in enumerate(CASES.items()):
         model = convert(case)
-        content = native_content(model, LiveTensors(model), source={"folder": "dense"})
-        folders[name], models[name], notes[name] = root / f"case-{i:02d}", model, content.notes
-        write_content(content, folders[name], max_shard_size="64KB")
+        model_files = native_files(model, LiveTensors(model), source={"folder": "dense"})
+        folders[name], models[name], notes[name] = root / f"case-{i:02d}", model, model_files.notes
+        write_model_files(model_files, folders[name], max_shard_size="64KB")
     torch.save(IDS, root / "ids.pt")
     clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
     done = subprocess.run(
@@ -277,16 +278,16 @@ def test_names_are_those_that_the_class_saves(world: World, name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_read_back_under_moeifys_names(world: World, name: str, tmp_path: Path) -> None:
-    live, stored = LiveTensors(world.models[name]), NativeTensors(world.folders[name])
-    assert list(stored.specs) == list(live.specs)
-    assert dict(stored.specs) == dict(live.specs)
-    assert dict(stored.aliases) == dict(live.aliases)
+    live, tensor_source = LiveTensors(world.models[name]), NativeTensors(world.folders[name])
+    assert list(tensor_source.specs) == list(live.specs)
+    assert dict(tensor_source.specs) == dict(live.specs)
+    assert dict(tensor_source.aliases) == dict(live.aliases)
     for key in live.specs:
         if not key.endswith("pending_counts"):
-            assert torch.equal(stored.read(key), live.read(key)), key
+            assert torch.equal(tensor_source.read(key), live.read(key)), key
     experts = next(key for key in live.specs if key.endswith("gate_up_proj"))
-    assert torch.equal(stored.read(experts, 1, 3), live.read(experts, 1, 3))
-    stored.close()
+    assert torch.equal(tensor_source.read(experts, 1, 3), live.read(experts, 1, 3))
+    tensor_source.close()
     trained = tmp_path / "trained"
     shutil.copytree(world.folders[name] / "trained", trained)
     shutil.copy(world.folders[name] / "moeify.json", trained)
@@ -349,7 +350,7 @@ def change(model: Any, **fields: Any) -> None:
 def test_a_layer_that_no_class_has(mixtral: Any, fields: dict[str, Any], message: str) -> None:
     change(mixtral, **fields)
     with pytest.raises(NotNative) as caught:
-        native_content(mixtral, LiveTensors(mixtral))
+        native_files(mixtral, LiveTensors(mixtral))
     assert caught.value.reasons.keys() == {target.architecture for target in TARGETS}
     assert all(message in reason for reason in caught.value.reasons.values())
 
@@ -370,21 +371,21 @@ def test_a_layer_that_no_class_has(mixtral: Any, fields: dict[str, Any], message
 def test_a_config_that_no_class_has(mixtral: Any, field: str, value: Any, message: str) -> None:
     setattr(mixtral.config, field, value)
     with pytest.raises(NotNative, match=message):
-        native_content(mixtral, LiveTensors(mixtral))
+        native_files(mixtral, LiveTensors(mixtral))
 
 
 def test_patched_models_and_other_classes(mixtral: Any) -> None:
     attention = mixtral.model.layers[0].self_attn
     attention.forward = attention.forward
     with pytest.raises(NotNative, match=r"layers.0.self_attn: its forward is patched"):
-        native_content(mixtral, LiveTensors(mixtral))
+        native_files(mixtral, LiveTensors(mixtral))
     del attention.forward
     attention.extra = torch.nn.Identity()
     with pytest.raises(NotNative, match=r"layers.0.self_attn.extra is no part of a Llama"):
-        native_content(mixtral, LiveTensors(mixtral))
+        native_files(mixtral, LiveTensors(mixtral))
     mixtral.__class__ = type("LlamaForCausalLM", (transformers.LlamaForCausalLM,), {})
     with pytest.raises(NotNative, match=r"test_native.LlamaForCausalLM is none of"):
-        native_content(mixtral, LiveTensors(mixtral))
+        native_files(mixtral, LiveTensors(mixtral))
 
 
 @pytest.fixture(scope="module")
@@ -396,10 +397,21 @@ def facts(world: World) -> Facts:
     return found
 
 
+PROBABILITY = {"combine": "probability"}
+BIASED = {"bias_update": 0.001}
+
+
+def changed(layer: DecoderLayer, **fields: Any) -> DecoderLayer:
+    """Return a layer with other fields of its plan, or of its router."""
+    router = {name: fields.pop(name) for name in list(fields) if name in RouterSpec.model_fields}
+    fields["router"] = layer.plan.router.model_copy(update=router)
+    return dataclasses.replace(layer, plan=dataclasses.replace(layer.plan, **fields))
+
+
 def why(facts: Facts, name: str, every_layer: dict[str, Any] | None = None, **fields: Any) -> str:
     """Say why changed facts do not fit a class."""
     target = next(t for t in TARGETS if t.architecture == f"{name}ForCausalLM")
-    layers = tuple(dataclasses.replace(layer, **(every_layer or {})) for layer in facts.layers)
+    layers = tuple(changed(layer, **(every_layer or {})) for layer in facts.layers)
     return "; ".join(misfits(target, dataclasses.replace(facts, layers=layers, **fields)))
 
 
@@ -414,11 +426,11 @@ def test_why_a_class_does_not_fit(facts: Facts) -> None:
     assert why(facts, "Mixtral", window=7) == ""
     assert "sliding windows" in why(facts, "Mixtral", window="mixed")
     assert "sliding windows" in why(facts, "Glm4Moe", window=7)
-    assert "always sum to 1" in why(facts, "Mixtral", {"normalized": False})
-    assert "no selection bias" in why(facts, "Mixtral", {"biased": True})
+    assert "always sum to 1" in why(facts, "Mixtral", PROBABILITY)
+    assert "no selection bias" in why(facts, "Mixtral", BIASED)
     assert "it has no residual" in why(facts, "Mixtral", {"residual": "add"})
     assert "`residual: sigmoid`" in why(facts, "Qwen2Moe", {"residual": "add"})
-    mixed = (dataclasses.replace(facts.layers[0], top_k=1), *facts.layers[1:])
+    mixed = (changed(facts.layers[0], top_k=1), *facts.layers[1:])
     assert "one top_k for all layers" in why(dataclasses.replace(facts, layers=mixed), "Mixtral")
 
 
@@ -429,27 +441,25 @@ def test_softmax_and_sigmoid_routers(facts: Facts) -> None:
     one = {"top_k": 1}
     assert why(facts, "Glm4Moe", one) == ""
     assert why(facts, "Mixtral", one | {"score": "sigmoid"}) == ""
-    assert "by sigmoid scores" in why(facts, "Glm4Moe", one | {"biased": True})
-    assert "by sigmoid scores" in why(facts, "Glm4Moe", one | {"normalized": False})
-    assert "by softmax scores" in why(
-        facts, "Qwen3Moe", one | {"score": "sigmoid", "normalized": False}
-    )
+    assert "by sigmoid scores" in why(facts, "Glm4Moe", one | BIASED)
+    assert "by sigmoid scores" in why(facts, "Glm4Moe", one | PROBABILITY)
+    assert "by softmax scores" in why(facts, "Qwen3Moe", one | {"score": "sigmoid"} | PROBABILITY)
 
 
 def test_an_unknown_class_is_refused(mixtral: Any) -> None:
     with pytest.raises(ValueError, match="'Mixtral' is none of MixtralForCausalLM"):
-        native_content(mixtral, LiveTensors(mixtral), architecture="Mixtral")
+        native_files(mixtral, LiveTensors(mixtral), architecture="Mixtral")
     with pytest.raises(NotNative) as caught:
-        native_content(mixtral, LiveTensors(mixtral), architecture="OlmoeForCausalLM")
+        native_files(mixtral, LiveTensors(mixtral), architecture="OlmoeForCausalLM")
     assert list(caught.value.reasons) == ["OlmoeForCausalLM"]
 
 
 def test_what_was_loaded_from_a_custom_export(mixtral: Any, tmp_path: Path) -> None:
-    write_content(custom_content(mixtral, LiveTensors(mixtral)), tmp_path / "custom")
+    write_model_files(custom_files(mixtral, LiveTensors(mixtral)), tmp_path / "custom")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "custom", trust_remote_code=True
     )
-    write_content(native_content(loaded, LiveTensors(loaded)), tmp_path / "native")
+    write_model_files(native_files(loaded, LiveTensors(loaded)), tmp_path / "native")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "native")
     assert type(again).__name__ == "MixtralForCausalLM"
     with torch.no_grad():

@@ -17,8 +17,8 @@ import torch
 import transformers
 
 from moeify import moeify
-from moeify.content import Content, LiveTensors
-from moeify.native import native_content
+from moeify.content import LiveTensors, ModelFiles
+from moeify.native import native_files
 
 SMALL = {
     "vocab_size": 64,
@@ -63,7 +63,7 @@ ALL_SPARSE = Reader("SGLang's Qwen2Moe", dense_layers=False)
 
 
 @pytest.fixture(scope="module")
-def contents() -> dict[str, Content]:
+def contents() -> dict[str, ModelFiles]:
     """What would be written; no weight is read."""
     found = {}
     for name, (family, rules, fields) in CASES.items():
@@ -71,13 +71,13 @@ def contents() -> dict[str, Content]:
         model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
         ids = {"input_ids": torch.zeros(1, 4, dtype=torch.int64)}
         moeify(model, {"layers": rules}, example_inputs=ids, verify=False)
-        found[name] = native_content(model, LiveTensors(model))
+        found[name] = native_files(model, LiveTensors(model))
     return found
 
 
-def config_of(content: Content) -> Any:
+def config_of(model_files: ModelFiles) -> Any:
     """Read the config as a server does, through transformers."""
-    data = json.loads(content.texts["config.json"])
+    data = json.loads(model_files.texts["config.json"])
     return transformers.AutoConfig.for_model(**data)
 
 
@@ -174,15 +174,15 @@ def place_of(name: str, kind: str, count: int) -> Place:
     return name, ""
 
 
-def misfits(content: Content, reader: Reader) -> list[str]:
+def misfits(model_files: ModelFiles, reader: Reader) -> list[str]:
     """Say what a loader would not find, not know, or find in another shape."""
-    config = config_of(content)
+    config = config_of(model_files)
     name = {"glm4_moe": "n_routed_experts", "mixtral": "num_local_experts"}
     count = getattr(config, name.get(config.model_type, "num_experts"))
     expected = dict(places(config, reader))
     found: dict[Place, tuple[int, ...]] = {}
     problems = []
-    for output in content.tensors:
+    for output in model_files.tensors:
         place = place_of(output.name, config.model_type, count)
         if place not in expected:
             problems.append(f"{output.name} is not known")
@@ -196,13 +196,13 @@ def misfits(content: Content, reader: Reader) -> list[str]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_name_has_a_place_and_every_place_is_filled(
-    contents: dict[str, Content], name: str
+    contents: dict[str, ModelFiles], name: str
 ) -> None:
     assert misfits(contents[name], VLLM) == []
     assert misfits(contents[name], SGLANG) == []
 
 
-def test_what_one_reader_cannot_take(contents: dict[str, Content]) -> None:
+def test_what_one_reader_cannot_take(contents: dict[str, ModelFiles]) -> None:
     """The documented gaps: SGLang's Mixtral knows no head_dim, its Qwen2Moe no dense layers."""
     assert misfits(contents["mixtral"], NO_HEAD_DIM) == []
     assert "q_proj.weight is (64, 32)" in misfits(contents["mixtral, head_dim"], NO_HEAD_DIM)[0]
@@ -211,17 +211,17 @@ def test_what_one_reader_cannot_take(contents: dict[str, Content]) -> None:
     assert misfits(contents["qwen2, dense layers"], ALL_SPARSE) != []
 
 
-def test_the_check_itself_can_fail(contents: dict[str, Content]) -> None:
-    content = contents["glm4"]
-    renamed = dataclasses.replace(content.tensors[-1], name="model.odd.weight")
-    broken = dataclasses.replace(content, tensors=(*content.tensors[:-1], renamed))
+def test_the_check_itself_can_fail(contents: dict[str, ModelFiles]) -> None:
+    model_files = contents["glm4"]
+    renamed = dataclasses.replace(model_files.tensors[-1], name="model.odd.weight")
+    broken = dataclasses.replace(model_files, tensors=(*model_files.tensors[:-1], renamed))
     problems = misfits(broken, VLLM)
     assert "model.odd.weight is not known" in problems
     assert any("is not filled" in problem for problem in problems)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_config_says_what_a_server_needs(contents: dict[str, Content], name: str) -> None:
+def test_the_config_says_what_a_server_needs(contents: dict[str, ModelFiles], name: str) -> None:
     config = config_of(contents[name])
     assert config.hidden_act == "silu"  # both refuse all others
     assert len(config.architectures) == 1
@@ -246,7 +246,7 @@ def test_the_config_says_what_a_server_needs(contents: dict[str, Content], name:
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_slices_are_even(contents: dict[str, Content], name: str, ranks: int) -> None:
+def test_slices_are_even(contents: dict[str, ModelFiles], name: str, ranks: int) -> None:
     """Over tensor ranks; a dense model that divides is not made into one that does not."""
     config = config_of(contents[name])
     kinds = ("moe_intermediate_size", "shared_expert_intermediate_size", "intermediate_size")
@@ -256,7 +256,7 @@ def test_slices_are_even(contents: dict[str, Content], name: str, ranks: int) ->
 
 @pytest.mark.parametrize("name", CASES)
 def test_vllms_transformers_backend_finds_the_experts(
-    contents: dict[str, Content], name: str
+    contents: dict[str, ModelFiles], name: str
 ) -> None:
     """It fuses a block with a child `experts` of stacked weights and a gate that is but a weight.
 

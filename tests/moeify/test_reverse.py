@@ -16,12 +16,12 @@ from torch import nn
 import moeify as mf
 from moeify.checkpoint_json import canonical_digest
 from moeify.content import LiveTensors
-from moeify.content_writer import write_content
-from moeify.custom import custom_content
+from moeify.content_writer import write_model_files
+from moeify.custom import custom_files
 from moeify.errors import CheckpointError
 from moeify.hf_dense import dense_class
-from moeify.native import native_content
-from moeify.reverse import dense_content
+from moeify.native import native_files
+from moeify.reverse import dense_files
 from moeify.stored_folder import FolderTensors
 
 ALL = {"layers": [{"select": "all", "experts": 3}]}
@@ -92,9 +92,9 @@ def same(one: nn.Module, other: nn.Module) -> None:
 
 def assert_dense(folder: Path, target: Path, dense: Any, caplog: Any) -> None:
     """The folder reversed is `dense`, of its class, to the bit."""
-    content = dense_content(folder)
-    write_content(content, target)
-    assert content.kind == "dense"
+    model_files = dense_files(folder)
+    write_model_files(model_files, target)
+    assert model_files.kind == "dense"
     same(reread(dense, target), dense)
     assert json.loads((target / "config.json").read_bytes())["architectures"] == [
         type(dense).__name__
@@ -115,7 +115,7 @@ def test_exact(name: str, tmp_path: Path, caplog: Any) -> None:
     assert manifest["kind"] == "dense"
     assert manifest["source"]["folder"] == "saved"
     if name in CUSTOM:
-        write_content(custom_content(model, LiveTensors(model)), tmp_path / "custom")
+        write_model_files(custom_files(model, LiveTensors(model)), tmp_path / "custom")
         out = tmp_path / "from_custom"
         assert_dense(tmp_path / "custom", out, reread_dense(model, tmp_path), caplog)
 
@@ -129,7 +129,7 @@ def test_native(tmp_path: Path, caplog: Any) -> None:
     dense.save_pretrained(tmp_path / "dense")
     plan = {"layers": [{"select": "all", "experts": 2, "top_k": 2}]}
     model = mf.moeify(dense, plan)
-    write_content(native_content(model, LiveTensors(model)), tmp_path / "native")
+    write_model_files(native_files(model, LiveTensors(model)), tmp_path / "native")
     assert_dense(tmp_path / "native", tmp_path / "out", reread_dense(model, tmp_path), caplog)
 
 
@@ -140,10 +140,10 @@ def test_trained(tmp_path: Path, caplog: Any) -> None:
         for parameter in model.parameters():
             parameter += 0.01 * torch.randn_like(parameter)
     mf.save(model, tmp_path / "saved")
-    content = dense_content(tmp_path / "saved")
-    assert ["noise" in note for note in content.notes] == [True]
+    model_files = dense_files(tmp_path / "saved")
+    assert ["noise" in note for note in model_files.notes] == [True]
     with caplog.at_level(logging.WARNING, "moeify"):
-        write_content(content, tmp_path / "out")
+        write_model_files(model_files, tmp_path / "out")
     assert "averaged" in caplog.text
     dense = mf.demoeify(model)
     same(reread(dense, tmp_path / "out"), dense)
@@ -163,9 +163,9 @@ def test_split(tmp_path: Path, caplog: Any) -> None:
     }
     model = mf.moeify(dense, plan)
     mf.save(model, tmp_path / "saved")
-    content = dense_content(tmp_path / "saved")
-    assert content.notes == ()
-    write_content(content, tmp_path / "out")
+    model_files = dense_files(tmp_path / "saved")
+    assert model_files.notes == ()
+    write_model_files(model_files, tmp_path / "out")
     assert [r.message for r in caplog.records if r.name == "moeify"] == []
     after = reread_dense(model, tmp_path, "out")(input_ids=ids).logits
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
@@ -221,7 +221,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
         lambda f: (f / "moeify.json").write_bytes(
             (f / "moeify.json")
             .read_bytes()
-            .replace(b'"version": 1', b'"version":  1')
+            .replace(b'"version": 2', b'"version":  2')
             .replace(b"OPTForCausalLM", b"OPTForCausalML", 1)
         ),
         "it was changed",
@@ -233,7 +233,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
 def custom(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("custom") / "opt"
     model = mf.moeify(family("opt").eval(), HALF)
-    write_content(custom_content(model, LiveTensors(model)), folder)
+    write_model_files(custom_files(model, LiveTensors(model)), folder)
     return folder
 
 
@@ -244,16 +244,16 @@ def test_refused(name: str, custom: Path, tmp_path: Path) -> None:
     shutil.copytree(custom, folder)
     damage(folder)
     with pytest.raises(CheckpointError, match=message):
-        dense_content(folder)
+        dense_files(folder)
 
 
 def test_changed_meanwhile(custom: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(custom, folder)
-    content = dense_content(folder)
+    model_files = dense_files(folder)
     os.utime(folder / "model.safetensors", ns=(1, 1))
     with pytest.raises(CheckpointError, match="was changed while it was read"):
-        write_content(content, tmp_path / "out")
+        write_model_files(model_files, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -261,30 +261,30 @@ def test_not_of_hugging_face(tmp_path: Path, custom: Path) -> None:
     mlp = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
     mf.save(mf.moeify(nn.Sequential(mlp), ALL, example_inputs=torch.randn(4, 8)), tmp_path / "a")
     with pytest.raises(CheckpointError, match="demoeify"):
-        dense_content(tmp_path / "a")
-    write_content(dense_content(custom), tmp_path / "b")
+        dense_files(tmp_path / "a")
+    write_model_files(dense_files(custom), tmp_path / "b")
     with pytest.raises(CheckpointError, match="is a dense model already"):
-        dense_content(tmp_path / "b")
+        dense_files(tmp_path / "b")
     with pytest.raises(CheckpointError, match=r"moeify.json: is missing"):
-        dense_content(tmp_path)
+        dense_files(tmp_path)
 
 
 def test_folder_tensors(custom: Path, tmp_path: Path) -> None:
     """Both kinds give what the model in memory gives, by rows too."""
     model = mf.moeify(family("llama-tied").eval(), SIGMOID)
     mf.save(model, tmp_path / "saved", max_shard_size=20_000)
-    write_content(custom_content(model, LiveTensors(model)), tmp_path / "custom")
+    write_model_files(custom_files(model, LiveTensors(model)), tmp_path / "custom")
     live = LiveTensors(model)
     for name in ("saved", "custom"):
-        stored = FolderTensors(tmp_path / name, verify=True)
-        assert dict(stored.specs) == dict(live.specs)
+        tensor_source = FolderTensors(tmp_path / name, verify=True)
+        assert dict(tensor_source.specs) == dict(live.specs)
         if name == "saved":
-            assert stored.aliases == live.aliases
+            assert tensor_source.aliases == live.aliases
         for tensor in live.specs:
-            assert torch.equal(stored.read(tensor), live.read(tensor)), tensor
-            assert torch.equal(stored.read(tensor, 1, 2), live.read(tensor, 1, 2)), tensor
-        stored.unchanged()
-        stored.close()
+            assert torch.equal(tensor_source.read(tensor), live.read(tensor)), tensor
+            assert torch.equal(tensor_source.read(tensor, 1, 2), live.read(tensor, 1, 2)), tensor
+        tensor_source.unchanged()
+        tensor_source.close()
         file = sorted((tmp_path / name).glob("*.safetensors"))[0]
         data = bytearray(file.read_bytes())
         data[-1] ^= 1

@@ -20,10 +20,10 @@ from transformers.dynamic_module_utils import get_imports
 import moeify as mf
 from moeify.checkpoint_files import Folder
 from moeify.content import LiveTensors
-from moeify.custom import custom_content
+from moeify.custom import custom_files
 from moeify.errors import CaptureError, CheckpointError
-from moeify.export_manifest import read_export_manifest
-from moeify.exports import content_for
+from moeify.export_manifest import read_format_manifest
+from moeify.exports import choose_format
 from tests.zoo_models import DECODER, ZOO, ids
 
 PLAN = {
@@ -84,7 +84,7 @@ def test_what_is_in_the_folder(model, folder):
     assert config["architectures"] == ["MoeifyLlamaForCausalLM"]
     assert config["dtype"] == "float32"
     with Folder(folder) as opened:
-        manifest = read_export_manifest(opened)
+        manifest = read_format_manifest(opened)
     assert manifest is not None
     assert manifest.kind == "custom"
     assert manifest.details["class"].endswith(".LlamaForCausalLM")
@@ -248,11 +248,11 @@ def test_models_that_read_values_on_the_way(folder, model, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(version=2), "version"),
+        (lambda m: m.update(version=1), "version"),
         (lambda m: m.update(extra=1), "extra"),
         (lambda m: m["plan"].update(layers="x"), "layers"),
         (lambda m: m["plan"]["layers"][0].update(experts=5), "plan_sha256"),
-        (lambda m: m["layers"][0].update(experts=5), "experts was 5 and is now 4"),
+        (lambda m: m["layers"][0]["plan"].update(experts=5), "experts was 5 and is now 4"),
         (lambda m: m["layers"].pop(), "layers: were"),
         (lambda m: m["layers"][0].update(graph="0" * 64), "computes something else"),
         (lambda m: m.update(inputs={"tensor": {"shape": [1 << 40], "dtype": "float32"}}), "inputs"),
@@ -292,12 +292,12 @@ def test_names_that_are_not_of_transformers_get_no_code(model):
         other = copy.deepcopy(model)
         other.__class__ = cls
         with pytest.raises(CheckpointError, match=r"moeify\.save"):
-            custom_content(other, LiveTensors(other))
-        assert content_for(other, LiveTensors(other)).kind == "moeify"
+            custom_files(other, LiveTensors(other))
+        assert choose_format(other, LiveTensors(other)).kind == "moeify"
     other = copy.deepcopy(model)
     other.config.__class__ = type("Evil", (transformers.LlamaConfig,), {})
     with pytest.raises(CheckpointError, match="config's class"):
-        custom_content(other, LiveTensors(other))
+        custom_files(other, LiveTensors(other))
 
 
 def test_copies_save_themselves(model, tmp_path):
@@ -495,9 +495,9 @@ def test_a_trainer_resumes(tmp_path):
 
 
 def test_what_is_not_native_says_why(model):
-    content = content_for(model, LiveTensors(model))
-    assert content.kind == "custom"
-    assert any(note.startswith("not native: ") for note in content.notes)
+    model_files = choose_format(model, LiveTensors(model))
+    assert model_files.kind == "custom"
+    assert any(note.startswith("not native: ") for note in model_files.notes)
     with pytest.raises(mf.MoeifyError):
-        content_for(model, LiveTensors(model), "native")
-    assert content_for(model, LiveTensors(model), "moeify").kind == "moeify"
+        choose_format(model, LiveTensors(model), "native")
+    assert choose_format(model, LiveTensors(model), "moeify").kind == "moeify"

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moeify.errors import CheckpointError
-from moeify.source import SourceFolder
-from moeify.source_names import NeedsLoading, open_source
+from moeify.source import CheckpointReader
+from moeify.source_names import NeedsLoading, open_dense_folder
 
 SMALL = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 16, "vocab_size": 99}
 WIDE = {"intermediate_size": 32, **SMALL}
@@ -81,7 +81,7 @@ def test_names(name: str, tmp_path: Path) -> None:
     as_on_the_hub(name, tmp_path)
     loaded, info = type(made).from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"]
-    source = open_source(tmp_path, on_meta(made))
+    source = open_dense_folder(tmp_path, on_meta(made))
     state = loaded.state_dict()
     assert state.keys() == source.specs.keys() | source.aliases.keys()
     assert [n for n in source.specs if n in source.aliases] == []
@@ -102,13 +102,13 @@ def test_what_is_missing_and_left_over(tmp_path: Path) -> None:
     made = family("llama")
     made.save_pretrained(tmp_path)
     renamed(tmp_path, lambda k: k.replace("lm_head", "other_head"))
-    source = open_source(tmp_path, on_meta(made))
+    source = open_dense_folder(tmp_path, on_meta(made))
     assert (source.missing, source.unused) == (("lm_head.weight",), ("other_head.weight",))
     with pytest.raises(CheckpointError, match=r"lm_head\.weight: is in none of the files"):
         source.read("lm_head.weight")
     renamed(tmp_path, lambda k: k, **{"model.norm.weight": torch.ones(17)})
     with pytest.raises(CheckpointError, match=r"norm\.weight: has the shape \[17\]"):
-        open_source(tmp_path, on_meta(made))
+        open_dense_folder(tmp_path, on_meta(made))
 
 
 def test_ties(tmp_path: Path) -> None:
@@ -117,20 +117,22 @@ def test_ties(tmp_path: Path) -> None:
     made.save_pretrained(tmp_path)
     one = made.get_input_embeddings().weight.detach().clone()
     renamed(tmp_path, lambda k: k.replace("model.embed_tokens", "lm_head"))
-    assert torch.equal(open_source(tmp_path, on_meta(made)).read("model.embed_tokens.weight"), one)
+    assert torch.equal(
+        open_dense_folder(tmp_path, on_meta(made)).read("model.embed_tokens.weight"), one
+    )
     renamed(tmp_path, lambda k: k, **{"model.embed_tokens.weight": one})
-    assert open_source(tmp_path, on_meta(made)).missing == ()
+    assert open_dense_folder(tmp_path, on_meta(made)).missing == ()
     one[-1, -1] += 1
     renamed(tmp_path, lambda k: k, **{"model.embed_tokens.weight": one})
     with pytest.raises(NeedsLoading, match="differ"):
-        open_source(tmp_path, on_meta(made))
+        open_dense_folder(tmp_path, on_meta(made))
 
 
 def test_needs_loading(tmp_path: Path) -> None:
     made = family("mixtral")
     made.save_pretrained(tmp_path)
     with pytest.raises(NeedsLoading, match=r"experts\.0\.w1\.weight.*is computed from it"):
-        open_source(tmp_path, on_meta(made))
+        open_dense_folder(tmp_path, on_meta(made))
 
 
 @pytest.mark.parametrize("part", [None, "text_config"])
@@ -142,7 +144,7 @@ def test_quantised(part: str | None, tmp_path: Path) -> None:
     config |= quantised if part is None else {part: quantised}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"quantised \(fp8\)"):
-        open_source(tmp_path, on_meta(made))
+        open_dense_folder(tmp_path, on_meta(made))
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -157,7 +159,7 @@ def test_dtypes_and_rows(tmp_path: Path) -> None:
         tensors[name] = torch.randn(5, 2).to(getattr(torch, name))
     tensors |= {"none": torch.zeros(0, 3), "odd": torch.zeros(3, 0), "one": torch.tensor(7.0)}
     save_file(tensors, tmp_path / "model.safetensors", metadata=FORMAT)
-    with SourceFolder(tmp_path) as folder:
+    with CheckpointReader(tmp_path) as folder:
         assert folder.keys.keys() == tensors.keys()
         for name, tensor in tensors.items():
             bounds = [(0, None), (1, 3), (3, 99), (4, 2)] if tensor.dim() else [(0, None)]
@@ -174,23 +176,23 @@ def test_fingerprint(tmp_path: Path) -> None:
     """It tells a changed folder, and reading tells one that changes meanwhile."""
     file = tmp_path / "model.safetensors"
     save_file({"a": torch.zeros(4)}, file)
-    first, same = SourceFolder(tmp_path), SourceFolder(tmp_path)
+    first, same = CheckpointReader(tmp_path), CheckpointReader(tmp_path)
     assert first.fingerprint() == same.fingerprint() == json.loads(json.dumps(same.fingerprint()))
     assert first.digest() == same.digest()
     assert first.fingerprint()["folder"] == tmp_path.name
     os.utime(file, ns=(1, 1))
     with pytest.raises(CheckpointError, match="changed while it was read"):
         first.unchanged()
-    assert SourceFolder(tmp_path).digest() != first.digest()
-    kept = SourceFolder(tmp_path)
+    assert CheckpointReader(tmp_path).digest() != first.digest()
+    kept = CheckpointReader(tmp_path)
     save_file({"a": torch.ones(4)}, tmp_path / "new")
     (tmp_path / "new").rename(file)  # another file: the one that was opened is read to its end
     assert torch.equal(kept.read("a"), torch.zeros(4))
     os.truncate(file, 0)
     with pytest.raises(CheckpointError, match="claims"):
-        SourceFolder(tmp_path)
+        CheckpointReader(tmp_path)
     save_file({"a": torch.ones(4)}, file)
-    cut = SourceFolder(tmp_path)
+    cut = CheckpointReader(tmp_path)
     os.truncate(file, file.stat().st_size - 1)
     with pytest.raises(CheckpointError, match="ends too early"):
         cut.read("a")
@@ -207,7 +209,7 @@ def test_cache_of_the_hub(tmp_path: Path) -> None:
         blob = blobs / f"{number:064x}"
         file.rename(blob)
         file.symlink_to(f"../../blobs/{blob.name}")
-    source = open_source(snapshot, on_meta(made))
+    source = open_dense_folder(snapshot, on_meta(made))
     want = made.model.norm.weight
     assert torch.equal(source.read("model.norm.weight"), want)
     assert source.folder.fingerprint()["folder"] == "org/tiny@0123"
@@ -217,10 +219,10 @@ def test_cache_of_the_hub(tmp_path: Path) -> None:
         weights.unlink()
         weights.symlink_to(link)
         with pytest.raises(CheckpointError, match="symbolic link"):
-            SourceFolder(snapshot)
+            CheckpointReader(snapshot)
     weights.unlink()
     weights.symlink_to(f"../../blobs/{target.name}")
     target.rename(tmp_path / "elsewhere")
     target.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(CheckpointError, match="symbolic link"):
-        SourceFolder(snapshot)
+        CheckpointReader(snapshot)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from moeify.checkpoint_shards import MAX_HEADER
 from moeify.errors import CheckpointError
-from moeify.source import INDEX, WEIGHTS, SourceFolder
+from moeify.source import INDEX, WEIGHTS, CheckpointReader
 
 HEADER: dict[str, Any] = {
     "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
@@ -109,7 +109,7 @@ def test_headers(name: str, tmp_path: Path) -> None:
     write(tmp_path, header)
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(CheckpointError, match=message) as raised:
-        SourceFolder(tmp_path)
+        CheckpointReader(tmp_path)
     assert str(tmp_path / WEIGHTS) in str(raised.value)
     assert len(str(raised.value)) < 1_000
     assert len(os.listdir("/proc/self/fd")) == before
@@ -119,7 +119,7 @@ def test_headers(name: str, tmp_path: Path) -> None:
 def test_claimed_length(length: int, tmp_path: Path) -> None:
     write(tmp_path, HEADER, length=length)
     with pytest.raises(CheckpointError, match=f"claims {length} bytes"):
-        SourceFolder(tmp_path)
+        CheckpointReader(tmp_path)
 
 
 @pytest.mark.parametrize("size", [0, 7, 8, 9, 200])
@@ -127,14 +127,14 @@ def test_truncated(size: int, tmp_path: Path) -> None:
     write(tmp_path, HEADER)
     os.truncate(tmp_path / WEIGHTS, size)
     with pytest.raises(CheckpointError, match=r"claims|no JSON|end at"):
-        SourceFolder(tmp_path)
+        CheckpointReader(tmp_path)
 
 
 def test_trailing_bytes(tmp_path: Path) -> None:
     """An archive behind the tensors, as polyglot files have it."""
     write(tmp_path, HEADER, DATA + b"PK\5\6" + b"\0" * 18)
     with pytest.raises(CheckpointError, match="end at byte 30 of 52"):
-        SourceFolder(tmp_path)
+        CheckpointReader(tmp_path)
 
 
 def test_claims_are_not_allocated(tmp_path: Path) -> None:
@@ -145,21 +145,21 @@ def test_claims_are_not_allocated(tmp_path: Path) -> None:
     start = file.stat().st_size - len(DATA)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(CheckpointError, match="end at byte"):
-        SourceFolder(tmp_path)
+        CheckpointReader(tmp_path)
     os.truncate(file, start + size)
-    with SourceFolder(tmp_path) as folder:
+    with CheckpointReader(tmp_path) as folder:
         assert folder.read("a", 0, 1).flatten()[: len(DATA)].tolist() == list(DATA)
         assert int(folder.read("a", (1 << 20) - 1).sum()) == 0
     with file.open("r+b") as stream:
         stream.write((1 << 39).to_bytes(8, "little"))
     with pytest.raises(CheckpointError, match="claims"):
-        SourceFolder(tmp_path)
+        CheckpointReader(tmp_path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # KiB
 
 
 def test_no_boolean(tmp_path: Path) -> None:
     write(tmp_path, HEADER, DATA.replace(b"\1\0\1\0", b"\1\0\2\0"))
-    folder = SourceFolder(tmp_path)
+    folder = CheckpointReader(tmp_path)
     assert folder.read("b", 0, 2).tolist() == [True, False]
     with pytest.raises(CheckpointError, match="b: holds bytes that are no booleans"):
         folder.read("b")
@@ -210,7 +210,7 @@ def test_any_file(data: bytes, tmp_path: Path) -> None:
     """It is refused, or read as the safetensors library reads it."""
     (tmp_path / WEIGHTS).write_bytes(data)
     try:
-        with SourceFolder(tmp_path) as folder:
+        with CheckpointReader(tmp_path) as folder:
             got = {name: folder.read(name) for name in folder.keys}
     except CheckpointError:
         return
@@ -285,7 +285,7 @@ def fifo_of_pickles(folder: Path) -> None:
 
 
 FOLDERS: dict[str, tuple[Any, str]] = {
-    "up": (place("a", "../elsewhere.safetensors"), "no safetensors file in the same folder"),
+    "up": (place("a", "../elsewhere.safetensors"), "not a safetensors file in the same folder"),
     "up inside": (place("a", "x/../one.safetensors"), "in the same folder"),
     "absolute": (place("a", "/etc/one.safetensors"), "in the same folder"),
     "backslash": (place("a", "..\\one.safetensors"), "in the same folder"),
@@ -322,11 +322,11 @@ FOLDERS: dict[str, tuple[Any, str]] = {
     "left over": (more(WEIGHTS, a=torch.ones(2)), "holds both"),
     "linked file": (linked("one.safetensors"), "symbolic link"),
     "linked index": (linked(INDEX), "symbolic link"),
-    "FIFO": (replaced("one.safetensors", os.mkfifo), "no regular file"),
-    "FIFO as index": (replaced(INDEX, os.mkfifo), "no regular file"),
-    "folder as file": (replaced("one.safetensors", os.mkdir), "no regular file"),
-    "FIFO as config": (lambda f: os.mkfifo(f / "config.json"), "no regular file"),
-    "config a list": (text_of("config.json", "[]"), "config.json: is no mapping"),
+    "FIFO": (replaced("one.safetensors", os.mkfifo), "not a regular file"),
+    "FIFO as index": (replaced(INDEX, os.mkfifo), "not a regular file"),
+    "folder as file": (replaced("one.safetensors", os.mkdir), "not a regular file"),
+    "FIFO as config": (lambda f: os.mkfifo(f / "config.json"), "not a regular file"),
+    "config a list": (text_of("config.json", "[]"), "config.json: is not a mapping"),
     "pickles": (
         only("pytorch_model.bin", pickle.dumps(print)),
         "'pytorch_model.bin' is never opened: save the model as safetensors",
@@ -344,11 +344,11 @@ FOLDERS: dict[str, tuple[Any, str]] = {
 def test_folders(name: str, tmp_path: Path) -> None:
     damage, message = FOLDERS[name]
     folder = two_files(tmp_path / "model")
-    SourceFolder(folder).close()
+    CheckpointReader(folder).close()
     damage(folder)
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(CheckpointError, match=message):
-        SourceFolder(folder)
+        CheckpointReader(folder)
     assert len(os.listdir("/proc/self/fd")) == before
 
 
@@ -359,11 +359,11 @@ def test_harmless_oddities(tmp_path: Path) -> None:
     more("consolidated.safetensors", z=torch.ones(1))(folder)
     only_pickle = folder / "pytorch_model.bin"
     os.mkfifo(only_pickle)
-    source = SourceFolder(folder)
+    source = CheckpointReader(folder)
     assert list(source.keys) == ["a", "b", "c"]
     assert source.notes == (f"{INDEX}: total_size is True, the tensors have 36 bytes",)
     shutil.rmtree(folder)
     folder.mkdir()
     more(WEIGHTS, a=torch.ones(2))(folder)  # an index may name the one file
     reindex(folder, lambda index: None, {"weight_map": {"a": WEIGHTS}})
-    assert list(SourceFolder(folder).keys) == ["a"]
+    assert list(CheckpointReader(folder).keys) == ["a"]

@@ -6,10 +6,10 @@ from moeify.kernels.rows_triton import (
     choice_block,
     combine_backward_kernel,
     combine_kernel,
-    dispatch_kernel,
-    row_block,
     combine_weights_backward_kernel,
     combine_weights_kernel,
+    dispatch_kernel,
+    row_block,
 )
 from tests.kernels.aot.case import AotCase
 
