@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from moeify import compat
 from moeify.capture import ExampleInputs, split_inputs, tensors_in
-from moeify.discovery import Discovery
+from moeify.discovery import Discovery, find_site
 from moeify.errors import CaptureError
 from moeify.layer_plan import LayerPlan
-from moeify.passes.blocks import find_site
 from moeify.preserve import preserved
 
 MOST = 8192

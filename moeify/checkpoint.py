@@ -18,13 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from moeify import compat, strict_yaml
-from moeify.checkpoint_build import (
-    build,
-    config_texts,
-    convert_again,
-    default_device_cpu,
-    describe_model,
-)
+from moeify.checkpoint_build import build, config_texts, convert_again, describe_model
 from moeify.checkpoint_files import Folder
 from moeify.checkpoint_json import parse_json
 from moeify.checkpoint_manifest import MAX_BYTES, Manifest, TensorRecord, encode, read_manifest
@@ -53,6 +47,7 @@ from moeify.conversion import Conversion, require_conversion, require_one_proces
 from moeify.errors import CheckpointError, MoeifyError
 from moeify.hf import is_hf
 from moeify.input_spec import describable
+from moeify.on_meta import default_device_cpu
 from moeify.passes.base import Pass
 from moeify.pipeline import refuse_wrapped
 from moeify.units import dtype_name, parse_bytes

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from moeify.atomic_file import replace_file
-from moeify.checkpoint_build import parameters_on_meta, quiet_random_state
 from moeify.checkpoint_manifest import MAX_BYTES
 from moeify.errors import MoeifyError
+from moeify.on_meta import parameters_on_meta, quiet_random_state
 from moeify.source import CheckpointReader
 from moeify.units import dtype_from_name
 

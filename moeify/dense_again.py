@@ -21,7 +21,6 @@ from moeify import compat, losses
 from moeify.block import DenseMLP, LinearExperts, ResidualMix, StoredLinear
 from moeify.conversion import (
     ATTRIBUTE,
-    HOOK_TABLES,
     Conversion,
     ConvertedLayer,
     Swap,
@@ -32,6 +31,7 @@ from moeify.errors import UnsupportedModuleError
 from moeify.expert_merge import joined_columns, joined_rows, merged, same_bits, widened
 from moeify.experts import Experts
 from moeify.hf_dense import become_dense
+from moeify.site_install import HOOK_TABLES
 from moeify.sites import Projection
 
 log = logging.getLogger("moeify")

@@ -9,8 +9,9 @@ from torch import nn
 
 from moeify.capture import Capture, ExampleInputs, capture
 from moeify.hf import example_inputs_for
+from moeify.layer_plan import LayerPlan
 from moeify.passes.dataflow import Linear, linears_of
-from moeify.passes.find_mlps import NearMiss, Region, find_regions
+from moeify.passes.mlp_regions import NearMiss, Region, find_regions
 from moeify.passes.placement import Placement, Placer, parameter_names
 from moeify.sites import Projection, Site
 from moeify.training_check import TrainingCheck
@@ -198,3 +199,18 @@ def _own_linears(model: nn.Module, linears: tuple[Linear, ...]) -> tuple[Project
         if not linear.problem and isinstance(modules.get(path), nn.Linear):
             seen.setdefault(path, _projection(model, linear))
     return tuple(seen.values())
+
+
+def find_site(discovery: Discovery, layer: LayerPlan) -> FoundSite | None:
+    """Return the site that a layer plan is for, or None for `expert: linear`."""
+    if layer.expert == "linear":
+        return None
+    return next(found for found in discovery.found if found.site.name == layer.site.name)
+
+
+def block_path(site: FoundSite | None, layer: LayerPlan) -> str:
+    """Return where the block goes in the model."""
+    if site is None:
+        return layer.site.name
+    placement = site.placement
+    return placement.module if placement.install == "T1" else placement.block

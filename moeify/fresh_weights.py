@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from moeify.capture import ExampleInputs
-from moeify.checkpoint_build import quiet_random_state
 from moeify.checkpoint_state import tensors_of
-from moeify.conversion import ATTRIBUTE, skeleton
+from moeify.conversion import ATTRIBUTE
 from moeify.convert_model import convert
 from moeify.dense_again import revert
 from moeify.errors import UnsupportedModuleError
+from moeify.on_meta import quiet_random_state
 from moeify.plan import Plan
+from moeify.site_install import skeleton
 
 
 def draw_again(

@@ -14,11 +14,11 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from moeify.checkpoint_build import parameters_on_meta
 from moeify.checkpoint_replay import replay
 from moeify.conversion import require_one_process
 from moeify.errors import CheckpointError, MoeifyError
 from moeify.hf_dense import KEY, dense_config_class, with_decoys, without_decoys
+from moeify.on_meta import parameters_on_meta
 from moeify.recipe import read_recipe, recorded
 from moeify.save_hook import guard
 

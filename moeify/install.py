@@ -16,23 +16,15 @@ from torch import fx, nn
 from moeify import compat, losses
 from moeify.agreement import run_on_all_ranks
 from moeify.capture import ExampleInputs
-from moeify.conversion import (
-    ATTRIBUTE,
-    Conversion,
-    ConvertedLayer,
-    Fate,
-    Installer,
-    make_ledger,
-    skeleton,
-)
-from moeify.discovery import Discovery, FoundSite
+from moeify.conversion import ATTRIBUTE, Conversion, ConvertedLayer, Fate
+from moeify.discovery import Discovery, FoundSite, block_path, find_site
 from moeify.input_spec import describe_inputs
 from moeify.layer_plan import LayerPlan, ResolvedPlan
 from moeify.mesh import World
 from moeify.parallel import Parallel, reduce_gradients, sharded_names
-from moeify.passes.blocks import block_path, find_site
 from moeify.pipeline import Built
 from moeify.plan import Plan
+from moeify.site_install import Installer, make_ledger, skeleton
 from moeify.tensor_parallel import PartialSums, apply
 from moeify.verification import Snapshot, check, check_untouched, coarsest, compare, snapshot
 from moeify.zero import Partitioned, partition

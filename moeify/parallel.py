@@ -25,7 +25,7 @@ from moeify.layout import Layout
 from moeify.mesh import World, world_size
 from moeify.plan import Plan
 from moeify.sharding import is_sharded
-from moeify.zero_plan import check_process
+from moeify.zero_checks import check_process
 
 if TYPE_CHECKING:
     from moeify.sharded_optimizer import Cut, Guard

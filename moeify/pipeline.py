@@ -13,12 +13,12 @@ from torch import fx, nn
 from moeify.calibration import Calibration
 from moeify.capture import ExampleInputs
 from moeify.conversion import ATTRIBUTE
-from moeify.discovery import Discovery
+from moeify.discovery import Discovery, block_path, find_site
 from moeify.errors import PassError, UnsupportedModuleError
 from moeify.layer_plan import LayerPlan, ResolvedPlan
 from moeify.mesh import World
 from moeify.passes.base import Pass, PlanContext
-from moeify.passes.blocks import MOE_ROLE, SLICES, ZERO, block_path, find_site
+from moeify.passes.blocks import MOE_ROLE, SLICES, ZERO
 from moeify.passes.coordinate_all_to_all import CoordinateAllToAll
 from moeify.passes.dataflow import weight_of
 from moeify.passes.facts import CHECKS

@@ -28,7 +28,7 @@ from moeify.selection import LISTED, Schedule, Select, Strict
 from moeify.specs import InitSpec, ParallelSpec, RouterSpec, ZeroSpec
 from moeify.strict_yaml import Lines, Where
 from moeify.student_spec import DistillSpec, DropSpec, StudentSpec
-from moeify.zero_plan import check_spec
+from moeify.zero_checks import check_spec
 
 if TYPE_CHECKING:
     from torch import nn

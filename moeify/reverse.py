@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from moeify.checkpoint import load
-from moeify.checkpoint_build import build, default_device_cpu
+from moeify.checkpoint_build import build
 from moeify.checkpoint_files import Folder
 from moeify.checkpoint_json import parse_json
 from moeify.checkpoint_manifest import MAX_BYTES, Manifest, ModelRecord, read_manifest
@@ -33,6 +33,7 @@ from moeify.dense_again import RevertedLayer
 from moeify.errors import CheckpointError
 from moeify.export_manifest import FormatManifest, format_manifest, read_format_manifest
 from moeify.hf_dense import dense_class, dense_config, generation_config
+from moeify.on_meta import default_device_cpu
 from moeify.source_names import places_of, renaming
 from moeify.stored_folder import FolderTensors
 from moeify.stored_native import NativeTensors

@@ -15,7 +15,7 @@ from torch import nn
 
 from moeify import strict_yaml
 from moeify.atomic_file import HashedFile, write_new
-from moeify.checkpoint_build import build, convert_again, default_device_cpu
+from moeify.checkpoint_build import build, convert_again
 from moeify.checkpoint_files import MANIFEST, Folder, replace_folder, resolve_target, staged_folder
 from moeify.checkpoint_json import parse_json
 from moeify.checkpoint_manifest import (
@@ -36,6 +36,7 @@ from moeify.checkpoint_shards import (
     read_shard,
 )
 from moeify.errors import CheckpointError
+from moeify.on_meta import default_device_cpu
 from moeify.plan import Plan
 from moeify.sharded_checkpoint import find_checkpoint
 from moeify.sharded_manifest import (

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from moeify import api, compat, losses
 from moeify.capture import ExampleInputs, split_inputs
-from moeify.conversion import Conversion, require_conversion, routers_of, skeleton
+from moeify.conversion import Conversion, require_conversion, routers_of
 from moeify.errors import MoeifyError
 from moeify.expert_init import generator_for, init_router
 from moeify.hf import example_inputs_for
@@ -32,6 +32,7 @@ from moeify.layout import Layout
 from moeify.plan import Plan
 from moeify.simulate_counter import Call, Counter, fake_world
 from moeify.simulate_zero import memory_by_stage, with_pieces
+from moeify.site_install import skeleton
 from moeify.torch_calls import tensors_in
 
 __all__ = ["Simulation", "simulate", "step"]

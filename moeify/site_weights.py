@@ -18,15 +18,14 @@ from moeify.activations import activation
 from moeify.agreement import assert_same_on_ranks
 from moeify.calibration import Calibration
 from moeify.content import TensorSource
-from moeify.discovery import Discovery, FoundSite
+from moeify.discovery import Discovery, FoundSite, find_site
 from moeify.errors import MoeifyError, UnsupportedModuleError
 from moeify.expert_init import MlpWeights, generator_for, init_experts, init_router, scaled, stacked
 from moeify.expert_models import read_like, sources_for
 from moeify.expert_split import neuron_groups, split_experts
 from moeify.layer_plan import LayerPlan
-from moeify.passes.blocks import find_site
 from moeify.passes.dataflow import Linear
-from moeify.passes.find_mlps import Region
+from moeify.passes.mlp_regions import Region
 from moeify.router_init import cluster_rows, excitation_rows, hidden_rows
 
 

@@ -20,12 +20,11 @@ from moeify.checkpoint_state import collect, tensors_of
 from moeify.cli_models import build_on_meta, model_folder
 from moeify.content import TensorSource, TensorSpec
 from moeify.conversion import ConvertedLayer, require_conversion
-from moeify.discovery import Discovery
+from moeify.discovery import Discovery, find_site
 from moeify.errors import CaptureError, MoeifyError
 from moeify.expert_models import rest_of, sources_for
 from moeify.install import Installation
 from moeify.layer_plan import LayerPlan, ResolvedPlan
-from moeify.passes.blocks import find_site
 from moeify.passes.replace_mlps import build_block, expert_weights
 from moeify.pipeline import prepare, refuse_wrapped, run_pipeline
 from moeify.plan import Plan

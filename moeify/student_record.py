@@ -14,9 +14,8 @@ from typing import Any, Final
 from torch import nn
 
 from moeify.capture import ExampleInputs
-from moeify.checkpoint_build import parameters_on_meta, quiet_random_state
 from moeify.checkpoint_state import tensors_of
-from moeify.conversion import Conversion, ConvertedLayer, Swap, conversion_of, skeleton
+from moeify.conversion import Conversion, ConvertedLayer, Swap, conversion_of
 from moeify.convert_model import convert_without_values
 from moeify.dense_again import revert
 from moeify.drop_config import Cut, same_tree, shorten_modules
@@ -24,7 +23,9 @@ from moeify.errors import UnsupportedModuleError, VerificationError
 from moeify.hf import is_hf
 from moeify.hf_dense import dense_class
 from moeify.layer_plan import LayerPlan
+from moeify.on_meta import parameters_on_meta, quiet_random_state
 from moeify.plan import Plan
+from moeify.site_install import skeleton
 
 _GLOB: Final = str.maketrans({"[": "[[]", "*": "[*]", "?": "[?]"})
 

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from moeify import compat
 from moeify.block import DenseMLP, StoredLinear
-from moeify.conversion import HOOK_TABLES
 from moeify.errors import PlanError
+from moeify.site_install import HOOK_TABLES
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -19,14 +19,13 @@ from torch import fx, nn
 
 from moeify import compat
 from moeify.capture import ExampleInputs
-from moeify.conversion import HOOK_TABLES
-from moeify.discovery import Discovery, FoundSite
+from moeify.discovery import Discovery, FoundSite, block_path, find_site
 from moeify.hf import example_inputs_for
 from moeify.layer_plan import LayerPlan, ResolvedPlan
-from moeify.passes.blocks import block_path, find_site
 from moeify.passes.dataflow import Linear
 from moeify.passes.operations import dtype_of, op_name, shape_of
 from moeify.passes.records import record_of
+from moeify.site_install import HOOK_TABLES
 from moeify.tensor_parallel import SlicedPair, SlicePlan, Way
 from moeify.tensor_parallel_attention import find_attention
 from moeify.tensor_parallel_proof import Proof

@@ -16,8 +16,8 @@ from torch import nn
 from moeify.capture import ExampleInputs, capture
 from moeify.errors import CaptureError
 from moeify.passes.dataflow import linears_of
-from moeify.passes.find_mlps import Region, find_regions
 from moeify.passes.inner_program import InnerProgram
+from moeify.passes.mlp_regions import Region, find_regions
 from moeify.passes.placement import Placement, Placer
 
 log = logging.getLogger("moeify")

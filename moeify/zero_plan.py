@@ -10,17 +10,14 @@ Source:
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from moeify.plan import Plan
     from moeify.specs import ZeroSpec
 
-log = logging.getLogger("moeify")
 
 Kind = Literal["dense", "expert"]
 
@@ -308,49 +305,3 @@ class ZeroPlan:
 
 
 _KINDS: tuple[Kind, ...] = ("dense", "expert")
-
-
-def check_spec(plan: Plan) -> None:
-    """Check a plan's `zero:` against the rest of the plan.
-
-    Raises:
-        PlanError: They cannot go together.
-    """
-    zero, gradients = plan.zero, plan.parallel.gradients
-    if zero.engine == "graph" and zero.stage < 2:
-        raise plan.fault(("zero", "engine"), "`graph` partitions parameters: use stage 2 or 3")
-    if zero.engine == "graph" and zero.offload != "none":
-        raise plan.fault(("zero", "offload"), "goes with `engine: fsdp2`")
-    if zero.offload in ("parameters", "all") and zero.stage < 3:
-        raise plan.fault(
-            ("zero", "offload"),
-            f"`{zero.offload}` needs stage 3: whole parameters stay on the device; use `optimizer`",
-        )
-    if zero.stage >= 2 and gradients != "all":
-        raise plan.fault(
-            ("parallel", "gradients"), f"stage {zero.stage} reduces all gradients itself; use `all`"
-        )
-
-
-def check_process(plan: Plan, *, distributed: bool) -> None:
-    """Check a plan's `zero:` against the process it runs in.
-
-    Args:
-        plan: The plan.
-        distributed: Whether `torch.distributed` runs.
-
-    Raises:
-        PlanError: It cannot be carried out.
-    """
-    zero = plan.zero
-    if distributed:
-        return
-    if zero.offload != "none" or zero.precision != "model":
-        key = "offload" if zero.offload != "none" else "precision"
-        raise plan.fault(
-            ("zero", key),
-            "needs torch.distributed: start the process by torchrun --nproc-per-node 1, and call "
-            "init_process_group first",
-        )
-    if zero.stage:
-        log.info("one process: zero.stage %d has nothing to partition", zero.stage)

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from torch import fx
 
-from moeify.discovery import Discovery, FoundSite
 from moeify.errors import PassError
 from moeify.layer_plan import LayerPlan, ResolvedPlan
 from moeify.passes.records import record_of
@@ -19,21 +18,6 @@ SLICES = "moeify_slices"
 
 ZERO = "moeify_zero"
 """Where in a graph's `meta` partition-zero keeps its decision."""
-
-
-def find_site(discovery: Discovery, layer: LayerPlan) -> FoundSite | None:
-    """Return the site that a layer plan is for, or None for `expert: linear`."""
-    if layer.expert == "linear":
-        return None
-    return next(found for found in discovery.found if found.site.name == layer.site.name)
-
-
-def block_path(site: FoundSite | None, layer: LayerPlan) -> str:
-    """Return where the block goes in the model."""
-    if site is None:
-        return layer.site.name
-    placement = site.placement
-    return placement.module if placement.install == "T1" else placement.block
 
 
 def blocks_of(gm: fx.GraphModule) -> Iterator[tuple[str, fx.GraphModule]]:

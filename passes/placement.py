@@ -20,7 +20,7 @@ from torch import fx, nn
 from moeify import compat
 from moeify.capture import Capture, ModuleCall
 from moeify.passes.dataflow import Linear
-from moeify.passes.find_mlps import Region
+from moeify.passes.mlp_regions import Region
 from moeify.passes.operations import (
     CASTS,
     DROPOUTS,

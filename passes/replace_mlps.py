@@ -36,7 +36,7 @@ from torch import Tensor, fx, nn
 
 from moeify.block import DenseMLP, LinearExperts, ResidualMix, StoredLinear
 from moeify.calibration import Calibration
-from moeify.discovery import Discovery, FoundSite
+from moeify.discovery import Discovery, FoundSite, block_path, find_site
 from moeify.errors import UnsupportedModuleError
 from moeify.expert_init import MlpWeights, init_experts
 from moeify.experts import Experts
@@ -45,9 +45,9 @@ from moeify.kernels import dispatch as _dispatch  # noqa: F401  registers the op
 from moeify.kernels import route
 from moeify.layer_plan import LayerPlan
 from moeify.passes.base import Fact, PassResult, PlanContext
-from moeify.passes.blocks import MOE_ROLE, block_path, find_site
+from moeify.passes.blocks import MOE_ROLE
 from moeify.passes.dataflow import linear_of, weight_of
-from moeify.passes.find_mlps import Region
+from moeify.passes.mlp_regions import Region
 from moeify.passes.placement import parameter_names
 from moeify.passes.records import NodeRecord, record_of, set_record
 from moeify.router import Router

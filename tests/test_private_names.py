@@ -23,14 +23,6 @@ FOREIGN = {
 }
 """Names of others that some module of ours happens to define as well."""
 
-PENDING = {
-    ("content_resume", "checkpoint_files"),
-    ("sharded_checkpoint", "checkpoint_files"),
-    ("sharded_convert", "checkpoint_files"),
-    ("sharded_storage", "checkpoint_files"),
-}
-"""Importer and owner of private names that are still to become public."""
-
 
 def is_private(name: str) -> bool:
     return name.startswith("_") and not (name.startswith("__") and name.endswith("__"))
@@ -97,7 +89,6 @@ def test_private_names_are_not_imported():
         f"{path.relative_to(ROOT)}:{line}: {module}.{name}"
         for path, tree in (modules(*LIBRARY) | modules(*USERS)).items()
         for line, module, name in private_imports(tree)
-        if (path.stem, module.rpartition(".")[2]) not in PENDING
     ]
     assert not wrong, wrong
 

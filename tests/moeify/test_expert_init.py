@@ -14,9 +14,9 @@ from torch import nn
 import moeify as mf
 from moeify import expert_split
 from moeify.calibration import mlp_inputs
+from moeify.discovery import find_site
 from moeify.errors import MoeifyError, PlanError, UnsupportedModuleError
 from moeify.expert_split import balanced_clusters
-from moeify.passes.blocks import find_site
 from moeify.passes.replace_mlps import build_block, expert_weights, router_weight
 from moeify.pipeline import prepare
 from moeify.plan import Plan

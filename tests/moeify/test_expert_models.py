@@ -12,9 +12,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import moeify as mf
+from moeify.discovery import find_site
 from moeify.errors import CheckpointError, MoeifyError, PlanError
 from moeify.expert_models import averaged, sources_for
-from moeify.passes.blocks import find_site
 from moeify.passes.replace_mlps import expert_weights
 from moeify.pipeline import prepare
 from moeify.plan import Plan

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from moeify.errors import PlanError
 from moeify.plan import Plan
 from moeify.specs import ZeroSpec
-from moeify.zero_plan import Part, Unit, ZeroPlan, check_process
+from moeify.zero_checks import check_process
+from moeify.zero_plan import Part, Unit, ZeroPlan
 
 NONE = {"gather": 0, "reduce_scatter": 0, "all_reduce": 0}
 

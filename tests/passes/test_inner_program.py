@@ -12,8 +12,8 @@ from torch import Tensor, fx, nn
 
 from moeify import moeify
 from moeify.capture import capture
-from moeify.passes.find_mlps import Region, find_regions
 from moeify.passes.inner_program import InnerProgram
+from moeify.passes.mlp_regions import Region, find_regions
 from moeify.passes.printer import print_graph
 from moeify.passes.probing import acts_elementwise, only_normalises, recognise
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import moeify as mf
 from moeify import zero_fsdp
-from moeify.conversion import conversion_of, skeleton
+from moeify.conversion import conversion_of
 from moeify.discovery import discover
 from moeify.errors import PassError
 from moeify.passes.base import Fact, PlanContext
@@ -19,6 +19,7 @@ from moeify.passes.insert_all_to_all import InsertAllToAll
 from moeify.passes.partition_zero import PartitionZero, zero_of
 from moeify.passes.printer import print_graph
 from moeify.simulate_counter import fake_world
+from moeify.site_install import skeleton
 from moeify.zero_plan import Part, Unit, ZeroPlan
 from tests.passes.parallel_block import block_after
 from tests.zoo_models import ZOO

@@ -16,7 +16,7 @@ from moeify import moeify
 from moeify.capture import capture
 from moeify.discovery import discover
 from moeify.errors import MoeifyError
-from moeify.passes.find_mlps import find_regions
+from moeify.passes.mlp_regions import find_regions
 from moeify.passes.placement import Placer
 from moeify.sites import Site
 
