@@ -49,10 +49,10 @@ def plan_on_meta(build: Callable[[], Any]) -> dict[str, float]:
     """Find the MLPs of a model on `meta` and resolve a pr-moe plan."""
     import torch
 
-    from moeify.discovery import discover
-    from moeify.hf import example_inputs_for
-    from moeify.plan import Plan
-    from moeify.resolve import resolve_sites
+    from moeify.hf.detect import example_inputs_for
+    from moeify.plan.plan import Plan
+    from moeify.plan.resolve import resolve_sites
+    from moeify.sites.discovery import discover
 
     with torch.device("meta"):
         model = build()
@@ -82,7 +82,7 @@ def convert_against_copy() -> dict[str, float]:
     import torch
 
     import moeify as mf
-    from moeify.hf import example_inputs_for
+    from moeify.hf.detect import example_inputs_for
 
     torch.set_num_threads(2)
     plan = mf.Plan.preset("moe", experts=8)

@@ -117,7 +117,7 @@ def commands(
     plan = scratch / f"{job}.json"
     plan.write_text(json.dumps({"version": 1, **PLANS[job]}))
     kind = "native" if job == "mixtral" else "custom"
-    ours = [sys.executable, "-m", "moeify.cli", "convert", str(source), str(out)]
+    ours = [sys.executable, "-m", "moeify.cli.main", "convert", str(source), str(out)]
     ours += ["--plan", str(plan), "--export", kind, "--verify", "0"]
     found = {"moeify": ours}
     if in_memory:

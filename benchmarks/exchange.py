@@ -106,7 +106,7 @@ class Runner:
 
     def traffic(self) -> dict[str, Any]:
         """Return what one step sends: bytes of rank 0, and collectives by kind."""
-        from moeify.simulate_counter import count
+        from moeify.simulate.counter import count
 
         self.layer.zero_grad()
         calls = count(self.step)

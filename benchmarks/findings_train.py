@@ -22,10 +22,10 @@ from torch import Tensor, nn
 import moeify as mf
 from benchmarks.findings_study import BASELINE, DENSE, Contestant, Size, contestants
 from benchmarks.findings_text import Corpus, batches, held_out_windows
-from moeify.cli_models import transformers_offline
-from moeify.conversion import routers_of
-from moeify.plan import Plan
-from moeify.student_size import describe
+from moeify.distillation.size import describe
+from moeify.hf.local_folder import transformers_offline
+from moeify.plan.plan import Plan
+from moeify.sites.record import routers_of
 
 Costs: TypeAlias = Mapping[str, Mapping[str, list[float]]]
 """By contestant: `seconds` of a step in each timed round, and `flops` of a token's training."""

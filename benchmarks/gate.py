@@ -125,8 +125,8 @@ def _deepspeed(case: Case, weights: Weights, sparse: bool) -> Gate:
 
 
 def _moeify(case: Case, weights: Weights, capacity: bool, kernel: str) -> Gate:
-    from moeify.kernels.implementations import reference_only
-    from moeify.router import Router
+    from moeify.kernels.registry import reference_only
+    from moeify.nn.router import Router
 
     router = Router(
         case.width,

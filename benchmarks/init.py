@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from moeify.api import moeify
-from moeify.cli_models import transformers_offline
+from moeify.hf.local_folder import transformers_offline
 
 Row = tuple[str, str, float]
 
@@ -107,8 +107,8 @@ def exactness(kind: str, seeds: int = 3) -> list[Row]:
 
 def trained(experts: int = 8) -> list[Row]:
     """Return (clusters and router, top_k, error of the embeddings) of all-MiniLM-L6-v2, split."""
-    from moeify.demo_data import find_weights, load_text
-    from moeify.demo_embed import embed, tokenize
+    from moeify.cli.demo.data import find_weights, load_text
+    from moeify.cli.demo.embed import embed, tokenize
 
     hf: Any = transformers_offline()
     folder = find_weights()

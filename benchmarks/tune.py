@@ -4,7 +4,7 @@
 
 For each product of a layer (up: F x D, down: D x F) and each bucket of rows per expert, every
 candidate that compiles without an error is timed on the same random rows; the fastest goes into
-`kernels/tile_table.json`, over an older entry for the same device and size.
+`kernels/triton/tile_table.json`, over an older entry for the same device and size.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BUCKETS = (16, 32, 64, 128, 256, 512, 1024)
 
 def candidates(rows: int, dtype: torch.dtype) -> Iterator[object]:
     """Yield tile configurations worth trying for a bucket of rows per expert."""
-    from moeify.kernels.tile_config import TileConfig
+    from moeify.kernels.triton.tile_config import TileConfig
 
     wide = dtype == torch.float32
     heights = [bm for bm in (16, 32, 64, 128) if bm <= max(rows, 16)][-2:]
@@ -40,7 +40,7 @@ def fastest(rows: int, experts: int, n: int, k: int, dtype: torch.dtype) -> tupl
     """Return the best configuration for a grouped product, and its milliseconds."""
     from triton.testing import do_bench
 
-    from moeify.kernels import grouped_linear_triton
+    from moeify.kernels.triton import grouped_linear
 
     torch.manual_seed(0)
     x = torch.randn(rows * experts, k, device="cuda", dtype=dtype)
@@ -48,9 +48,9 @@ def fastest(rows: int, experts: int, n: int, k: int, dtype: torch.dtype) -> tupl
     ends = torch.arange(1, experts + 1, device="cuda", dtype=torch.int32) * rows
     times = {}
     for config in candidates(rows, dtype):
-        with mock.patch.object(grouped_linear_triton, "choose", lambda *_, c=config, **__: c):
+        with mock.patch.object(grouped_linear, "choose", lambda *_, c=config, **__: c):
             try:
-                run = lambda: grouped_linear_triton.grouped_linear(x, weight, None, ends)  # noqa: E731
+                run = lambda: grouped_linear.grouped_linear(x, weight, None, ends)  # noqa: E731
                 times[config] = do_bench(run, warmup=5, rep=30)
             except Exception as error:
                 print(f"    {config}: {type(error).__name__}")
@@ -68,7 +68,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("there is no CUDA device to tune for")
         return 1
-    from moeify.kernels.tile_config import parse_table
+    from moeify.kernels.triton.tile_config import parse_table
 
     device, dtype = torch.cuda.get_device_name(), getattr(torch, options.dtype)
     width, hidden, experts = options.shape

@@ -182,7 +182,7 @@ class Moeify(Trainer):
         return self._balance(self.model)
 
     def planned(self) -> dict[str, float]:
-        from moeify.conversion import require_conversion
+        from moeify.sites.record import require_conversion
 
         zero: Any = require_conversion(self.model).parallel.zero
         if zero is None:
@@ -306,7 +306,7 @@ class _DeepSpeedMoE(nn.Module):
 def _routers(sizes: Sizes) -> list[Tensor]:
     """Return the weights [E, D] that moeify gives its routers."""
     import moeify
-    from moeify.conversion import routers_of
+    from moeify.sites.record import routers_of
 
     plan = plan_of(sizes, {"stage": 0})
     model = moeify.moeify(dense(sizes), plan, example_inputs=sizes.ids(0), verify=False)

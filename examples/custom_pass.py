@@ -15,8 +15,8 @@ from torch import fx, nn
 
 import moeify as mf
 from moeify import moeify
-from moeify.passes.base import Fact, PassResult, PlanContext
-from moeify.passes.blocks import blocks_of
+from moeify.passes.infra.base import Fact, PassResult, PlanContext
+from moeify.passes.rewrite.blocks import blocks_of
 
 
 def clamp_before(graph: fx.Graph, readers: list[fx.Node], limit: float) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import moeify as mf
-from moeify.demo_data import load_text
+from moeify.cli.demo.data import load_text
 
 LENGTH, BATCH = 64, 16
 PLAN = {

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from moeify import moeify, router_stats
-from moeify.demo_data import load_text
+from moeify.cli.demo.data import load_text
 
 LENGTH, BATCH, STEPS = 64, 16, 20
 PLAN = {

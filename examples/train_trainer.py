@@ -21,7 +21,7 @@ from transformers import (
 
 import moeify as mf
 from moeify import RouterCallback, moeify
-from moeify.demo_data import load_text
+from moeify.cli.demo.data import load_text
 
 LENGTH, BATCH, STEPS = 64, 16, 60
 PLAN = {

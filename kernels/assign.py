@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moeify.kernels.implementations import define, fake
+from moeify.kernels.registry import define, fake
 
 DROPS = ("random", "position", "score")
 
@@ -63,8 +63,8 @@ assign = define(
     "assign",
     "(Tensor ids, Tensor? priority, int experts, SymInt capacity) -> (Tensor, Tensor, Tensor)",
     assign_reference,
-    cpu="moeify.kernels.rows_native:assign",
-    cuda="moeify.kernels.assign_triton:assign",
+    cpu="moeify.kernels.cpu.rows:assign",
+    cuda="moeify.kernels.triton.assign:assign",
 )
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moeify.errors import DispatchError
-from moeify.kernels.implementations import define, fake
+from moeify.kernels.registry import define, fake
 
 
 def check_counts_reference(

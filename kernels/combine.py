@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeify.kernels.implementations import define, fake
 from moeify.kernels.precision import accumulation_dtype, without_autocast
+from moeify.kernels.registry import define, fake
 
 
 def combine_reference(
@@ -50,8 +50,8 @@ combine = define(
     "combine",
     "(Tensor hidden, Tensor? weights, Tensor order, Tensor slots) -> Tensor",
     combine_reference,
-    cpu="moeify.kernels.rows_native:combine",
-    cuda="moeify.kernels.rows_triton:combine",
+    cpu="moeify.kernels.cpu.rows:combine",
+    cuda="moeify.kernels.triton.rows:combine",
 )
 
 
@@ -88,8 +88,8 @@ combine_backward = define(
     "combine_backward",
     "(Tensor grad, Tensor hidden, Tensor weights, Tensor order, Tensor slots) -> (Tensor, Tensor)",
     combine_backward_reference,
-    cpu="moeify.kernels.rows_native:combine_backward",
-    cuda="moeify.kernels.rows_triton:combine_backward",
+    cpu="moeify.kernels.cpu.rows:combine_backward",
+    cuda="moeify.kernels.triton.rows:combine_backward",
 )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moeify.kernels import combine  # noqa: F401  its op is the backward of this one
-from moeify.kernels.implementations import define, fake
+from moeify.kernels.registry import define, fake
 
 
 def dispatch_reference(tokens: Tensor, order: Tensor, slots: Tensor) -> Tensor:
@@ -40,8 +40,8 @@ dispatch = define(
     "dispatch",
     "(Tensor tokens, Tensor order, Tensor slots) -> Tensor",
     dispatch_reference,
-    cpu="moeify.kernels.rows_native:dispatch",
-    cuda="moeify.kernels.rows_triton:dispatch",
+    cpu="moeify.kernels.cpu.rows:dispatch",
+    cuda="moeify.kernels.triton.rows:dispatch",
 )
 
 

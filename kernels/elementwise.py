@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FUSED = ("gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "relu2", "identity")
-"""Names of `moeify.activations` that the `experts` op knows; their order is their number."""
+"""Names of `moeify.nn.activations` that the `experts` op knows; their order is their number."""
 
 
 def activate(hidden: Tensor, activation: str, gated: bool) -> Tensor:

@@ -24,8 +24,8 @@ from moeify.kernels.grouped_linear import (
     grouped_linear_backward_reference,
     grouped_linear_reference,
 )
-from moeify.kernels.implementations import define, fake
 from moeify.kernels.precision import accumulation_dtype, without_autocast
+from moeify.kernels.registry import define, fake
 
 
 def experts_reference(
@@ -172,7 +172,7 @@ experts = define(
     "Tensor? down_bias, Tensor order, Tensor slots, Tensor offsets, str activation, bool gated, "
     "bool save, str kernel) -> (Tensor, Tensor)",
     experts_reference,
-    cpu="moeify.kernels.experts_native:experts",
+    cpu="moeify.kernels.cpu.experts:experts",
     cuda="moeify.kernels.experts_cuda:experts",
 )
 
@@ -183,7 +183,7 @@ experts_backward = define(
     "str activation, bool gated, bool up_has_bias, bool needs_tokens, bool needs_weights, "
     "bool needs_params, str kernel) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     experts_backward_reference,
-    cpu="moeify.kernels.experts_native:experts_backward",
+    cpu="moeify.kernels.cpu.experts:experts_backward",
     cuda="moeify.kernels.experts_cuda:experts_backward",
 )
 

@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from moeify.kernels import experts_backward_triton as backward_triton
-from moeify.kernels import experts_grouped_mm, experts_triton
-from moeify.kernels.lowering import Workload, choose
+from moeify.kernels import experts_grouped_mm
+from moeify.kernels.choose import Workload, choose
+from moeify.kernels.triton import experts as experts_triton
+from moeify.kernels.triton import experts_backward as backward_triton
 
 
 def experts(tokens: Tensor, weights: Tensor | None, up: Tensor, *rest: Any) -> Any:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeify.kernels.implementations import define, fake
 from moeify.kernels.precision import accumulation_dtype, without_autocast
+from moeify.kernels.registry import define, fake
 
 SCORES = ("softmax", "sigmoid")
 BALANCES = ("all", "first")
@@ -88,8 +88,8 @@ gate = define(
     "Tensor? logit_noise, int top_k, str score, str noise, str balance, bool surrogate) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     gate_reference,
-    cpu="moeify.kernels.gate_native:gate",
-    cuda="moeify.kernels.gate_triton:gate",
+    cpu="moeify.kernels.cpu.gate:gate",
+    cuda="moeify.kernels.triton.gate:gate",
 )
 
 
@@ -169,8 +169,8 @@ gate_backward = define(
     "Tensor tokens, Tensor weight, Tensor? input_noise, Tensor logits, Tensor ids, "
     "str score, str balance, bool surrogate) -> (Tensor, Tensor)",
     gate_backward_reference,
-    cpu="moeify.kernels.gate_native:gate_backward",
-    cuda="moeify.kernels.gate_backward_triton:gate_backward",
+    cpu="moeify.kernels.cpu.gate:gate_backward",
+    cuda="moeify.kernels.triton.gate_backward:gate_backward",
 )
 
 

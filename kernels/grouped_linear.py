@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from moeify.errors import DispatchError
-from moeify.kernels.implementations import define, fake
 from moeify.kernels.precision import without_autocast
+from moeify.kernels.registry import define, fake
 
 
 def grouped_linear_reference(
@@ -62,7 +62,7 @@ grouped_linear = define(
     "grouped_linear",
     "(Tensor rows, Tensor weight, Tensor? bias, Tensor offsets) -> Tensor",
     grouped_linear_reference,
-    cuda="moeify.kernels.grouped_linear_triton:grouped_linear",
+    cuda="moeify.kernels.triton.grouped_linear:grouped_linear",
 )
 
 
@@ -106,7 +106,7 @@ grouped_linear_backward = define(
     "grouped_linear_backward",
     "(Tensor grad, Tensor rows, Tensor offsets, bool with_bias) -> (Tensor, Tensor)",
     grouped_linear_backward_reference,
-    cuda="moeify.kernels.grouped_linear_triton:grouped_linear_backward",
+    cuda="moeify.kernels.triton.grouped_linear:grouped_linear_backward",
 )
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from moeify.kernels.assign import DROPS, assign
+from moeify.kernels.combine_weights import COMBINES, combine_weights
 from moeify.kernels.gate import BALANCES, LOGIT_NOISES, SCORES, gate
-from moeify.kernels.weigh import COMBINES, combine_weights
 
 __all__ = [
     "BALANCES",

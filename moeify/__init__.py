@@ -18,35 +18,35 @@ from moeify.version import __version__ as __version__
 _HOMES = {
     "moeify": "moeify.api",
     "demoeify": "moeify.api",
-    "export": "moeify.exporting",
-    "find_mlps": "moeify.discovery",
-    "optimizer": "moeify.optimizing",
-    "param_groups": "moeify.optimizing",
-    "clip_grad_norm_": "moeify.clipping",
-    "save_sharded": "moeify.sharded_checkpoint",
-    "load_sharded": "moeify.sharded_checkpoint",
-    "latest": "moeify.sharded_checkpoint",
-    "to_single": "moeify.sharded_convert",
-    "to_sharded": "moeify.sharded_convert",
-    "aux_loss": "moeify.losses",
-    "router_stats": "moeify.losses",
-    "RouterCallback": "moeify.callbacks",
-    "report": "moeify.report_page",
-    "RunLog": "moeify.run_log",
-    "AlphaSchedule": "moeify.distill_schedule",
-    "DistillationLoss": "moeify.distill_loss",
-    "DistillationTrainer": "moeify.distill_trainer",
-    "TeacherCache": "moeify.distill_cache",
-    "distill": "moeify.distilling",
-    "drop_layers": "moeify.students",
-    "student": "moeify.students",
-    "save": "moeify.checkpoint",
+    "export": "moeify.graph_export.graph",
+    "find_mlps": "moeify.sites.discovery",
+    "optimizer": "moeify.train.optimizer",
+    "param_groups": "moeify.train.optimizer",
+    "clip_grad_norm_": "moeify.train.clip_grad",
+    "save_sharded": "moeify.checkpoint.sharded.api",
+    "load_sharded": "moeify.checkpoint.sharded.api",
+    "latest": "moeify.checkpoint.sharded.api",
+    "to_single": "moeify.checkpoint.sharded.convert",
+    "to_sharded": "moeify.checkpoint.sharded.convert",
+    "aux_loss": "moeify.train.losses",
+    "router_stats": "moeify.train.losses",
+    "RouterCallback": "moeify.train.trainer_callback",
+    "report": "moeify.reporting.page",
+    "RunLog": "moeify.train.run_log",
+    "AlphaSchedule": "moeify.distillation.schedule",
+    "DistillationLoss": "moeify.distillation.loss",
+    "DistillationTrainer": "moeify.distillation.trainer",
+    "TeacherCache": "moeify.distillation.teacher_cache",
+    "distill": "moeify.distillation.distiller",
+    "drop_layers": "moeify.distillation.student",
+    "student": "moeify.distillation.student",
+    "save": "moeify.checkpoint.single",
     "load": "moeify.api",
-    "MoE": "moeify.layer",
-    "Plan": "moeify.plan",
-    "Site": "moeify.sites",
-    "LayerPlan": "moeify.layer_plan",
-    "ResolvedPlan": "moeify.layer_plan",
+    "MoE": "moeify.nn.moe",
+    "Plan": "moeify.plan.plan",
+    "Site": "moeify.plan.site",
+    "LayerPlan": "moeify.plan.layer_plan",
+    "ResolvedPlan": "moeify.plan.layer_plan",
     "MoeifyError": "moeify.errors",
     "PlanError": "moeify.errors",
     "CaptureError": "moeify.errors",
@@ -68,15 +68,19 @@ if TYPE_CHECKING:
     from moeify.api import load as load
     from moeify.api import moeify as moeify
     from moeify.api import resolve_plan as resolve_plan
-    from moeify.callbacks import RouterCallback as RouterCallback
-    from moeify.checkpoint import save as save
-    from moeify.clipping import clip_grad_norm_ as clip_grad_norm_
-    from moeify.discovery import find_mlps as find_mlps
-    from moeify.distill_cache import TeacherCache as TeacherCache
-    from moeify.distill_loss import DistillationLoss as DistillationLoss
-    from moeify.distill_schedule import AlphaSchedule as AlphaSchedule
-    from moeify.distill_trainer import DistillationTrainer as DistillationTrainer
-    from moeify.distilling import distill as distill
+    from moeify.checkpoint.sharded.api import latest as latest
+    from moeify.checkpoint.sharded.api import load_sharded as load_sharded
+    from moeify.checkpoint.sharded.api import save_sharded as save_sharded
+    from moeify.checkpoint.sharded.convert import to_sharded as to_sharded
+    from moeify.checkpoint.sharded.convert import to_single as to_single
+    from moeify.checkpoint.single import save as save
+    from moeify.distillation.distiller import distill as distill
+    from moeify.distillation.loss import DistillationLoss as DistillationLoss
+    from moeify.distillation.schedule import AlphaSchedule as AlphaSchedule
+    from moeify.distillation.student import drop_layers as drop_layers
+    from moeify.distillation.student import student as student
+    from moeify.distillation.teacher_cache import TeacherCache as TeacherCache
+    from moeify.distillation.trainer import DistillationTrainer as DistillationTrainer
     from moeify.errors import CaptureError as CaptureError
     from moeify.errors import CheckpointError as CheckpointError
     from moeify.errors import DispatchError as DispatchError
@@ -86,25 +90,21 @@ if TYPE_CHECKING:
     from moeify.errors import PlanError as PlanError
     from moeify.errors import UnsupportedModuleError as UnsupportedModuleError
     from moeify.errors import VerificationError as VerificationError
-    from moeify.exporting import export as export
-    from moeify.layer import MoE as MoE
-    from moeify.layer_plan import LayerPlan as LayerPlan
-    from moeify.layer_plan import ResolvedPlan as ResolvedPlan
-    from moeify.losses import aux_loss as aux_loss
-    from moeify.losses import router_stats as router_stats
-    from moeify.optimizing import optimizer as optimizer
-    from moeify.optimizing import param_groups as param_groups
-    from moeify.plan import Plan as Plan
-    from moeify.report_page import report as report
-    from moeify.run_log import RunLog as RunLog
-    from moeify.sharded_checkpoint import latest as latest
-    from moeify.sharded_checkpoint import load_sharded as load_sharded
-    from moeify.sharded_checkpoint import save_sharded as save_sharded
-    from moeify.sharded_convert import to_sharded as to_sharded
-    from moeify.sharded_convert import to_single as to_single
-    from moeify.sites import Site as Site
-    from moeify.students import drop_layers as drop_layers
-    from moeify.students import student as student
+    from moeify.graph_export.graph import export as export
+    from moeify.nn.moe import MoE as MoE
+    from moeify.plan.layer_plan import LayerPlan as LayerPlan
+    from moeify.plan.layer_plan import ResolvedPlan as ResolvedPlan
+    from moeify.plan.plan import Plan as Plan
+    from moeify.plan.site import Site as Site
+    from moeify.reporting.page import report as report
+    from moeify.sites.discovery import find_mlps as find_mlps
+    from moeify.train.clip_grad import clip_grad_norm_ as clip_grad_norm_
+    from moeify.train.losses import aux_loss as aux_loss
+    from moeify.train.losses import router_stats as router_stats
+    from moeify.train.optimizer import optimizer as optimizer
+    from moeify.train.optimizer import param_groups as param_groups
+    from moeify.train.run_log import RunLog as RunLog
+    from moeify.train.trainer_callback import RouterCallback as RouterCallback
 
 
 def __getattr__(name: str) -> object:

@@ -1,7 +1,7 @@
 """The public doors: convert a model, revert it, load a saved one, apply a plan to one.
 
 Nothing below imports this module: what loads a model calls `convert`, and a door attaches what a
-model in a user's hands needs, `moeify.save_hook`.
+model in a user's hands needs, `moeify.formats.save_hook`.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from moeify import checkpoint
-from moeify.capture import ExampleInputs
-from moeify.convert_model import convert
-from moeify.dense_again import revert
-from moeify.discovery import discover
-from moeify.layer_plan import ResolvedPlan
-from moeify.passes.base import Pass
-from moeify.plan import Plan
-from moeify.resolve import resolve_sites
-from moeify.save_hook import guard, unguard
-from moeify.tensor_parallel_derive import derive
+from moeify.capture.capture import ExampleInputs
+from moeify.checkpoint import single
+from moeify.convert.convert_model import convert
+from moeify.convert.revert import revert
+from moeify.formats.save_hook import guard, unguard
+from moeify.passes.infra.base import Pass
+from moeify.plan.layer_plan import ResolvedPlan
+from moeify.plan.plan import Plan
+from moeify.plan.resolve import resolve_sites
+from moeify.sites.discovery import discover
+from moeify.tensor_parallel.derive import derive
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -156,7 +156,7 @@ def load(
             that was passed is then as it was.
         ValueError: `dtype` is no floating-point dtype.
     """
-    loaded = checkpoint.load(
+    loaded = single.load(
         directory, device=device, dtype=dtype, model=model, passes=passes, verify=verify
     )
     guard(loaded)

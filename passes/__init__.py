@@ -1,1 +1,1 @@
-"""Graph passes: one file per pass, the pass protocol (`base`) and the manager (`manager`)."""
+"""Graph passes, one file each. What they are built from lies in the rooms below."""

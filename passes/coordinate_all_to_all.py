@@ -33,12 +33,12 @@ from typing import ClassVar
 
 from torch import fx
 
-from moeify import collectives
-from moeify.mesh import World
-from moeify.passes.base import Fact, PassResult, PlanContext
-from moeify.passes.blocks import blocks_of
-from moeify.passes.exchange_nodes import Group, node
-from moeify.passes.exchange_view import Exchange
+from moeify.distributed import collectives
+from moeify.distributed.mesh import World
+from moeify.passes.infra.base import Fact, PassResult, PlanContext
+from moeify.passes.rewrite.blocks import blocks_of
+from moeify.passes.rewrite.exchange_nodes import Group, node
+from moeify.passes.rewrite.exchange_view import Exchange
 
 log = logging.getLogger("moeify")
 

@@ -25,9 +25,9 @@ from typing import ClassVar
 from torch import fx
 
 from moeify.errors import UnsupportedModuleError
-from moeify.passes.base import Fact, PassResult, PlanContext
-from moeify.passes.records import record_of
-from moeify.passes.stacks import Block, Stack
+from moeify.passes.infra.base import Fact, PassResult, PlanContext
+from moeify.passes.infra.records import record_of
+from moeify.passes.match.stacks import Block, Stack
 
 
 @dataclass(frozen=True, slots=True)

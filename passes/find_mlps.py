@@ -18,9 +18,9 @@ from typing import ClassVar
 
 from torch import fx
 
-from moeify.passes.base import Fact, PassResult, PlanContext
-from moeify.passes.mlp_regions import Region, find_regions
-from moeify.passes.records import mark
+from moeify.passes.infra.base import Fact, PassResult, PlanContext
+from moeify.passes.infra.records import mark
+from moeify.passes.match.mlp_regions import Region, find_regions
 
 
 @dataclass(frozen=True, slots=True)

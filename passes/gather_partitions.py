@@ -25,10 +25,10 @@ from typing import ClassVar
 
 from torch import fx
 
-from moeify import zero_graph
-from moeify.passes.base import Fact, PassResult, PlanContext
-from moeify.passes.blocks import blocks_of
-from moeify.passes.exchange_nodes import node
+from moeify.passes.infra.base import Fact, PassResult, PlanContext
+from moeify.passes.rewrite.blocks import blocks_of
+from moeify.passes.rewrite.exchange_nodes import node
+from moeify.zero import graph_engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ def _rewrite(block: fx.GraphModule, *, ahead: bool) -> bool:
             module = graph.get_attr(target)
             module._rename(_flat(f"{target}_module"))
             values = tuple(
-                node(graph, zero_graph.gather, (module, name), _flat(f"{target}_{name}"))
+                node(graph, graph_engine.gather, (module, name), _flat(f"{target}_{name}"))
                 for name in names
             )
         for call in calls[target]:
@@ -87,7 +87,7 @@ def _flat(name: str) -> str:
 def _replace(graph: fx.Graph, call: fx.Node, gathered: tuple[fx.node.Argument, ...]) -> None:
     name = call.name
     with graph.inserting_before(call):
-        made = graph.call_function(zero_graph.run, (*gathered, *call.args), call.kwargs)
+        made = graph.call_function(graph_engine.run, (*gathered, *call.args), call.kwargs)
     made.meta = {**call.meta, "is_wrapped": True}  # as `exchange_nodes.node` says
     call.replace_all_uses_with(made)
     graph.erase_node(call)

@@ -36,14 +36,14 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from moeify import exchange
+from moeify.distributed import exchange
+from moeify.distributed.mesh import World
 from moeify.errors import PassError
-from moeify.mesh import World
-from moeify.passes.base import Fact, PassResult, PlanContext
-from moeify.passes.blocks import blocks_of, layer_at
-from moeify.passes.exchange_choice import chosen_form
-from moeify.passes.exchange_nodes import Group, items, node, ops, send
-from moeify.passes.exchange_view import Exchange, RoundTrip
+from moeify.passes.infra.base import Fact, PassResult, PlanContext
+from moeify.passes.rewrite.blocks import blocks_of, layer_at
+from moeify.passes.rewrite.exchange_choice import chosen_form
+from moeify.passes.rewrite.exchange_nodes import Group, items, node, ops, send
+from moeify.passes.rewrite.exchange_view import Exchange, RoundTrip
 
 
 @dataclass(frozen=True, slots=True)

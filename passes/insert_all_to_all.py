@@ -38,13 +38,13 @@ from typing import ClassVar
 
 from torch import fx
 
-from moeify import collectives, exchange, gathering
-from moeify.mesh import World
-from moeify.passes.base import Fact, PassResult, PlanContext
-from moeify.passes.blocks import blocks_of, layer_at
-from moeify.passes.exchange_choice import chosen_form
-from moeify.passes.exchange_nodes import Group, LocalExperts, items, node, ops, round_trip
-from moeify.passes.gather_tokens import gather_tokens
+from moeify.distributed import allgather, collectives, exchange
+from moeify.distributed.mesh import World
+from moeify.passes.infra.base import Fact, PassResult, PlanContext
+from moeify.passes.rewrite.blocks import blocks_of, layer_at
+from moeify.passes.rewrite.exchange_choice import chosen_form
+from moeify.passes.rewrite.exchange_nodes import Group, LocalExperts, items, node, ops, round_trip
+from moeify.passes.rewrite.gather_tokens import gather_tokens
 
 log = logging.getLogger("moeify")
 
@@ -86,7 +86,7 @@ class InsertAllToAll:
 
 def _exchanges(graph: fx.Graph) -> bool:
     """Tell whether a block's graph has its exchange."""
-    return any(n.target in (collectives.all_to_all, gathering.gather) for n in graph.nodes)
+    return any(n.target in (collectives.all_to_all, allgather.gather) for n in graph.nodes)
 
 
 def _rewrite(graph: fx.Graph, group: Group, path: str, splits: str) -> None:

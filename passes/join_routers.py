@@ -14,10 +14,10 @@ from typing import ClassVar
 
 from torch import fx
 
-from moeify.mesh import World
-from moeify.passes.base import Fact, PassResult, PlanContext
-from moeify.passes.blocks import blocks_of
-from moeify.router import Router
+from moeify.distributed.mesh import World
+from moeify.nn.router import Router
+from moeify.passes.infra.base import Fact, PassResult, PlanContext
+from moeify.passes.rewrite.blocks import blocks_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,11 +25,11 @@ import torch
 from torch import fx
 
 from moeify.errors import PlanError
-from moeify.experts import Experts
-from moeify.kernels.lowering import Choice, Workload, choose
-from moeify.passes.base import Fact, PassResult, PlanContext
-from moeify.passes.blocks import blocks_of, site_of
-from moeify.passes.records import NodeRecord, record_of, set_record
+from moeify.kernels.choose import Choice, Workload, choose
+from moeify.nn.experts import Experts
+from moeify.passes.infra.base import Fact, PassResult, PlanContext
+from moeify.passes.infra.records import NodeRecord, record_of, set_record
+from moeify.passes.rewrite.blocks import blocks_of, site_of
 
 log = logging.getLogger("moeify")
 

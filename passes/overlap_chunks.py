@@ -28,11 +28,11 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from moeify import exchange
-from moeify.passes.base import Fact, PassResult, PlanContext
-from moeify.passes.blocks import blocks_of
-from moeify.passes.exchange_nodes import node
-from moeify.passes.exchange_view import Exchange, RoundTrip
+from moeify.distributed import exchange
+from moeify.passes.infra.base import Fact, PassResult, PlanContext
+from moeify.passes.rewrite.blocks import blocks_of
+from moeify.passes.rewrite.exchange_nodes import node
+from moeify.passes.rewrite.exchange_view import Exchange, RoundTrip
 
 
 @dataclass(frozen=True, slots=True)

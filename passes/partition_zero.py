@@ -27,12 +27,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor, fx, nn
 
-from moeify.block import DenseMLP
-from moeify.mesh import World
-from moeify.passes.base import Fact, PassResult, PlanContext
-from moeify.passes.blocks import MOE_ROLE, SLICES, ZERO, blocks_of, layer_at
-from moeify.passes.records import record_of
-from moeify.zero_plan import Kind, Part, Unit, ZeroPlan
+from moeify.distributed.mesh import World
+from moeify.nn.block import DenseMLP
+from moeify.passes.infra.base import Fact, PassResult, PlanContext
+from moeify.passes.infra.records import record_of
+from moeify.passes.rewrite.blocks import MOE_ROLE, SLICES, ZERO, blocks_of, layer_at
+from moeify.zero.plan import Kind, Part, Unit, ZeroPlan
 
 log = logging.getLogger("moeify")
 

@@ -34,25 +34,25 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from moeify.block import DenseMLP, LinearExperts, ResidualMix, StoredLinear
-from moeify.calibration import Calibration
-from moeify.discovery import Discovery, FoundSite, block_path, find_site
 from moeify.errors import UnsupportedModuleError
-from moeify.expert_init import MlpWeights, init_experts
-from moeify.experts import Experts
+from moeify.init.calibration import Calibration
+from moeify.init.strategies import MlpWeights, init_experts
+from moeify.init.weights import expert_weights, router_weight
 from moeify.kernels import combine as _combine  # noqa: F401  registers the op
 from moeify.kernels import dispatch as _dispatch  # noqa: F401  registers the op
 from moeify.kernels import route
-from moeify.layer_plan import LayerPlan
-from moeify.passes.base import Fact, PassResult, PlanContext
-from moeify.passes.blocks import MOE_ROLE
-from moeify.passes.dataflow import linear_of, weight_of
-from moeify.passes.mlp_regions import Region
-from moeify.passes.placement import parameter_names
-from moeify.passes.records import NodeRecord, record_of, set_record
-from moeify.router import Router
-from moeify.site_weights import expert_weights, router_weight
-from moeify.sites import Site
+from moeify.nn.block import DenseMLP, LinearExperts, ResidualMix, StoredLinear
+from moeify.nn.experts import Experts
+from moeify.nn.router import Router
+from moeify.passes.infra.base import Fact, PassResult, PlanContext
+from moeify.passes.infra.records import NodeRecord, record_of, set_record
+from moeify.passes.match.dataflow import linear_of, weight_of
+from moeify.passes.match.mlp_regions import Region
+from moeify.passes.match.placement import parameter_names
+from moeify.passes.rewrite.blocks import MOE_ROLE
+from moeify.plan.layer_plan import LayerPlan
+from moeify.plan.site import Site
+from moeify.sites.discovery import Discovery, FoundSite, block_path, find_site
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,13 +21,13 @@ from typing import ClassVar
 import torch
 from torch import fx, nn
 
+from moeify.distributed.dtensor import is_sharded, shard_parameter
+from moeify.distributed.layout import Layout
+from moeify.distributed.mesh import World
 from moeify.errors import PassError
-from moeify.layer_plan import LayerPlan
-from moeify.layout import Layout
-from moeify.mesh import World
-from moeify.passes.base import Fact, PassResult, PlanContext
-from moeify.passes.blocks import blocks_of, layer_at
-from moeify.sharding import is_sharded, shard_parameter
+from moeify.passes.infra.base import Fact, PassResult, PlanContext
+from moeify.passes.rewrite.blocks import blocks_of, layer_at
+from moeify.plan.layer_plan import LayerPlan
 
 log = logging.getLogger("moeify")
 

@@ -23,13 +23,13 @@ from typing import ClassVar
 
 from torch import fx
 
-from moeify.capture import ExampleInputs
-from moeify.discovery import Discovery
-from moeify.passes.base import Fact, PassResult, PlanContext
-from moeify.passes.blocks import SLICES
-from moeify.passes.records import mark, record_of
-from moeify.tensor_parallel import SlicePlan
-from moeify.tensor_parallel_derive import derive
+from moeify.capture.capture import ExampleInputs
+from moeify.passes.infra.base import Fact, PassResult, PlanContext
+from moeify.passes.infra.records import mark, record_of
+from moeify.passes.rewrite.blocks import SLICES
+from moeify.sites.discovery import Discovery
+from moeify.tensor_parallel.apply import SlicePlan
+from moeify.tensor_parallel.derive import derive
 
 log = logging.getLogger("moeify")
 

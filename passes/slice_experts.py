@@ -26,14 +26,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from moeify import collectives
+from moeify.distributed import collectives
+from moeify.distributed.dtensor import local, shard_parameter
+from moeify.distributed.mesh import World
 from moeify.errors import UnsupportedModuleError
-from moeify.experts import Experts
-from moeify.mesh import World
-from moeify.passes.base import Fact, PassResult, PlanContext
-from moeify.passes.blocks import blocks_of, layer_at
-from moeify.passes.exchange_nodes import Group, node
-from moeify.sharding import local, shard_parameter
+from moeify.nn.experts import Experts
+from moeify.passes.infra.base import Fact, PassResult, PlanContext
+from moeify.passes.rewrite.blocks import blocks_of, layer_at
+from moeify.passes.rewrite.exchange_nodes import Group, node
 
 
 @dataclass(frozen=True, slots=True)

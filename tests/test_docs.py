@@ -92,7 +92,7 @@ def test_python(block, pages, folder, monkeypatch):
 def test_plans(block):
     if block.skip is not None:
         pytest.skip(block.skip)
-    from moeify.plan import Plan
+    from moeify.plan.plan import Plan
 
     assert isinstance(Plan.loads(block.text), Plan)
 

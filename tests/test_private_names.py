@@ -118,8 +118,8 @@ def test_private_names_of_modules_and_objects_are_not_used_elsewhere():
 @pytest.mark.parametrize(
     ("code", "names"),
     [
-        ("from moeify.plan import _x", ["_x"]),
-        ("def f():\n    from moeify.passes.base import _x, y", ["_x"]),
+        ("from moeify.plan.plan import _x", ["_x"]),
+        ("def f():\n    from moeify.passes.infra.base import _x, y", ["_x"]),
         ("from moeify.kernels import combine as _combine", []),
         ("from moeify import __version__", []),
         ("from torch import _x", []),

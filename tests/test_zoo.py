@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import moeify as mf
-from moeify.discovery import discover
-from moeify.hf import example_inputs_for
-from moeify.verification import compare, snapshot
+from moeify.convert.verify import compare, snapshot
+from moeify.hf.detect import example_inputs_for
+from moeify.sites.discovery import discover
 from tests.zoo_models import ZOO, Case
 
 PLAN = {

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import moeify as mf
-from moeify.content import LiveTensors
-from moeify.exports import choose_format
-from moeify.hf import example_inputs_for
+from moeify.formats.choose import choose_format
+from moeify.hf.detect import example_inputs_for
+from moeify.storage.tensor_source import LiveTensors
 from tests.zoo_models import ZOO
 
 ROUTER = {"combine": "normalized"}

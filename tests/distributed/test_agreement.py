@@ -18,10 +18,10 @@ from torch import fx, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 import moeify as mf
-from moeify.conversion import ATTRIBUTE
-from moeify.passes.base import Fact, PassResult, PlanContext
-from moeify.passes.blocks import blocks_of
-from moeify.plan import Plan
+from moeify.passes.infra.base import Fact, PassResult, PlanContext
+from moeify.passes.rewrite.blocks import blocks_of
+from moeify.plan.plan import Plan
+from moeify.sites.record import ATTRIBUTE
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_experts_parallel import WIDTH, Net, dense, plan
 

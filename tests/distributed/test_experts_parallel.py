@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 import moeify as mf
-from moeify.conversion import routers_of
+from moeify.distributed.dtensor import whole
 from moeify.kernels.route import route
-from moeify.router import Router
-from moeify.sharding import whole
+from moeify.nn.router import Router
+from moeify.sites.record import routers_of
 from tests.distributed.ranks import run_ranks
 
 WIDTH = 16

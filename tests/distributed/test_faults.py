@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 import moeify as mf
-from moeify import exchange
+from moeify.distributed import exchange
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_experts_parallel import CAPACITY, WIDTH, dense, plan
 

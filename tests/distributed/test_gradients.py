@@ -19,9 +19,9 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from moeify import gradient_buckets
+from moeify.distributed import gradient_buckets
+from moeify.distributed.gradient_reducer import GradientReducer, Reduction
 from moeify.errors import DispatchError
-from moeify.gradients import GradientReducer, Reduction
 from tests.distributed.ranks import run_ranks
 
 Loss = Callable[[nn.Module, int], Tensor]

@@ -12,7 +12,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import moeify as mf
-from moeify.sharding import whole
+from moeify.distributed.dtensor import whole
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_experts_parallel import WIDTH
 from tests.distributed.test_experts_parallel import dense as net

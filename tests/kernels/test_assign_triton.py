@@ -5,8 +5,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from moeify.kernels import assign_triton
 from moeify.kernels.assign import assign_reference
+from moeify.kernels.triton import assign
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -29,7 +29,7 @@ def priorities(kind, tokens, top_k):
 
 
 def check(ids, priority, experts, capacity):
-    got = assign_triton.assign(ids, priority, experts, capacity)
+    got = assign.assign(ids, priority, experts, capacity)
     expected = assign_reference(ids, priority, experts, capacity)
     for mine, theirs in zip(got, expected, strict=True):
         assert mine.dtype == theirs.dtype
@@ -45,7 +45,7 @@ def check(ids, priority, experts, capacity):
 @pytest.mark.thin(5)  # coprime to six: sizes, kinds and programs all take part
 def test_equals_the_reference(monkeypatch, tokens, experts, top_k, kind, many):
     if many:
-        monkeypatch.setattr(assign_triton, "SMALL", 0)
+        monkeypatch.setattr(assign, "SMALL", 0)
     ids, priority = chosen(tokens, experts, top_k), priorities(kind, tokens, top_k)
     for capacity in {0, 1, max(1, tokens * top_k // experts), max(tokens - 1, 0), tokens}:
         check(ids, priority, experts, capacity)
@@ -69,7 +69,7 @@ def test_transposed_ids():
 
 def test_counts_of_first_choices():
     ids = chosen(400, 6, 3)
-    before, totals = assign_triton.count(ids, 6, choices=1)
+    before, totals = assign.count(ids, 6, choices=1)
     assert totals[:6].tolist() == ids[:, 0].bincount(minlength=6).tolist()
     assert before[0].tolist() == [0] * before.shape[1]
     assert (
@@ -79,6 +79,6 @@ def test_counts_of_first_choices():
 
 def test_what_is_not_served_is_left_to_the_reference():
     ids = chosen(4, 3, 2)
-    assert assign_triton.assign(ids, torch.rand(4, 2).double(), 3, 1) is NotImplemented
-    assert assign_triton.assign(ids, None, 1024, 1) is NotImplemented
-    assert assign_triton.assign(ids.long(), None, 3, 1) is NotImplemented
+    assert assign.assign(ids, torch.rand(4, 2).double(), 3, 1) is NotImplemented
+    assert assign.assign(ids, None, 1024, 1) is NotImplemented
+    assert assign.assign(ids.long(), None, 3, 1) is NotImplemented

@@ -5,9 +5,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-import moeify.experts  # noqa: F401  registers the ops
+import moeify.nn.experts  # noqa: F401  registers the ops
 from moeify.kernels import route
-from moeify.router import Router
+from moeify.nn.router import Router
 
 
 @contextmanager

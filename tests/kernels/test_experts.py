@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck
 from torch.library import opcheck
 
-from moeify.activations import ACTIVATIONS
 from moeify.kernels.elementwise import FUSED
-from moeify.kernels.implementations import reference_only
+from moeify.kernels.registry import reference_only
+from moeify.nn.activations import ACTIVATIONS
 from tests.kernels.cases import NAMES, TOLERANCE, Case, check, matrix, problem, truth
 
 KERNELS = ("reference", "cpu", "grouped_mm")

@@ -13,7 +13,7 @@ import triton
 from moeify.kernels.assign import assign_reference
 from moeify.kernels.elementwise import FUSED
 from moeify.kernels.experts import experts_backward_reference, experts_reference
-from moeify.kernels.experts_backward_triton import experts_backward
+from moeify.kernels.triton.experts_backward import experts_backward
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1"

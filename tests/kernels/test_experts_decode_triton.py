@@ -7,10 +7,10 @@ pytest.importorskip("triton")
 
 import triton
 
-from moeify.kernels import experts_triton
 from moeify.kernels.elementwise import FUSED
 from moeify.kernels.experts import experts_reference
-from moeify.kernels.experts_decode_triton import MOST_ROUTES, experts_decode
+from moeify.kernels.triton import experts as experts_triton
+from moeify.kernels.triton.experts_decode import MOST_ROUTES, experts_decode
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"

@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeify.errors import DispatchError
-from moeify.kernels import experts_native, native
+from moeify.kernels.cpu import compile
+from moeify.kernels.cpu import experts as experts_native
 from moeify.kernels.elementwise import FUSED
 from tests.kernels.cases import NAMES, TOLERANCE, Case, check, problem, truth
 
-pytestmark = pytest.mark.skipif(native.library("experts") is None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(compile.library("experts") is None, reason="no C++ compiler")
 
 DTYPES = (torch.float32, torch.bfloat16)
 SMOOTH = [name for name in FUSED if name != "relu"]
@@ -37,7 +38,7 @@ def forgotten():
     """Forget the compiled libraries now, and again at the end."""
 
     def forget():
-        for cache in (native.library, experts_native._forward, experts_native._library):
+        for cache in (compile.library, experts_native._forward, experts_native._library):
             cache.cache_clear()
 
     forget()
@@ -229,15 +230,15 @@ def test_native_code_can_be_switched_off(repo, tmp_path):
 
 def test_a_source_that_does_not_compile_is_said_once(forgotten, monkeypatch, caplog):
     caplog.set_level(logging.INFO, logger="moeify")
-    source = native.source
+    source = compile.source
     broken = {"experts": "int broken( {"}
-    monkeypatch.setattr(native, "source", lambda name: broken.get(name) or source(name))
+    monkeypatch.setattr(compile, "source", lambda name: broken.get(name) or source(name))
     expected = problem(PLAIN, torch.float32).solve("reference")
     for _ in range(2):
         got = problem(PLAIN, torch.float32).solve("cpu")
         assert all(torch.equal(got[name], value) for name, value in expected.items())
-    assert native.library("experts") is None
-    assert native.function("experts", "experts_float", "p") is None
+    assert compile.library("experts") is None
+    assert compile.function("experts", "experts_float", "p") is None
     ours = [r for r in caplog.records if r.name == "moeify"]
     assert [r.levelname for r in ours] == ["WARNING"]
     assert ours[0].getMessage().startswith("experts.cpp does not compile here")
@@ -245,8 +246,8 @@ def test_a_source_that_does_not_compile_is_said_once(forgotten, monkeypatch, cap
 
 def test_vectors_of_eight(forgotten, monkeypatch):
     """The code that processors without AVX-512 run."""
-    source = native.source
-    monkeypatch.setattr(native, "source", lambda name: "#undef __AVX512F__\n" + source(name))
+    source = compile.source
+    monkeypatch.setattr(compile, "source", lambda name: "#undef __AVX512F__\n" + source(name))
     for dtype in DTYPES:
         for tokens in (1, 3, 30, 75, 300):
             for gated in (True, False):

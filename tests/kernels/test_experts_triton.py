@@ -9,17 +9,17 @@ pytest.importorskip("triton")
 
 import triton
 
-from moeify.kernels import tile_config
 from moeify.kernels.assign import assign_reference
 from moeify.kernels.elementwise import FUSED
 from moeify.kernels.experts import experts_reference
-from moeify.kernels.experts_triton import experts
 from moeify.kernels.grouped_linear import (
     grouped_linear_backward_reference,
     grouped_linear_reference,
 )
-from moeify.kernels.grouped_linear_triton import grouped_linear, grouped_linear_backward
-from moeify.kernels.tile_config import TileConfig, bucket, choose, parse_table
+from moeify.kernels.triton import tile_config
+from moeify.kernels.triton.experts import experts
+from moeify.kernels.triton.grouped_linear import grouped_linear, grouped_linear_backward
+from moeify.kernels.triton.tile_config import TileConfig, bucket, choose, parse_table
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"

@@ -8,8 +8,8 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from moeify.kernels import arithmetic_triton, gate_backward_triton, gate_triton
 from moeify.kernels.gate import BALANCES, SCORES, gate_backward_reference, gate_reference
+from moeify.kernels.triton import arithmetic, gate, gate_backward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
@@ -64,13 +64,13 @@ def test_gate_equals_the_reference(shape, dtypes, score, noise, balance, extras)
     options = dict.fromkeys(extras, True)
     given = inputs(rows, width, experts, *dtypes, noisy=noise != "none", **options)
     tail = (top_k, score, noise, balance, False)
-    got = gate_triton.gate(*given, *tail)
+    got = gate.gate(*given, *tail)
     expected = gate_reference(*double(given), *tail)
     assert [t.dtype for t in got] == [t.dtype for t in gate_reference(*given, *tail)]
     assert torch.equal(got[1], expected[1])
     assert torch.equal(got[3], expected[3])
     check(got, expected, atol=3e-6, rtol=3e-6)
-    again = gate_triton.gate(*given, *tail)
+    again = gate.gate(*given, *tail)
     assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
 
 
@@ -85,7 +85,7 @@ def test_ties_nan_and_infinity_choose_as_the_reference(noise):
     logit_noise = torch.randn(40, 12, device=DEVICE).round()
     logit_noise[1, 2:5] = torch.tensor([torch.nan, torch.inf, -torch.inf])
     tail = (5, "softmax", noise, "all", False)
-    got = gate_triton.gate(tokens, weight, None, None, logit_noise, *tail)
+    got = gate.gate(tokens, weight, None, None, logit_noise, *tail)
     expected = gate_reference(tokens, weight, None, None, logit_noise, *tail)
     usual = torch.arange(40, device=DEVICE) != 9  # sums of infinities differ by order
     assert torch.equal(got[1][usual], expected[1][usual])
@@ -123,13 +123,13 @@ def test_gate_backward_equals_the_reference(
     }
     given = [grads[name] if name in which else None for name in "slaz"]
     given += [tokens, weight, noise, framed(logits), ids, score, balance, surrogate]
-    got = gate_backward_triton.gate_backward(*given)
+    got = gate_backward.gate_backward(*given)
     expected = gate_backward_reference(*double(given))
     assert [g.dtype for g in got] == list(dtypes)
     for mine, theirs in zip(got, expected, strict=True):
         loose = {F32: 1e-5, F16: 2e-3, BF16: 1e-2}[mine.dtype]
         check([mine], [theirs], atol=loose, rtol=loose)
-    again = gate_backward_triton.gate_backward(*given)
+    again = gate_backward.gate_backward(*given)
     assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
 
 
@@ -140,14 +140,14 @@ def test_a_nan_token_poisons_its_own_gradient_alone():
     _, ids, logits, *_ = gate_reference(tokens, weight, None, None, None, *tail)
     grad = torch.randn(40, 2, device=DEVICE)
     given = (grad, None, None, None, tokens, weight, None, logits, ids, "softmax", "all", False)
-    to_tokens, _ = gate_backward_triton.gate_backward(*given)
+    to_tokens, _ = gate_backward.gate_backward(*given)
     assert to_tokens.isnan().any(1).nonzero().flatten().tolist() == [7]
 
 
 @triton.jit
 def split_kernel(x, out, BLOCK: tl.constexpr):
     index = tl.arange(0, BLOCK)
-    high, middle, low = arithmetic_triton.split(tl.load(x + index))
+    high, middle, low = arithmetic.split(tl.load(x + index))
     tl.store(out + index, high.to(tl.float32))
     tl.store(out + BLOCK + index, middle.to(tl.float32))
     tl.store(out + 2 * BLOCK + index, low.to(tl.float32))
@@ -169,8 +169,8 @@ def test_what_is_not_served_is_left_to_the_reference(change):
     options = {"dtype": F32, "experts": 4, "score": SCORES[0], "balance": BALANCES[0]} | change
     given = inputs(3, 8, options["experts"], options["dtype"])
     tail = (1, options["score"], "none", options["balance"], False)
-    assert gate_triton.gate(*given, *tail) is NotImplemented
+    assert gate.gate(*given, *tail) is NotImplemented
     ids = torch.zeros(3, 1, dtype=torch.int32)
     logits = torch.zeros(3, options["experts"])
     back = (None, None, None, None, *given[:2], None, logits, ids, *tail[1::2], False)
-    assert gate_backward_triton.gate_backward(*back) is NotImplemented
+    assert gate_backward.gate_backward(*back) is NotImplemented

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moeify.activations import ACTIVATIONS
+from moeify.kernels.choose import KERNELS, LARGE_EXPERT, Choice, Workload, choose, refusal
 from moeify.kernels.elementwise import FUSED
-from moeify.kernels.lowering import KERNELS, LARGE_EXPERT, Choice, Workload, choose, refusal
+from moeify.nn.activations import ACTIVATIONS
 
 CPU = Workload(device="cpu", dtype=torch.float32, widths=(16, 24, 16), activation="silu")
 CUDA = replace(CPU, device="cuda", dtype=torch.bfloat16)

@@ -6,17 +6,18 @@ import pytest
 import torch
 
 from moeify.kernels import gate as gate_op
-from moeify.kernels import gate_native, rows_native
 from moeify.kernels.assign import assign_reference
 from moeify.kernels.combine import combine_backward_reference, combine_reference
-from moeify.kernels.dispatch import dispatch_reference
-from moeify.kernels.gate import BALANCES, SCORES, gate_backward_reference, gate_reference
-from moeify.kernels.native import library
-from moeify.kernels.weigh import (
+from moeify.kernels.combine_weights import (
     COMBINES,
     combine_weights_backward_reference,
     combine_weights_reference,
 )
+from moeify.kernels.cpu import gate
+from moeify.kernels.cpu import rows as rows_native
+from moeify.kernels.cpu.compile import library
+from moeify.kernels.dispatch import dispatch_reference
+from moeify.kernels.gate import BALANCES, SCORES, gate_backward_reference, gate_reference
 
 pytestmark = pytest.mark.skipif(library("rows") is None, reason="no C++ compiler")
 
@@ -53,9 +54,9 @@ def reference_of_logits(logits, *options):
 
 def gate_of_logits(logits, bias, added, options):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gate_native, "_logits", lambda *_: logits)
+        patch.setattr(gate, "_logits", lambda *_: logits)
         eye = torch.eye(logits.shape[1])
-        return gate_native.gate(logits, eye, bias, None, added, *options)
+        return gate.gate(logits, eye, bias, None, added, *options)
 
 
 def check_gate(got, bias, added, options):
@@ -84,7 +85,7 @@ def test_gate_of_every_size(count, experts, top_k):
     tokens, weight = torch.randn(count, 19), torch.randn(experts, 19)
     for score, balance in itertools.product(SCORES, BALANCES):
         options = (top_k, score, "none", balance, False)
-        got = gate_native.gate(tokens, weight, None, None, None, *options)
+        got = gate.gate(tokens, weight, None, None, None, *options)
         close(got[2], tokens.double() @ weight.double().t())
         check_gate(got, None, None, options)
 
@@ -99,7 +100,7 @@ def test_gate_with_noise_and_bias(noise, noisy, score, biased):
         added = torch.randn(count, experts) if noisy else None
         jitter = 1 + 0.1 * torch.rand(count, 7)
         options = (top_k, score, noise, "first", True)
-        got = gate_native.gate(tokens, weight, bias, jitter, added, *options)
+        got = gate.gate(tokens, weight, bias, jitter, added, *options)
         close(got[2], (tokens * jitter).double() @ weight.double().t())
         check_gate(got, bias, added, options)
 
@@ -107,13 +108,11 @@ def test_gate_with_noise_and_bias(noise, noisy, score, biased):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("count", [3, 16, 17, 300])
 def test_gate_reads_narrow_dtypes_and_any_strides(dtype, count, monkeypatch):
-    monkeypatch.setattr(gate_native, "BLOCK_BYTES", 4 * 40 * 64)
+    monkeypatch.setattr(gate, "BLOCK_BYTES", 4 * 40 * 64)
     tokens = torch.randn(40, count).t().to(dtype)
     for weight in (torch.randn(6, 80)[:, ::2], torch.randn(6, 40).to(dtype)):
         for jitter in (None, torch.rand(count, 40, dtype=dtype)):
-            got = gate_native.gate(
-                tokens, weight, None, jitter, None, 2, "softmax", "none", "all", False
-            )
+            got = gate.gate(tokens, weight, None, jitter, None, 2, "softmax", "none", "all", False)
             wide = tokens.double() * (1 if jitter is None else jitter.double())
             assert got[2].dtype == torch.float32
             close(got[2], wide @ weight.double().t())
@@ -143,9 +142,9 @@ def test_ties_and_special_values_choose_as_the_reference(experts, noise):
 def test_tokens_without_width():
     tokens, weight = torch.empty(40, 0), torch.empty(3, 0)
     for x in (tokens, tokens[:2]):
-        got = gate_native.gate(x, weight, None, None, None, 1, "softmax", "none", "all", False)
+        got = gate.gate(x, weight, None, None, None, 1, "softmax", "none", "all", False)
         assert torch.equal(got[2], torch.zeros(len(x), 3))
-        grads = gate_native.gate_backward(
+        grads = gate.gate_backward(
             None, got[2], None, None, x, weight, None, got[2], got[1], "softmax", "all", False
         )
         assert [g.shape for g in grads] == [x.shape, weight.shape]
@@ -156,7 +155,7 @@ def test_a_nan_token_poisons_only_its_scores():
     tokens[2] = float("nan")
     for count in (6, 30):
         many = torch.cat([tokens, torch.randn(count - 6, 9)])
-        scores, ids, *_ = gate_native.gate(
+        scores, ids, *_ = gate.gate(
             many, weight, None, None, None, 2, "softmax", "none", "all", False
         )
         assert scores.isnan().any(1).nonzero().flatten().tolist() == [2]
@@ -183,7 +182,7 @@ def test_gate_backward(which, score, surrogate):
         args = (tokens, weight, jitter, logits)
         options = (score, balance, surrogate)
         grads = cotangents(count, experts, top_k, which)
-        got = gate_native.gate_backward(*grads, *args, ids, *options)
+        got = gate.gate_backward(*grads, *args, ids, *options)
         wide = [None if x is None else x.double() for x in (*grads, *args)]
         expected = gate_backward_reference(*wide, ids, *options)
         for mine, theirs in zip(got, expected, strict=True):
@@ -192,7 +191,7 @@ def test_gate_backward(which, score, surrogate):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gate_backward_of_narrow_dtypes(dtype, monkeypatch):
-    monkeypatch.setattr(gate_native, "BLOCK_BYTES", 4 * 40 * 64)
+    monkeypatch.setattr(gate, "BLOCK_BYTES", 4 * 40 * 64)
     tokens, weight = torch.randn(300, 40).to(dtype), torch.randn(6, 40).to(dtype)
     logits = tokens.float() @ weight.float().t()
     ids = logits.topk(2).indices.int()
@@ -200,7 +199,7 @@ def test_gate_backward_of_narrow_dtypes(dtype, monkeypatch):
         grads = cotangents(300, 6, 2, [True] * 4)
         args = (*grads, tokens, weight, jitter, logits, ids, "softmax", "all", True)
         with torch.autocast("cpu", torch.bfloat16):
-            got = gate_native.gate_backward(*args)
+            got = gate.gate_backward(*args)
         for mine, theirs in zip(got, gate_backward_reference(*args), strict=True):
             assert mine.dtype == dtype
             close(mine, theirs, 1e-2)
@@ -322,10 +321,10 @@ def test_results_do_not_depend_on_the_number_of_threads():
         out = list(gate_of_logits(logits, bias, None, options))
         whole = torch.eye(96)
         back = (logits, whole, None, logits, ids, "softmax", "all", False)
-        out.append(gate_native.gate_backward(*grads, *back)[0])
+        out.append(gate.gate_backward(*grads, *back)[0])
         out.append(rows_native.combine(hidden, weights, order, slots))
         out += rows_native.combine_backward(logits, hidden, weights, order, slots)
-        few = gate_native.gate(logits[:16], logits[:512], None, None, None, *options)
+        few = gate.gate(logits[:16], logits[:512], None, None, None, *options)
         return [*out, few[2]]
 
     one = run()
@@ -337,9 +336,9 @@ def test_results_do_not_depend_on_the_number_of_threads():
 def test_what_is_not_served_goes_to_the_reference():
     x, w = torch.randn(3, 4), torch.randn(5, 4)
     options = (2, "softmax", "none", "all", False)
-    assert gate_native.gate(x.double(), w, None, None, None, *options) is NotImplemented
-    assert gate_native.gate(x, w, None, None, None, 2, "relu", *options[2:]) is NotImplemented
-    assert gate_native.gate(x, w, None, None, torch.randn(5), *options) is NotImplemented
+    assert gate.gate(x.double(), w, None, None, None, *options) is NotImplemented
+    assert gate.gate(x, w, None, None, None, 2, "relu", *options[2:]) is NotImplemented
+    assert gate.gate(x, w, None, None, torch.randn(5), *options) is NotImplemented
     assert rows_native.combine_weights(x.double(), x.int(), "normalized") is NotImplemented
     ids = routes(3, 5, 2)
     assert rows_native.assign(ids, torch.rand(3, 2).double(), 5, 1) is NotImplemented

@@ -5,16 +5,16 @@ import torch
 
 pytest.importorskip("triton")
 
-from moeify.kernels import rows_triton
+from moeify.kernels.all_to_all_layout import send_layout_reference
 from moeify.kernels.assign import assign_reference
 from moeify.kernels.combine import combine_backward_reference, combine_reference
-from moeify.kernels.dispatch import dispatch_reference
-from moeify.kernels.weigh import (
+from moeify.kernels.combine_weights import (
     COMBINES,
     combine_weights_backward_reference,
     combine_weights_reference,
 )
-from moeify.kernels.wire import send_layout_reference
+from moeify.kernels.dispatch import dispatch_reference
+from moeify.kernels.triton import rows as rows_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32

@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moeify.block import ResidualMix
-from moeify.capacity import expert_capacity
 from moeify.kernels.route import Routing, route
-from moeify.layer import MoE
-from moeify.router import Router
+from moeify.nn.block import ResidualMix
+from moeify.nn.capacity import expert_capacity
+from moeify.nn.moe import MoE
+from moeify.nn.router import Router
 
 LN2, LN4 = math.log(2), math.log(4)
 

@@ -9,19 +9,19 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from moeify.discovery import discover
-from moeify.layout import Layout
-from moeify.mesh import World
-from moeify.passes.base import Pass, PlanContext
-from moeify.passes.blocks import blocks_of
-from moeify.passes.facts import CHECKS
+from moeify.distributed.layout import Layout
+from moeify.distributed.mesh import World
 from moeify.passes.find_mlps import FindMlps
-from moeify.passes.manager import PassManager
-from moeify.passes.printer import print_graph
+from moeify.passes.infra.base import Pass, PlanContext
+from moeify.passes.infra.manager import PassManager
+from moeify.passes.infra.printer import print_graph
 from moeify.passes.replace_mlps import ReplaceMlps
+from moeify.passes.rewrite.blocks import blocks_of
+from moeify.passes.rewrite.facts import CHECKS
 from moeify.passes.shard_experts import ShardExperts
-from moeify.plan import Plan
-from moeify.resolve import resolve_sites
+from moeify.plan.plan import Plan
+from moeify.plan.resolve import resolve_sites
+from moeify.sites.discovery import discover
 
 
 def block_after(passes: list[Pass], *, world: int = 4, node: int = 2, **parallel: Any) -> Any:

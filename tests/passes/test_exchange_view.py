@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moeify import collectives, exchange
+from moeify.distributed import collectives, exchange
 from moeify.errors import PassError
 from moeify.passes.coordinate_all_to_all import CoordinateAllToAll
-from moeify.passes.exchange_view import Exchange
 from moeify.passes.hierarchical_all_to_all import HierarchicalAllToAll
 from moeify.passes.insert_all_to_all import InsertAllToAll
 from moeify.passes.overlap_chunks import OverlapChunks
-from moeify.simulate_counter import fake_world
+from moeify.passes.rewrite.exchange_view import Exchange
+from moeify.simulate.counter import fake_world
 from tests.passes.parallel_block import block_after
 
 

@@ -10,21 +10,21 @@ import pytest
 import torch
 from torch import nn
 
-from moeify.discovery import discover
 from moeify.errors import PassError
-from moeify.passes.base import Fact, Pass, PlanContext
 from moeify.passes.coordinate_all_to_all import CoordinateAllToAll
-from moeify.passes.facts import CHECKS
 from moeify.passes.find_mlps import FindMlps
 from moeify.passes.gather_partitions import GatherPartitions
+from moeify.passes.infra.base import Fact, Pass, PlanContext
+from moeify.passes.infra.manager import PassManager
 from moeify.passes.insert_all_to_all import InsertAllToAll
 from moeify.passes.lower_kernels import LowerKernels
-from moeify.passes.manager import PassManager
 from moeify.passes.overlap_chunks import OverlapChunks
 from moeify.passes.partition_zero import PartitionZero
 from moeify.passes.replace_mlps import ReplaceMlps
+from moeify.passes.rewrite.facts import CHECKS
 from moeify.passes.testing import assert_requires, run_pass
-from moeify.simulate_counter import fake_world
+from moeify.simulate.counter import fake_world
+from moeify.sites.discovery import discover
 from tests.passes.parallel_block import block_after
 
 
@@ -97,7 +97,7 @@ def test_expert_calls():
 
 
 def _zero(spec: dict[str, Any]) -> Any:
-    from moeify.plan import Plan
+    from moeify.plan.plan import Plan
 
     return Plan.of({"layers": [{"select": "all", "experts": 8}], "zero": spec}).zero
 

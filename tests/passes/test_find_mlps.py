@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moeify import moeify
-from moeify.capture import capture
-from moeify.discovery import Discovery, discover
-from moeify.passes.base import Fact, PlanContext
+from moeify.capture.capture import capture
 from moeify.passes.find_mlps import FindMlps
-from moeify.passes.printer import print_graph
+from moeify.passes.infra.base import Fact, PlanContext
+from moeify.passes.infra.printer import print_graph
 from moeify.passes.testing import assert_idempotent
+from moeify.sites.discovery import Discovery, discover
 from tests.conv_models import Conv, ConvModel
 
 D, H = 8, 24

@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import fx, nn
 
-from moeify import zero_graph
 from moeify.errors import PassOrderError, UnsupportedModuleError
-from moeify.passes.base import Fact
 from moeify.passes.gather_partitions import GatherPartitions
+from moeify.passes.infra.base import Fact
+from moeify.passes.infra.manager import PassManager
+from moeify.passes.infra.printer import print_graph
 from moeify.passes.insert_all_to_all import InsertAllToAll
 from moeify.passes.lower_kernels import LowerKernels
-from moeify.passes.manager import PassManager
-from moeify.passes.printer import print_graph
-from moeify.plan import Plan
-from moeify.simulate_counter import fake_world
+from moeify.plan.plan import Plan
+from moeify.simulate.counter import fake_world
+from moeify.zero import graph_engine
 from tests.passes.parallel_block import block_after, text_of
 
 GRAPH = {"engine": "graph", "stage": 3}
@@ -52,7 +52,7 @@ def test_other_engines_and_stages(zero):
     with fake_world(4, 2):
         *_, block, modified = gathering(zero)
         assert not modified
-        assert not block.graph.find_nodes(op="call_function", target=zero_graph.gather)
+        assert not block.graph.find_nodes(op="call_function", target=graph_engine.gather)
 
 
 def test_where_gathers_stand():
@@ -61,12 +61,12 @@ def test_where_gathers_stand():
         for prefetch, ahead in ((1, True), (0, False)):
             *_, block, _ = gathering({**GRAPH, "prefetch": prefetch})
             order = [n.target for n in block.graph.nodes]
-            gathers = [i for i, target in enumerate(order) if target is zero_graph.gather]
-            runs = [i for i, target in enumerate(order) if target is zero_graph.run]
+            gathers = [i for i, target in enumerate(order) if target is graph_engine.gather]
+            runs = [i for i, target in enumerate(order) if target is graph_engine.run]
             assert len(gathers) == 5
             assert len(runs) == 2
             assert (max(gathers) < min(runs)) == ahead
-            names = [n.args[1] for n in block.graph.nodes if n.target is zero_graph.gather]
+            names = [n.args[1] for n in block.graph.nodes if n.target is graph_engine.gather]
             assert names == ["weight", "up_proj", "up_bias", "down_proj", "down_bias"]
             if not ahead:
                 assert gathers[-1] == runs[1] - 1
@@ -78,17 +78,17 @@ def test_facts():
 
 
 def _no_context() -> Any:
-    from moeify.passes.base import PlanContext
+    from moeify.passes.infra.base import PlanContext
 
     return PlanContext(facts=frozenset({Fact.MOE_BLOCKS}))
 
 
 def test_whole_parameters():
     module = nn.Sequential(nn.Linear(3, 2))
-    assert zero_graph.gather(module, "0.weight") is module[0].weight
+    assert graph_engine.gather(module, "0.weight") is module[0].weight
     x = torch.randn(4, 3)
     ones, zeros = torch.ones(2, 3), torch.zeros(2)
-    made = zero_graph.run(module, ("0.weight", "0.bias"), (ones, zeros), x)
+    made = graph_engine.run(module, ("0.weight", "0.bias"), (ones, zeros), x)
     assert torch.equal(made, x @ ones.t())
     assert made.requires_grad is False
     assert module[0].weight.requires_grad
@@ -104,4 +104,4 @@ def test_modules_that_read_past_their_names():
         (fx.GraphModule(root, graph), "makes its class anew"),
     ):
         with pytest.raises(UnsupportedModuleError, match=f"inner.*{reason}"):
-            zero_graph._check(nn.ModuleDict({"inner": module}))
+            graph_engine._check(nn.ModuleDict({"inner": module}))

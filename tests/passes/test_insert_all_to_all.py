@@ -9,17 +9,17 @@ import pytest
 import torch
 from torch import fx
 
-from moeify import collectives
+from moeify.distributed import collectives
 from moeify.errors import PassError, PassOrderError
-from moeify.passes.base import Fact, PassResult, PlanContext
-from moeify.passes.blocks import blocks_of
 from moeify.passes.coordinate_all_to_all import CoordinateAllToAll
+from moeify.passes.infra.base import Fact, PassResult, PlanContext
 from moeify.passes.insert_all_to_all import InsertAllToAll
 from moeify.passes.lower_kernels import LowerKernels
 from moeify.passes.overlap_chunks import OverlapChunks
+from moeify.passes.rewrite.blocks import blocks_of
 from moeify.passes.shard_experts import ShardExperts
 from moeify.passes.testing import run_pass
-from moeify.simulate_counter import fake_world
+from moeify.simulate.counter import fake_world
 from tests.passes.parallel_block import alone_after, assert_unchanged, block_after, text_of
 
 FORMS: dict[str, dict[str, Any]] = {

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from moeify.errors import PassOrderError
+from moeify.passes.infra.printer import print_graph
 from moeify.passes.join_routers import JoinRouters
-from moeify.passes.printer import print_graph
 from moeify.passes.testing import run_pass
-from moeify.simulate_counter import fake_world
+from moeify.simulate.counter import fake_world
 from tests.passes.parallel_block import alone_after, assert_unchanged, block_after
 
 

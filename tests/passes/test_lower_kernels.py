@@ -12,19 +12,19 @@ import torch
 from torch import Tensor, fx, nn
 
 import moeify as mf
-from moeify.discovery import discover
-from moeify.passes.base import Fact, PlanContext
-from moeify.passes.blocks import blocks_of
-from moeify.passes.facts import CHECKS
 from moeify.passes.find_mlps import FindMlps
+from moeify.passes.infra.base import Fact, PlanContext
+from moeify.passes.infra.manager import PassManager
+from moeify.passes.infra.printer import print_graph
+from moeify.passes.infra.records import record_of
 from moeify.passes.lower_kernels import LowerKernels, workload
-from moeify.passes.manager import PassManager
-from moeify.passes.printer import print_graph
-from moeify.passes.records import record_of
 from moeify.passes.replace_mlps import ReplaceMlps
+from moeify.passes.rewrite.blocks import blocks_of
+from moeify.passes.rewrite.facts import CHECKS
 from moeify.passes.testing import assert_idempotent, assert_requires, run_pass
-from moeify.plan import Plan
-from moeify.resolve import resolve_sites
+from moeify.plan.plan import Plan
+from moeify.plan.resolve import resolve_sites
+from moeify.sites.discovery import discover
 
 D, H = 16, 24
 ALL = {"layers": [{"select": "all", "experts": 3, "top_k": 2}]}

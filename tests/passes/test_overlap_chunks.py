@@ -6,16 +6,16 @@ from dataclasses import replace
 
 import pytest
 
-from moeify import collectives
+from moeify.distributed import collectives
 from moeify.errors import PassError, PassOrderError
 from moeify.passes.coordinate_all_to_all import CoordinateAllToAll
-from moeify.passes.exchange_view import Exchange
 from moeify.passes.hierarchical_all_to_all import HierarchicalAllToAll
+from moeify.passes.infra.printer import print_graph
 from moeify.passes.insert_all_to_all import InsertAllToAll
 from moeify.passes.overlap_chunks import OverlapChunks
-from moeify.passes.printer import print_graph
+from moeify.passes.rewrite.exchange_view import Exchange
 from moeify.passes.testing import run_pass
-from moeify.simulate_counter import fake_world
+from moeify.simulate.counter import fake_world
 from tests.passes.parallel_block import assert_unchanged, block_after, text_of
 
 PASSES = [InsertAllToAll(), OverlapChunks()]

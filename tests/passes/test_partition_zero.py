@@ -10,17 +10,17 @@ import torch
 from torch import nn
 
 import moeify as mf
-from moeify import zero_fsdp
-from moeify.conversion import conversion_of
-from moeify.discovery import discover
 from moeify.errors import PassError
-from moeify.passes.base import Fact, PlanContext
+from moeify.passes.infra.base import Fact, PlanContext
+from moeify.passes.infra.printer import print_graph
 from moeify.passes.insert_all_to_all import InsertAllToAll
 from moeify.passes.partition_zero import PartitionZero, zero_of
-from moeify.passes.printer import print_graph
-from moeify.simulate_counter import fake_world
-from moeify.site_install import skeleton
-from moeify.zero_plan import Part, Unit, ZeroPlan
+from moeify.simulate.counter import fake_world
+from moeify.sites.discovery import discover
+from moeify.sites.install import skeleton
+from moeify.sites.record import conversion_of
+from moeify.zero import fsdp2
+from moeify.zero.plan import Part, Unit, ZeroPlan
 from tests.passes.parallel_block import block_after
 from tests.zoo_models import ZOO
 
@@ -44,7 +44,7 @@ def decided(
     made = mf.moeify(skeleton(model), plan, example_inputs=inputs, verify=False)
     zero_plan = conversion_of(made).parallel.zero
     if zero_plan.stage == 0:
-        zero_fsdp.check(made, zero_plan)
+        fsdp2.check(made, zero_plan)
     assert_units(zero_plan)
     return zero_plan
 
@@ -280,7 +280,7 @@ def test_a_decision_about_another_model():
 
     def check(**shapes: tuple[int, ...]) -> None:
         parts = [Part(n, "dense", "dp", 2, 0, s, 4) for n, s in {**names, **shapes}.items() if s]
-        zero_fsdp.check(model, ZeroPlan(3, (Unit("", "dense", tuple(parts)),)))
+        fsdp2.check(model, ZeroPlan(3, (Unit("", "dense", tuple(parts)),)))
 
     check()
     with pytest.raises(PassError, match=r"1\.weight is in no unit"):

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 from torch import nn
 
+from moeify.distributed.dtensor import is_sharded
 from moeify.errors import PassError, PassOrderError
 from moeify.passes.shard_experts import ShardExperts
 from moeify.passes.testing import run_pass
-from moeify.sharding import is_sharded
-from moeify.simulate_counter import fake_world
+from moeify.simulate.counter import fake_world
 from tests.passes.parallel_block import alone_after, assert_unchanged, block_after
 
 

@@ -12,18 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moeify.discovery import discover
-from moeify.layer_plan import ResolvedPlan
-from moeify.passes.base import Fact, PlanContext
 from moeify.passes.find_mlps import FindMlps
-from moeify.passes.manager import PassManager
-from moeify.passes.printer import print_graph
+from moeify.passes.infra.base import Fact, PlanContext
+from moeify.passes.infra.manager import PassManager
+from moeify.passes.infra.printer import print_graph
 from moeify.passes.slice_dense import SliceDense, slices_of
 from moeify.passes.testing import assert_idempotent
-from moeify.plan import Plan
-from moeify.resolve import resolve_sites
-from moeify.tensor_parallel import SlicedPair, SlicePlan
-from moeify.tensor_parallel_derive import derive
+from moeify.plan.layer_plan import ResolvedPlan
+from moeify.plan.plan import Plan
+from moeify.plan.resolve import resolve_sites
+from moeify.sites.discovery import discover
+from moeify.tensor_parallel.apply import SlicedPair, SlicePlan
+from moeify.tensor_parallel.derive import derive
 from tests.zoo_models import ZOO
 
 B, T, D, H = 2, 6, 32, 4

@@ -10,7 +10,7 @@ from moeify.errors import PassOrderError, PlanError, UnsupportedModuleError
 from moeify.passes.insert_all_to_all import InsertAllToAll
 from moeify.passes.slice_experts import SliceExperts
 from moeify.passes.testing import run_pass
-from moeify.simulate_counter import fake_world
+from moeify.simulate.counter import fake_world
 from tests.passes.parallel_block import alone_after, assert_unchanged, block_after, text_of
 
 SLICED = {"expert": 2, "tensor": 2, "experts_in_tp": "slice"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moeify.kernels.assign_triton import (
+from moeify.kernels.triton.assign import (
     BLOCK_R,
     SMALL,
     assign_small_kernel,

@@ -6,8 +6,8 @@ import torch
 import triton
 
 from moeify.kernels.elementwise import FUSED
-from moeify.kernels.experts_triton import lean_epilogue, sum_kernel, up_kernel
-from moeify.kernels.tile_config import choose
+from moeify.kernels.triton.experts import lean_epilogue, sum_kernel, up_kernel
+from moeify.kernels.triton.tile_config import choose
 from tests.kernels.aot.case import AotCase
 
 

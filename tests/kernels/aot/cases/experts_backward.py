@@ -6,7 +6,7 @@ import torch
 import triton
 
 from moeify.kernels.elementwise import FUSED
-from moeify.kernels.experts_backward_triton import down_backward_kernel, down_backward_tile
+from moeify.kernels.triton.experts_backward import down_backward_kernel, down_backward_tile
 from tests.kernels.aot.case import AotCase
 
 

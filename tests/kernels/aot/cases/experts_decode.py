@@ -6,7 +6,7 @@ import torch
 import triton
 
 from moeify.kernels.elementwise import FUSED
-from moeify.kernels.experts_decode_triton import activate_kernel, output_kernel, weight_block
+from moeify.kernels.triton.experts_decode import activate_kernel, output_kernel, weight_block
 from tests.kernels.aot.case import AotCase
 
 

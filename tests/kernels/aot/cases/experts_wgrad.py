@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from moeify.kernels.experts_wgrad_triton import (
+from moeify.kernels.triton.experts_wgrad import (
     bias_kernel,
     combine_kernel,
     weight_kernel,

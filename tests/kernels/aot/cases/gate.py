@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from moeify.kernels.gate_triton import gate_kernel, gate_sizes, gate_sums_kernel, sum_sizes
+from moeify.kernels.triton.gate import gate_kernel, gate_sizes, gate_sums_kernel, sum_sizes
 from tests.kernels.aot.case import AotCase
 
 

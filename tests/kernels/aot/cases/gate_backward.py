@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from moeify.kernels.gate import SCORES
-from moeify.kernels.gate_backward_triton import (
+from moeify.kernels.triton.gate_backward import (
     grad_logits_kernel,
     grad_tokens_kernel,
     grad_weight_kernel,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import triton
 
-from moeify.kernels.grouped_linear_triton import gradient_kernel, gradient_tile, product_kernel
-from moeify.kernels.tile_config import TileConfig, choose
+from moeify.kernels.triton.grouped_linear import gradient_kernel, gradient_tile, product_kernel
+from moeify.kernels.triton.tile_config import TileConfig, choose
 from tests.kernels.aot.case import AotCase
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moeify.kernels.rows_triton import (
+from moeify.kernels.triton.rows import (
     choice_block,
     combine_backward_kernel,
     combine_kernel,

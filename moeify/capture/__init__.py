@@ -1,0 +1,1 @@
+"""Run a model once and record it as a `torch.fx.Graph`."""

@@ -1,0 +1,238 @@
+"""Record one forward pass of any model as a `torch.fx.Graph`.
+
+A `TorchFunctionMode` sees every torch call, module hooks say which module made it. The model is
+run once, in evaluation mode and without gradients, on fake tensors where it can (no weight is
+read, no memory is taken) and on the real ones otherwise. Afterwards the model is as before:
+parameters, buffers, attributes, training flags, hooks and the random state.
+
+The recorded graph is flat: calls of torch functions and methods, `get_attr` for parameters and
+buffers, one placeholder per tensor of the inputs. Sizes that the model computed in Python are
+constants in it. It serves discovery; `moeify.export` gives the graph that runs at other sizes.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+from moeify import compat
+from moeify.capture.leaked_fakes import Variables, forget
+from moeify.capture.preserve import preserved
+from moeify.capture.recorder import ModuleCall, Recorder
+from moeify.capture.torch_calls import Args, Kwargs, tensors_in
+from moeify.errors import CaptureError
+from moeify.passes.infra.records import record_of
+from moeify.units import dtype_name
+
+ExampleInputs = Mapping[str, Any] | Sequence[Any] | Tensor
+
+
+@dataclass(slots=True)
+class Capture:
+    """A recorded forward pass.
+
+    Attributes:
+        graph_module: The graph, with the model's own parameters behind its `get_attr` nodes.
+        nodes: The nodes that ran, in order (placeholders and `get_attr` excluded).
+        calls: Every module call, in order of entry.
+        mode: Whether fake or real tensors were used.
+        seconds: Time taken.
+        fallback: Why fake tensors could not be used, or "".
+    """
+
+    graph_module: fx.GraphModule
+    nodes: list[fx.Node]
+    calls: list[ModuleCall]
+    mode: Literal["fake", "real"]
+    seconds: float
+    fallback: str = ""
+
+    def chain(self, node: fx.Node) -> list[ModuleCall]:
+        """Return the module calls around `node`, innermost first."""
+        record = record_of(node)
+        found, index = [], -1 if record is None else record.call
+        while index >= 0:
+            found.append(self.calls[index])
+            index = self.calls[index].parent
+        return found
+
+
+def capture(model: nn.Module, example_inputs: ExampleInputs, *, training: bool = False) -> Capture:
+    """Run `model` once and record what it does.
+
+    Args:
+        model: Any module. Nothing in it is changed; on `meta` it needs no memory.
+        example_inputs: Keyword arguments (a mapping), positional ones (a sequence) or one tensor.
+        training: Run it in training mode, and on fake tensors only.
+
+    Returns:
+        The recorded graph with its module calls.
+
+    Raises:
+        CaptureError: The forward pass fails on these inputs, with fake and with real tensors, or
+            the model left a fake tensor in a place that cannot be set back.
+    """
+    started = time.perf_counter()
+    args, kwargs = split_inputs(example_inputs)
+    _refuse_unready(model)
+    found, reason = record_fake(model, args, kwargs, training)
+    mode: Literal["fake", "real"] = "real" if found is None else "fake"
+    if found is None and training:
+        raise CaptureError(f"the model cannot run on fake tensors in training mode ({reason})")
+    if found is None:
+        if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
+            raise CaptureError(
+                f"the model is on meta and cannot run on fake tensors ({reason}); "
+                f"check example_inputs={_describe(example_inputs)}, or load its weights first"
+            )
+        try:
+            found = _record(model, args, kwargs, False, None)
+        except Exception as error:
+            raise CaptureError(
+                f"the model does not run on the example inputs: {type(error).__name__}: "
+                f"{_first_line(error)}; check example_inputs={_describe(example_inputs)}"
+            ) from error
+    graph_module, recorder = found
+    seconds = time.perf_counter() - started
+    return Capture(graph_module, recorder.nodes, recorder.calls, mode, seconds, reason)
+
+
+def record_fake(
+    model: nn.Module, args: Args, kwargs: Kwargs, training: bool
+) -> tuple[tuple[fx.GraphModule, Recorder] | None, str]:
+    """Record on fake tensors and leave none of them behind; or return None and why not."""
+    made: list[weakref.ref[Tensor]] = []
+    variables = Variables(model)
+    found, reason = None, ""
+    try:
+        found = _record(model, args, kwargs, training, made)
+    except Exception as error:  # a model may raise anything
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+    forget(made, variables)
+    return found, reason
+
+
+def split_inputs(example_inputs: ExampleInputs) -> tuple[Args, Kwargs]:
+    """Turn example inputs into positional and keyword arguments.
+
+    Raises:
+        CaptureError: They are neither a mapping, a sequence nor a tensor.
+    """
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, Mapping):
+        return (), {str(key): value for key, value in example_inputs.items()}
+    if isinstance(example_inputs, Sequence) and not isinstance(example_inputs, str):
+        return tuple(example_inputs), {}
+    raise CaptureError(
+        "example_inputs must be a dict of keyword arguments, a tuple of positional ones or a "
+        f"tensor, not {type(example_inputs).__name__}"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200]
+
+
+def _describe(inputs: object) -> str:
+    if isinstance(inputs, Tensor):
+        return f"{tuple(inputs.shape)} {dtype_name(inputs.dtype)}"
+    if isinstance(inputs, Mapping):
+        return "{" + ", ".join(f"{k}: {_describe(v)}" for k, v in inputs.items()) + "}"
+    if isinstance(inputs, list | tuple):
+        return "(" + ", ".join(_describe(v) for v in inputs) + ")"
+    return repr(inputs)[:60]
+
+
+def _refuse_unready(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if compat.is_compiled_module(module):
+            raise CaptureError(f"{path or 'the model'} is compiled: convert first, compile after")
+    for name, tensor in model.named_parameters():
+        if isinstance(tensor, nn.parameter.UninitializedParameter):
+            raise CaptureError(f"{name} is uninitialised: run the model once, then convert it")
+
+
+def _record(
+    model: nn.Module,
+    args: Args,
+    kwargs: Kwargs,
+    training: bool,
+    fakes: list[weakref.ref[Tensor]] | None,
+) -> tuple[fx.GraphModule, Recorder]:
+    """Run the model under a recorder; on fake tensors if `fakes` is a list to note them in."""
+    names = {id(t): n for n, t in model.named_parameters()}
+    names |= {id(t): n for n, t in model.named_buffers() if id(t) not in names}
+    with ExitStack() as stack:
+        stack.enter_context(preserved(model))
+        scripts = [m for m in model.modules() if isinstance(m, torch.jit.ScriptModule)]
+        mode: Any = None
+        if fakes is not None:
+            if any(True for script in scripts for _ in script.parameters()):
+                raise RuntimeError("TorchScript modules keep their weights to themselves")
+            mode = compat.fake_mode()
+            names, args, kwargs = _swap_in_fakes(model, names, args, kwargs, mode)
+        for script in scripts:
+            stack.callback(script.train, script.training)
+            script.train(training)
+        for module in model.modules():
+            module.__dict__["training"] = training
+        recorder = Recorder(model, names, fakes)
+        stack.enter_context(recorder.hooked(args, kwargs))
+        stack.enter_context(torch.no_grad())
+        if mode is not None:
+            stack.enter_context(mode)
+            stack.enter_context(compat.watching())  # above the fakes, to see all
+        with recorder:
+            outputs = model(*args, **kwargs)
+            recorder.outputs = list(tensors_in(outputs))
+    return recorder.finish(), recorder
+
+
+def _swap_in_fakes(
+    model: nn.Module, names: dict[int, str], args: Args, kwargs: Kwargs, mode: Any
+) -> tuple[dict[int, str], Args, Kwargs]:
+    """Replace parameters and buffers by fakes, in the modules' own tables (restored later)."""
+    twins: dict[int, Tensor] = {}
+
+    def twin(tensor: Tensor) -> Tensor:
+        if id(tensor) not in twins:
+            twins[id(tensor)] = compat.fake_like(mode, tensor)
+        return twins[id(tensor)]
+
+    def fake(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return twin(value)
+        if type(value) in (list, tuple):
+            return type(value)(fake(part) for part in value)
+        if isinstance(value, dict):
+            return {key: fake(part) for key, part in value.items()}
+        return value
+
+    for module in model.modules():
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for table in tables:
+            for key, tensor in table.items():
+                if tensor is not None:
+                    table[key] = twin(tensor)
+    named = {id(twins[key]): name for key, name in names.items() if key in twins}
+    return named, fake(args), fake(kwargs)
+
+
+__all__ = [
+    "Capture",
+    "ExampleInputs",
+    "ModuleCall",
+    "capture",
+    "preserved",
+    "record_fake",
+    "split_inputs",
+    "tensors_in",
+]

@@ -1,0 +1,1 @@
+"""Save and load converted models."""

@@ -1,0 +1,250 @@
+"""Loads a sharded checkpoint: all is checked, then digests, then values are copied in place."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.storage import StorageReader
+from torch.optim import Optimizer
+
+from moeify.checkpoint.sharded.checks import check_layers, check_plan, match
+from moeify.checkpoint.sharded.chunks import Pieces
+from moeify.checkpoint.sharded.manifest import NAME, ShardedManifest, read
+from moeify.checkpoint.sharded.rng import Generators
+from moeify.checkpoint.sharded.state import ModelState, Optimized
+from moeify.checkpoint.sharded.storage_reader import PieceReader, PiecesToLoad
+from moeify.distributed.ranks import Ranks
+from moeify.errors import CheckpointError
+from moeify.storage.atomic_folder import Folder
+from moeify.units import dtype_name
+
+__all__ = ["Loaded", "load"]
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What was loaded.
+
+    Attributes:
+        step: The training step.
+        extra: The user's data.
+        path: The checkpoint.
+    """
+
+    step: int
+    extra: dict[str, Any]
+    path: Path
+
+
+@dataclass(slots=True)
+class _Ready:
+    """Everything that was checked on a rank and waits to be done."""
+
+    state: dict[str, Pieces]
+    reader: StorageReader
+    finish: Callable[[], None]
+    loaded: Loaded
+    publish: Callable[[], None] = lambda: None
+    digest: str = ""
+
+
+def load(
+    model: nn.Module,
+    path: Path,
+    optimizer: Optimizer | None,
+    ranks: Ranks,
+    *,
+    trust: bool,
+    strict: bool,
+) -> Loaded:
+    """Load one checkpoint, on all ranks; arguments as of `load_sharded`."""
+    with ExitStack() as stack:
+
+        def prepare() -> _Ready:
+            if not os.path.lexists(path / NAME) and os.path.lexists(path / ".metadata"):
+                return _foreign(model, path, optimizer, trust=trust, strict=strict)
+            return _prepare(model, path, optimizer, ranks, stack, strict=strict)
+
+        done = ranks.run_on_all(f"check {path}", prepare)
+        held = {f"what {path} holds": done.digest[:12]}
+        ranks.assert_same(held, "it is being replaced: load again")
+        if isinstance(done.reader, PieceReader):
+            reader, wanted = done.reader, sorted(done.state)  # the same on all ranks
+            ranks.run_on_all(
+                f"verify {path}", lambda: reader.verify(wanted, ranks.rank, ranks.size)
+            )
+        ranks.run(f"load {path}", _runner(done, ranks))
+        ranks.run_on_all(f"finish loading {path}", done.finish)
+        done.publish()
+        return done.loaded
+
+
+def _runner(ready: _Ready, ranks: Ranks) -> Callable[[], Any]:
+    planner = PiecesToLoad()
+    if ranks.group is not None:
+        return lambda: state_dict_loader.load(
+            ready.state, storage_reader=ready.reader, planner=planner, process_group=ranks.group
+        )
+
+    def alone() -> None:
+        """Do what torch.distributed.checkpoint does, which warns of a world that is not there."""
+        ready.reader.reset()
+        metadata = ready.reader.read_metadata()
+        planner.set_up_planner(ready.state, metadata, True)
+        ready.reader.set_up_storage_reader(metadata, True)
+        plan = ready.reader.prepare_local_plan(planner.create_local_plan())
+        ready.reader.read_data(ready.reader.prepare_global_plan([plan])[0], planner).wait()
+
+    return alone
+
+
+def _prepare(
+    model: nn.Module,
+    path: Path,
+    optimizer: Optimizer | None,
+    ranks: Ranks,
+    stack: ExitStack,
+    *,
+    strict: bool,
+) -> _Ready:
+    """Check everything of this rank; nothing is changed.
+
+    Raises:
+        CheckpointError: Something does not fit.
+    """
+    folder = stack.enter_context(Folder(path))
+    manifest = read(folder)
+    where = str(path)
+    check_layers(model, manifest, where)
+    check_plan(model, manifest, where, strict=strict)
+    state = ModelState.of(model)
+    optimized = None if optimizer is None else Optimized(optimizer, state)
+    masters = {} if optimized is None else optimized.weights()
+    saved: dict[str, tuple[list[int], str, str]] = {
+        key.removeprefix("model."): (record.shape, record.dtype, record.role)
+        for key, record in manifest.tensors.items()
+        if record.role in ("parameter", "buffer", "scratch") and key.startswith("model.")
+    }
+    names = {name: name for name in saved} | manifest.aliases
+    targets = match(state, masters, saved, names, where, strict=strict)
+    into: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in targets.items()}
+    assign: Callable[[], None] = lambda: None  # noqa: E731
+    if optimized is not None:
+        assign = _prepare_optimizer(optimized, manifest, into, where)
+    reader = PieceReader(folder, manifest)
+    stack.callback(reader.close)
+    pieces = {key: Pieces.of(tensor, key) for key, tensor in into.items()}
+    restore = _generators(reader, manifest, ranks, where)
+    reader.open(pieces)
+
+    def finish() -> None:
+        assign()
+        restore()
+
+    digest = hashlib.sha256()
+    for record in manifest.tensors.values():
+        for piece in record.pieces:
+            digest.update(piece.sha256.encode())
+    loaded = Loaded(manifest.step, manifest.extra, path)
+    ready = _Ready(pieces, reader, finish, loaded, digest=digest.hexdigest())
+    if optimized is not None and optimized.masters:
+        ready.publish = optimized.owner.publish  # collective: nothing may fail before it
+    return ready
+
+
+def _prepare_optimizer(
+    optimized: Optimized, manifest: ShardedManifest, into: dict[str, Tensor], where: str
+) -> Callable[[], None]:
+    """Add where state goes; return what puts it in place."""
+    record = manifest.optimizer
+    if record is None:
+        raise CheckpointError(f"{where}: no optimizer was saved: load without optimizer=")
+    options = optimized.options(record, where)
+    optimized.check_states(manifest, where)
+    states = optimized.made(manifest)
+    for name, found in states.items():
+        for key, tensor in found.items():
+            into[f"optimizer.{name}.{key}"] = tensor
+
+    def assign() -> None:
+        optimized.assign(options, states, record.values)
+
+    return assign
+
+
+def _generators(
+    reader: PieceReader, manifest: ShardedManifest, ranks: Ranks, where: str
+) -> Callable[[], None]:
+    """Read this rank's generators; return what sets them."""
+    first = manifest.tensors.get("rng.0.torch")
+    if first is None or not first.pieces:
+        return lambda: None
+    if ranks.rank >= manifest.world:
+        digest = first.pieces[0].sha256
+        return lambda: Generators.derive(digest, ranks.rank)
+    prefix = f"rng.{ranks.rank}."
+    found = {
+        key.removeprefix(prefix): reader.values(key)
+        for key in manifest.tensors
+        if key.startswith(prefix)
+    }
+    ready = Generators.check(found, where)
+    return lambda: Generators.restore(ready)
+
+
+def _foreign(
+    model: nn.Module, path: Path, optimizer: Optimizer | None, *, trust: bool, strict: bool
+) -> _Ready:
+    """Check a checkpoint of torch.distributed.checkpoint itself.
+
+    Raises:
+        CheckpointError: It is not trusted, or does not fit.
+    """
+    if not trust:
+        raise CheckpointError(
+            f"{path}: was written by torch.distributed.checkpoint alone; its .metadata is a "
+            "pickle, and reading it executes code that is in it: pass trust=True if you know who "
+            "wrote it"
+        )
+    if optimizer is not None:
+        raise CheckpointError(f"{path}: only weights are read from it: load without optimizer=")
+    reader = FileSystemReader(path)
+    try:
+        metadata = reader.read_metadata()
+    except Exception as error:
+        raise CheckpointError(f"{path}/.metadata: cannot be read: {error}") from error
+    found: dict[str, Any] = {
+        key: record
+        for key, record in metadata.state_dict_metadata.items()
+        if isinstance(record, TensorStorageMetadata)
+    }
+    prefix = "model." if any(key.startswith("model.") for key in found) else ""
+    state = ModelState.of(model)
+    if prefix and any(key in found for key in state.tensors):
+        prefix = ""  # the model has a child of that name
+    saved = {
+        key.removeprefix(prefix): (
+            list(record.size),
+            dtype_name(record.properties.dtype),
+            state.roles.get(key.removeprefix(prefix), "buffer"),
+        )
+        for key, record in found.items()
+        if key.startswith(prefix)
+    }
+    names = {name: name for name in saved}
+    for alias, name in state.aliases.items():
+        if alias in saved and name in saved:  # tied here, stored twice there
+            del saved[alias], names[alias]
+    targets = match(state, {}, saved, names, str(path), strict=strict)
+    pieces = {f"{prefix}{name}": Pieces.of(t, name) for name, t in targets.items()}
+    return _Ready(pieces, reader, lambda: None, Loaded(0, {}, path))

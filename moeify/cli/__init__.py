@@ -1,0 +1,1 @@
+"""The `moeify` command."""

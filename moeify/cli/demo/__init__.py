@@ -1,0 +1,1 @@
+"""`moeify demo`: convert a pretrained model and check every claim."""

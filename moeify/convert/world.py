@@ -1,0 +1,211 @@
+"""A conversion on several ranks: one layout, agreed on before anything is built or sent.
+
+Ranks that disagree would hang in the first collective, or exchange garbage. So what each of them
+is about to do is compared at set-up, and what goes wrong on one rank is raised on all of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moeify.capture.input_spec import describe_inputs
+from moeify.distributed.agreement import assert_same_on_ranks, can_talk
+from moeify.distributed.dtensor import is_sharded
+from moeify.distributed.exchange import is_coordinated
+from moeify.distributed.gradient_reducer import GradientReducer, Reduction
+from moeify.distributed.layout import Layout
+from moeify.distributed.mesh import World, world_size
+from moeify.errors import PlanError
+from moeify.plan.layer_plan import ResolvedPlan
+from moeify.plan.plan import Plan
+from moeify.plan.zero_checks import check_process
+
+if TYPE_CHECKING:
+    from moeify.tensor_parallel.apply import PartialSums
+    from moeify.zero.plan import ZeroPlan
+    from moeify.zero.stage1 import Cut, Guard
+
+__all__ = ["Parallel", "assert_same_layers", "init_world", "reduce_gradients"]
+
+_SAME_CALL = "call moeify on every rank with the same plan, weights and form of example inputs"
+
+
+@dataclass(slots=True)
+class Parallel:
+    """What a conversion remembers of its ranks; travels with copies of the model.
+
+    Attributes:
+        layout: How the world is cut.
+        rank: This rank.
+        reducer: Reduces gradients in every backward pass, or None.
+        slices: How dense layers are sliced over the tensor ranks (a `SlicePlan`), or None.
+        sums: Sums gradients of whole parameters within slices, or None.
+        zero: What ZeRO partitions, or None.
+        cuts: How optimizer states are cut, by parameter name, at stages 0 and 1.
+        masters: Pieces of the weights in float32, until an optimizer takes them.
+        guard: Makes optimizers that know nothing of `zero` refuse the parameters, or None.
+    """
+
+    layout: Layout
+    rank: int
+    reducer: GradientReducer | None = None
+    slices: Any = None
+    sums: PartialSums | None = None
+    zero: ZeroPlan | None = None
+    cuts: dict[str, Cut] = field(default_factory=dict)
+    masters: dict[str, Tensor] = field(default_factory=dict)
+    guard: Guard | None = None
+
+
+def init_world(plan: Plan, mesh: Any, model: nn.Module, *, verify: bool = True) -> World | None:
+    """Return the meshes of a plan in the running world; None where one process is the world.
+
+    Args:
+        plan: The plan.
+        mesh: The user's own dense mesh, or None.
+        model: Tells the device.
+        verify: Whether the conversion will be verified, which all ranks do or none.
+
+    Raises:
+        PlanError: The plan does not fit the world, or the ranks have different plans or meshes.
+    """
+    world = world_size()
+    running = dist.is_available() and dist.is_initialized()
+    check_process(plan, distributed=running)
+    if world == 1 and mesh is None and not (running and plan.zero.is_active):
+        _fit(plan, world)
+        return None
+    if not running:
+        raise PlanError("mesh: torch.distributed does not run: call init_process_group first")
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    facts = {
+        "the plan": plan.digest()[:12],
+        "`verify`": str(verify),
+        "`mesh`": _described(mesh),
+        "the device": device,
+    }
+    assert_same_on_ranks(facts, _SAME_CALL)
+    layout = _fit(plan, world)
+    return World.create(layout, "cpu" if device == "meta" else device, mesh)
+
+
+def _described(mesh: Any) -> str:
+    if mesh is None:
+        return "none"
+    names, ranks = getattr(mesh, "mesh_dim_names", None), getattr(mesh, "mesh", None)
+    return f"{names} of ranks {ranks.tolist() if isinstance(ranks, torch.Tensor) else mesh}"
+
+
+def _fit(plan: Plan, world: int) -> Layout:
+    try:
+        return Layout.of(plan.parallel, world)
+    except PlanError as error:
+        raise plan.fault(tuple(error.path.split(".")), error.message) from None
+
+
+def assert_same_layers(resolved: ResolvedPlan, model: nn.Module, example_inputs: Any) -> None:
+    """Compare what is about to be converted, and the dense weights, over all ranks.
+
+    Raises:
+        PlanError: Ranks differ.
+        DispatchError: A rank died.
+    """
+    if not can_talk():
+        return
+    layers = [(la.name, la.experts, la.top_k, la.residual, la.site.d_in) for la in resolved]
+    facts = {"the number of layers": str(len(layers))}
+    facts |= {f"layer {i}": " ".join(map(str, layer)) for i, layer in enumerate(layers)}
+    facts |= weights_of(model)
+    # Their size decides how rows travel.
+    facts["the example inputs"] = json.dumps(describe_inputs(example_inputs))
+    assert_same_on_ranks(facts, _SAME_CALL)
+
+
+def weights_of(model: nn.Module) -> dict[str, str]:
+    """Return a digest of each module's own parameters, cheap enough to compare at set-up."""
+    digests: dict[str, str] = {}
+    for path, module in model.named_modules():
+        text = ""
+        for name, parameter in module.named_parameters(recurse=False):
+            text += f"{name} {tuple(parameter.shape)} {parameter.dtype} {parameter.requires_grad} "
+            if not parameter.is_meta:
+                text += f"{_checksum(parameter.detach())} "
+        if text:
+            digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+            digests[f"the weights of {path or 'the model'}"] = digest
+    return digests
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    """Return a sum over the bits, each element times an odd number of its place.
+
+    Of integers, so that it does not depend on the order of a device or of threads.
+    """
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32}.get(tensor.itemsize, torch.int64)
+    total = 0
+    for number, part in enumerate(torch.split(tensor.flatten(), _PIECE)):
+        values = part.view(bits)
+        odd = torch.arange(values.shape[0], device=values.device) * 2 + 1
+        total += (number + 1) * int((values * odd).sum())
+    return total
+
+
+_PIECE = 1 << 24
+"""Elements at a time: a checksum needs 8 bytes for each."""
+
+
+def reduce_gradients(
+    model: nn.Module, world: World, resolved: ResolvedPlan, blocks: dict[str, str], which: str
+) -> GradientReducer | None:
+    """Hook the reduction of gradients into every backward pass of a converted model.
+
+    The single process minimises the mean of the ranks' losses. So dense gradients are averaged
+    over dp; an expert's are summed over all the ranks that sent it tokens, which is what its
+    backward pass does within ep and this does over edp, and divided by dp.
+
+    Args:
+        model: The converted model.
+        world: Its meshes.
+        resolved: Its layers.
+        blocks: Path of each layer's block.
+        which: "all", "experts" or "none".
+    """
+    layout = world.layout
+    if which == "none" or layout.world == 1:
+        return None
+    reductions = []
+    seen: set[int] = set()
+    for layer in resolved:
+        if layout.ep(layer.experts) == 1:
+            continue
+        experts = model.get_submodule(f"{blocks[layer.name]}.experts")
+        mesh = world.sparse(layer.experts)
+        size = layout.edp(layer.experts)
+        coordinated = is_coordinated(model.get_submodule(blocks[layer.name]))
+        factor = size / layout.dp / layout.copies(coordinated=coordinated)
+        named = [(n, p) for n, p in experts.named_parameters() if id(p) not in seen]
+        seen |= {id(p) for _, p in named}
+        group = world.reducing(mesh, "edp") if size > 1 else ""
+        names = [f"{blocks[layer.name]}.experts.{n}" for n, _ in named]
+        reductions.append(Reduction([p for _, p in named], names, group, size, factor))
+    rest = [
+        (name, parameter)
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in seen and (which == "all" or is_sharded(parameter))
+    ]  # DDP leaves out whatever is sharded, slices of dense layers too
+    if rest and layout.dp > 1:
+        group = world.reducing(world.dense, "dp")
+        reductions.append(Reduction([p for _, p in rest], [n for n, _ in rest], group, layout.dp))
+    return GradientReducer(reductions) if reductions else None
+
+
+def sharded_names(model: nn.Module) -> list[str]:
+    """Return the names of the parameters of which this rank holds a share."""
+    return [name for name, parameter in model.named_parameters() if is_sharded(parameter)]

@@ -1,0 +1,1 @@
+"""Students with fewer layers, and their training (Mixture-of-Students)."""

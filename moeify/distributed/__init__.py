@@ -1,0 +1,1 @@
+"""Meshes, layouts, collectives as graph nodes, agreement of ranks, gradient reduction."""

@@ -1,0 +1,181 @@
+"""Ranks that act as one: what fails on one fails on all, and what must be the same is compared.
+
+A rank that raised alone would leave the others waiting in their next collective, and ranks that
+hold different things would hang there or exchange garbage. Both are caught here, before it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from moeify.distributed.mesh import world_size
+from moeify.errors import DispatchError, MoeifyError, PlanError
+
+__all__ = [
+    "assert_same_on_ranks",
+    "can_talk",
+    "run_on_all_ranks",
+    "run_on_first_rank",
+    "silence_error",
+]
+
+T = TypeVar("T")
+
+
+def run_on_all_ranks(
+    what: str,
+    action: Callable[[], T],
+    *,
+    group: Any = None,
+    failure: type[MoeifyError] = MoeifyError,
+    silence: type[MoeifyError] = DispatchError,
+) -> T:
+    """Run an action on every rank; if it fails on one, raise on each. Alone: just run it.
+
+    Args:
+        what: Infinitive, for messages: "find the model's MLPs".
+        action: May run collectives only if nothing that fails on one rank alone comes before.
+        group: The ranks; None for the world.
+        failure: What ranks raise when it failed on another one.
+        silence: What ranks raise when another one does not answer.
+
+    Returns:
+        What the action returned on this rank.
+
+    Raises:
+        MoeifyError: A `failure` or a `silence`.
+        Exception: What failed on this rank.
+    """
+    result, _ = _run(what, action, lambda _: None, group, failure, silence)
+    return result
+
+
+def run_on_first_rank(
+    what: str,
+    action: Callable[[], T],
+    *,
+    group: Any = None,
+    failure: type[MoeifyError] = MoeifyError,
+    silence: type[MoeifyError] = DispatchError,
+) -> T:
+    """Run an action on rank 0, and return on all ranks what it returned there.
+
+    Args, Raises: as of `run_on_all_ranks`. The result must pickle, and the action runs no
+    collectives.
+    """
+    is_first = not can_talk(group) or dist.get_rank(group) == 0
+
+    def on_first() -> T | None:
+        return action() if is_first else None
+
+    _, shared = _run(what, on_first, lambda result: result, group, failure, silence)
+    first: T = shared[0]
+    return first
+
+
+def assert_same_on_ranks(
+    facts: dict[str, str],
+    advice: str,
+    *,
+    group: Any = None,
+    failure: type[MoeifyError] = PlanError,
+    silence: type[MoeifyError] = DispatchError,
+) -> None:
+    """Compare facts over all ranks.
+
+    Args:
+        facts: What must be the same everywhere, by name.
+        advice: What the user is to do where they differ, for the message.
+        group: The ranks; None for the world.
+        failure: What to raise where ranks differ.
+        silence: What to raise where a rank does not answer.
+
+    Raises:
+        MoeifyError: A `failure` that names the first fact that differs, the ranks and what they
+            hold; or a `silence`.
+    """
+    if not can_talk(group):
+        return
+    # A model has thousands of facts: they travel only where their digests differ.
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    if len(set(_gather(digest, "compare facts", group, silence))) == 1:
+        return
+    by_rank: list[dict[str, str]] = _gather(facts, "compare facts", group, silence)
+    for name in {name: None for own in by_rank for name in own}:
+        holders: dict[str, list[int]] = {}
+        for rank, own in enumerate(by_rank):
+            holders.setdefault(own.get(name, "nothing"), []).append(rank)
+        if len(holders) > 1:
+            each = [f"{_named(ranks)}: {value}" for value, ranks in holders.items()]
+            more = f"; and {len(each) - 4} more" if len(each) > 4 else ""
+            raise failure(f"ranks disagree on {name} ({'; '.join(each[:4])}{more}); {advice}")
+
+
+def can_talk(group: Any = None) -> bool:
+    """Tell whether ranks can tell each other anything; a simulated world has one rank only."""
+    return group is not None or (world_size() > 1 and dist.get_backend() != "fake")
+
+
+def silence_error(what: str, error: BaseException, kind: type[MoeifyError]) -> MoeifyError:
+    """Return the error of a rank that could not reach the others."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    reason = str(error).split("\n", 1)[0]
+    return kind(
+        f"rank {rank} could not {what} with the other ranks: {reason} (a peer died or stalled, or "
+        "does not make this call; look for its own error)"
+    )
+
+
+def _run(
+    what: str,
+    action: Callable[[], T],
+    share: Callable[[T], Any],
+    group: Any,
+    failure: type[MoeifyError],
+    silence: type[MoeifyError],
+) -> tuple[T, list[Any]]:
+    """Run an action; return its result, and what each rank shares of its own."""
+    if not can_talk(group):
+        alone = action()
+        return alone, [share(alone)]
+    error: Exception | None = None
+    result: Any = None
+    outcome: tuple[str | None, Any]
+    try:
+        result = action()
+        outcome = None, share(result)
+    except Exception as raised:
+        error = raised
+        outcome = f"{type(raised).__name__}: {raised}", None
+    try:
+        outcomes: list[tuple[str | None, Any]] = _gather(outcome, what, group, silence)
+    except silence as unanswered:
+        raise error or unanswered from None
+    if error is not None:
+        raise error
+    failed = {rank: text for rank, (text, _) in enumerate(outcomes) if text is not None}
+    if failed:
+        first = next(iter(failed.values()))
+        raise failure(f"{_named([*failed])} could not {what}, so all ranks stop: {first}")
+    return result, [shared for _, shared in outcomes]
+
+
+def _gather(own: Any, what: str, group: Any, silence: type[MoeifyError]) -> list[Any]:
+    """Return what each rank gives, in order of ranks."""
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    try:
+        dist.all_gather_object(gathered, own, group=group)
+    except (RuntimeError, ValueError) as error:
+        raise silence_error(what, error, silence) from error
+    return gathered
+
+
+def _named(ranks: Sequence[int]) -> str:
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    return f"ranks {', '.join(map(str, ranks[:8]))}{', ...' if len(ranks) > 8 else ''}"

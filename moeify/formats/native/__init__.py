@@ -1,0 +1,1 @@
+"""Folders of transformers' own MoE classes: Mixtral, Qwen, OLMoE, GLM."""

@@ -1,0 +1,220 @@
+"""Native export: a folder that transformers, vLLM and SGLang read without moeify.
+
+A converted model whose plan says no more than a class of transformers does is written as that
+class: its config, its names, one tensor per expert and projection. What differs is a reason, never
+a silent change; what has to be padded is counted and said.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from moeify.capture.input_spec import describable
+from moeify.convert.replay import layer_records
+from moeify.errors import MoeifyError
+from moeify.formats.manifest import format_manifest
+from moeify.formats.native.architectures import TARGETS, Target, config_of, misfits
+from moeify.formats.native.model_facts import Facts, facts_of
+from moeify.formats.native.reader import NativeTensors
+from moeify.formats.native.tensors import Tensors, names_of, tensors_of
+from moeify.hf.dense_class import dense_class, dense_config, generation_config
+from moeify.plan import strict_yaml
+from moeify.sites.record import Conversion, require_conversion, require_one_process
+from moeify.storage.tensor_source import ModelFiles, TensorSource
+from moeify.units import dtype_name
+
+
+class NotNative(MoeifyError):
+    """No class of transformers is what the converted model is.
+
+    Args:
+        reasons: Why not, by architecture.
+
+    Attributes:
+        reasons: As given.
+    """
+
+    def __init__(self, reasons: Mapping[str, str]) -> None:
+        self.reasons = dict(reasons)
+        texts = list(dict.fromkeys(self.reasons.values()))
+        if len(texts) == 1:
+            said = texts[0]
+        else:
+            said = "".join(f"\n  {name}: {text}" for name, text in self.reasons.items())
+        super().__init__(f"no class of transformers is what this model has become: {said}")
+
+
+def native_files(
+    model: nn.Module,
+    tensor_source: TensorSource,
+    *,
+    source: Mapping[str, Any] | None = None,
+    architecture: str | None = None,
+) -> ModelFiles:
+    """Describe the folder of a converted model as a class of transformers.
+
+    Args:
+        model: The converted model; it may be on meta.
+        tensor_source: Its tensors.
+        source: Where its weights came from, for the manifest.
+        architecture: The class to write, such as "MixtralForCausalLM"; the first that fits if None.
+
+    Returns:
+        What is to be written; its notes say what is padding, and why classes before it do not fit.
+
+    Raises:
+        NotNative: No class fits, or not that one; `reasons` says why.
+        MoeifyError: The model was not converted, or lies on several ranks.
+        ValueError: `architecture` is not a class that moeify writes.
+    """
+    record = require_conversion(model)
+    require_one_process(model, "native export")
+    chosen = [t for t in TARGETS if architecture in (None, t.architecture)]
+    if not chosen:
+        known = ", ".join(target.architecture for target in TARGETS)
+        raise ValueError(f"architecture: {architecture!r} is none of {known}")
+    facts = facts_of(model, record, tensor_source)
+    if isinstance(facts, str):
+        raise NotNative({target.architecture: facts for target in chosen})
+    reasons: dict[str, str] = {}
+    for target in chosen:
+        why = "; ".join(misfits(target, facts)) or _differs(target, facts)
+        if not why:
+            return _files_of(target, facts, record, model, tensor_source, source, reasons)
+        reasons[target.architecture] = why
+    raise NotNative(reasons)
+
+
+def _differs(target: Target, facts: Facts) -> str:
+    """Say what of the config the class does not take over; nothing if it takes all."""
+    rope = dict(facts.config.rope_parameters)
+    try:
+        config = config_of(target, facts)
+    except Exception as error:  # a config's own checks raise as they like
+        return f"its config refuses: {error}"
+    if target.architecture == "Glm4MoeForCausalLM":
+        rope["partial_rotary_factor"] = 1.0
+    if dict(config.rope_parameters) != rope:
+        return f"its rope_parameters become {dict(config.rope_parameters)} from {rope}"
+    return ""
+
+
+def _files_of(
+    target: Target,
+    facts: Facts,
+    record: Conversion,
+    model: nn.Module,
+    tensor_source: TensorSource,
+    source: Mapping[str, Any] | None,
+    reasons: Mapping[str, str],
+) -> ModelFiles:
+    config = config_of(target, facts)
+    tensors = tensors_of(target, facts, tensor_source)
+    _check(target, config, tensors)
+    texts = {"config.json": config.to_json_string()}
+    generation = generation_config(model)
+    if generation is not None:
+        texts["generation_config.json"] = json.dumps(generation, indent=2, sort_keys=True) + "\n"
+    texts["plan.yaml"] = strict_yaml.dump(record.plan.data(), "plan.yaml")
+    cls = dense_class(model)
+    details = {
+        "class": f"{cls.__module__}.{cls.__name__}",
+        "config": dense_config(model),
+        "inputs": record.inputs if describable(record.inputs) else None,
+        "generation": generation,
+        "names": list(tensor_source.specs),
+        "aliases": dict(tensor_source.aliases),
+    }
+    return ModelFiles(
+        kind="native",
+        tensors=tuple(tensors.outputs),
+        texts={name: text.encode() for name, text in texts.items()},
+        manifest=format_manifest(
+            "native",
+            architecture=target.architecture,
+            plan=record.plan,
+            layers=layer_records(model, record),
+            source=dict(source or {}),
+            details=details,
+        ),
+        notes=tuple(_notes(target, facts, record, tensors, reasons)),
+    )
+
+
+def _check(target: Target, config: Any, tensors: Tensors) -> None:
+    """Hold names and shapes against the class itself.
+
+    Raises:
+        NotNative: They differ; the installed transformers has another such class.
+    """
+    import transformers
+
+    with torch.device("meta"):
+        instance = getattr(transformers, target.architecture)(config)
+    expected = names_of(target, instance)
+    written = {output.name: output.spec.shape for output in tensors.outputs}
+    for name in sorted(expected.keys() | written.keys()):
+        if expected.get(name) != written.get(name):
+            raise NotNative(
+                {
+                    target.architecture: f"{name} is {expected.get(name)} in the class of "
+                    f"transformers {transformers.__version__}, and here {written.get(name)}"
+                }
+            )
+
+
+def _notes(
+    target: Target,
+    facts: Facts,
+    record: Conversion,
+    tensors: Tensors,
+    reasons: Mapping[str, str],
+) -> list[str]:
+    total, size = tensors.elements, facts.dtype.itemsize
+    notes = [
+        f"padding: {what}: {count:,} parameters, {count * size / 1e6:,.1f} MB, "
+        f"{count / total:.1%} of all"
+        for what, count in tensors.padding.items()
+    ]
+    routers = [converted.layer.router for converted in record.layers]
+    if any(r.capacity_factor is not None or r.noise != "none" for r in routers):
+        notes.append("training: the class drops no tokens and adds no noise, as the plan does")
+    if any(r.aux_loss or r.z_loss or r.bias_update for r in routers):
+        same = len({layer.plan.router.aux_loss for layer in facts.layers}) == 1
+        balance = (
+            f"has {'the' if same else 'the first layer of the'} plan's weight, is over all layers "
+            "together, and is off until output_router_logits=True"
+            if target.aux_loss
+            else "is not there"
+        )
+        notes.append(
+            f"training: the class's balance loss {balance}; it has no z-loss, and nothing moves a "
+            "selection bias"
+        )
+    if facts.layers[0].plan.top_k == 1 and facts.layers[0].normalized:
+        notes.append("training: with one expert of weight 1 its router has no gradient there")
+    scores = {layer.plan.router.score for layer in facts.layers}
+    if target.score == "sigmoid" and "softmax" in scores:
+        notes.append(
+            "routing: the class chooses by sigmoids, which is the plan's choice but where the best "
+            "two logits x differ by less than 6e-8 * exp(x), such as 0.001 at 10, in float32"
+        )
+    if target.score == "softmax" and facts.dtype.itemsize < 4:
+        notes.append(
+            f"routing: the class computes logits in {dtype_name(facts.dtype)}, moeify in float32: "
+            "near ties can go to another expert"
+        )
+    if target.window and facts.head_dim * facts.config.num_attention_heads != (
+        facts.config.hidden_size
+    ):
+        notes.append("SGLang's Mixtral takes hidden_size / heads for head_dim: it cannot load this")
+    chosen = f"written as {target.architecture}, which transformers loads without moeify"
+    return [chosen, *notes, *(f"not {name}: {why}" for name, why in reasons.items())]
+
+
+__all__ = ["NativeTensors", "NotNative", "native_files"]

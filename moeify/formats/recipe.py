@@ -1,0 +1,91 @@
+"""The recipe in the config of a custom export: the plan, and what its conversion must give."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import Field, ValidationError
+
+from moeify.capture.input_spec import describable
+from moeify.convert.replay import Recorded, versions
+from moeify.errors import CheckpointError
+from moeify.plan.selection import Strict
+from moeify.plan.strict_yaml import path_text
+from moeify.sites.record import Conversion
+from moeify.storage.manifest import LayerRecord
+
+_OF_DTYPE: Final = frozenset({"dtype", "bytes_after"})
+"""What follows from the dtype, which a caller of `from_pretrained` may choose."""
+
+_Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class Recipe(Strict):
+    """The content of `config.moeify`.
+
+    Attributes:
+        version: Of this form.
+        versions: Of the packages that wrote it.
+        plan: The plan's data.
+        plan_sha256: Its digest.
+        inputs: Description of the example inputs; None where they are made from the config.
+        layers: What must come out of the conversion, without what is at its default.
+    """
+
+    version: Literal[2]
+    versions: dict[str, str]
+    plan: dict[str, Any]
+    plan_sha256: _Digest
+    inputs: Any
+    layers: list[LayerRecord]
+
+
+def recipe_of(conversion: Conversion, layers: list[LayerRecord]) -> dict[str, Any]:
+    """Return the recipe of a converted Hugging Face model, as JSON-able data."""
+    recipe = Recipe(
+        version=2,
+        versions=versions(),
+        plan=conversion.plan.data(),
+        plan_sha256=conversion.plan.digest(),
+        inputs=conversion.inputs if describable(conversion.inputs) else None,
+        layers=layers,
+    )
+    return recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+
+
+def read_recipe(data: Any, where: str) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        data: What the config holds.
+        where: Its place, for messages.
+
+    Raises:
+        CheckpointError: It is missing or damaged.
+    """
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{where}: is missing: the config is of no converted model")
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise CheckpointError(f"{where}.{path_text(first['loc'])}: {first['msg']}") from None
+
+
+def recorded(recipe: Recipe, where: str) -> Recorded:
+    """Return what a recipe says of the conversion."""
+    return Recorded(
+        where=where,
+        fields=f"{where}.",
+        plan=recipe.plan,
+        plan_sha256=recipe.plan_sha256,
+        inputs=recipe.inputs,
+        layers=recipe.layers,
+        ignore=_OF_DTYPE,
+        versions=recipe.versions,
+        passes="passes of your own, and dense modules that were changed, do not travel with this "
+        "format; use moeify.save",
+    )
+
+
+__all__ = ["Recipe", "read_recipe", "recipe_of", "recorded"]

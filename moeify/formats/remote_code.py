@@ -1,0 +1,120 @@
+"""What the generated code of a custom export calls: a dense class that converts itself when built.
+
+The folder's `configuration_moeify.py` and `modeling_moeify.py` put these two before a config and a
+model class of transformers. The plan is data in `config.json`. In memory the config has the dense
+model's `model_type`, by which transformers, PEFT and tokenizers know what a model can do; what is
+saved names another, so that nobody takes the folder for the dense model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from moeify.capture.on_meta import parameters_on_meta
+from moeify.convert.replay import replay
+from moeify.errors import CheckpointError, MoeifyError
+from moeify.formats.recipe import read_recipe, recorded
+from moeify.formats.save_hook import guard
+from moeify.hf.dense_class import KEY, dense_config_class, with_decoys, without_decoys
+from moeify.sites.record import require_one_process
+
+
+class ConvertedConfig:
+    """Stands before a config class of transformers in a generated one.
+
+    Attributes:
+        saved_as: The `model_type` that is written, which transformers does not know.
+    """
+
+    saved_as: ClassVar[str] = ""
+    model_type: ClassVar[str]
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read the file, with the `model_type` that it has in memory."""
+        found, rest = super().get_config_dict(*args, **kwargs)  # type: ignore[misc]
+        return cls._in_memory(found), rest
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> Any:
+        """Make the config, without what keeps dense classes off."""
+        return super().from_dict(cls._in_memory(config_dict), **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def _in_memory(cls, data: Mapping[str, Any]) -> dict[str, Any]:
+        made = without_decoys(data)
+        if made.get("model_type") == cls.saved_as:
+            made["model_type"] = cls.model_type
+        return made
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what is written."""
+        made: dict[str, Any] = super().to_dict()  # type: ignore[misc]
+        return with_decoys(made | {"model_type": self.saved_as})
+
+
+class ConvertedModel:
+    """Stands before a model class of transformers in a generated one.
+
+    Attributes:
+        dense_class: That class.
+    """
+
+    dense_class: ClassVar[type]
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        self.build_dense(config, *args, **kwargs)
+        assert isinstance(self, nn.Module)
+        convert_for_loading(self)
+        guard(self)
+
+    def build_dense(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        """Build the dense model, which may ask for the classes that its config's class has."""
+        generated = type(config)
+        config.__class__ = self.__dict__["config_class"] = dense_config_class(generated)
+        try:
+            super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        finally:
+            config.__class__ = generated
+            del self.__dict__["config_class"]
+
+    def _get_name(self) -> str:
+        """Return the dense class's name, by which trainers know whose labels are shifted."""
+        return self.dense_class.__name__
+
+
+def convert_for_loading(model: nn.Module) -> None:
+    """Convert a newly built dense model by the recipe in its config; its weights come later.
+
+    Args:
+        model: Of a generated class; on meta it stays on meta.
+
+    Raises:
+        CheckpointError: The recipe is damaged, does not fit, or gives something else than it did.
+    """
+    config: Any = model.config
+    where = f"{getattr(config, 'name_or_path', '') or 'config.json'}: {KEY}"
+    recipe = read_recipe(getattr(config, KEY, None), where)
+    with torch.device("cpu"):
+        replay(model, recorded(recipe, where), rebuild=lambda: _build_again(model))
+    try:
+        require_one_process(model, "from_pretrained")
+    except MoeifyError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+
+
+def _build_again(model: nn.Module) -> None:
+    """Build the dense model once more, with its buffers real; values come from a file later."""
+    assert isinstance(model, ConvertedModel)
+    with parameters_on_meta():
+        model.build_dense(model.config)
+    for module in model.modules():  # what is marked as initialised would not be loaded
+        for part in (module, *module._parameters.values(), *module._buffers.values()):
+            getattr(part, "__dict__", {}).pop("_is_hf_initialized", None)
+
+
+__all__ = ["ConvertedConfig", "ConvertedModel", "convert_for_loading"]

@@ -1,0 +1,379 @@
+"""Revert a folder: the dense model behind it, one layer at a time.
+
+The dense model is built on meta and converted there as it once was, which says where everything
+went. What was kept is copied under its old name; of a converted layer, its block alone is given
+its tensors when the first of its dense ones is to be written, and `moeify.convert.revert` makes
+them all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from moeify.capture.on_meta import default_device_cpu
+from moeify.checkpoint.rebuild import build
+from moeify.checkpoint.single import load
+from moeify.convert.replay import Recorded, layer_records, replay
+from moeify.convert.revert import RevertedLayer
+from moeify.errors import CheckpointError
+from moeify.formats.manifest import FormatManifest, format_manifest, read_format_manifest
+from moeify.formats.native.reader import NativeTensors
+from moeify.formats.reader import FolderTensors
+from moeify.hf.dense_class import dense_class, dense_config, generation_config
+from moeify.hf.tensor_names import places_of, renaming
+from moeify.sites.record import Conversion, ConvertedLayer, require_conversion
+from moeify.storage.atomic_folder import Folder
+from moeify.storage.manifest import MAX_BYTES, Manifest, ModelRecord, read_manifest
+from moeify.storage.model_state import tensors_of
+from moeify.storage.strict_json import parse_json
+from moeify.storage.tensor_source import (
+    ModelFiles,
+    Output,
+    TensorSource,
+    TensorSpec,
+    Written,
+    copied,
+    describe,
+)
+from moeify.units import dtype_name
+
+log = logging.getLogger("moeify")
+
+_ALIKE: Final = frozenset({"copy", "granular", "split"})
+"""Ways to start experts after which the dense MLP can be had again."""
+_KEYS: Final = {"name", "experts", "top_k", "residual", "expert", "init"}
+"""What must be the same in every layer for the tensors to mean the same."""
+
+
+def dense_files(directory: str | os.PathLike[str]) -> ModelFiles:
+    """Describe the dense model that a folder of moeify's comes from.
+
+    Exact, bit for bit, where nothing has been trained and the experts are copies; see `demoeify`
+    for the others. Experts that are no copies of one another are averaged, and a warning names
+    them when they are written.
+
+    Args:
+        directory: What `moeify.save` wrote, or an export (custom or native) of a Hugging Face
+            model.
+
+    Returns:
+        What is to be in a folder that `from_pretrained` of the dense class reads.
+
+    Raises:
+        CheckpointError: The folder is damaged, or not of a Hugging Face model, or already dense.
+        UnsupportedModuleError: A block has learned something that the dense module has no place
+            for; raised when it is written.
+    """
+    with default_device_cpu():
+        start = _start(directory)
+    model, tensor_source = start.model, start.tensor_source
+    conversion = require_conversion(model)
+    places = _fill(model, tensor_source, start.where)
+    layers = _Layers(model, tensor_source, places)
+    kept = _kept(start, conversion, places, layers.specs)
+    outputs = [
+        layers.output(name) if name in layers.specs else copied(tensor_source, kept[name], name)
+        for name in start.names
+    ]
+    make = format_manifest(
+        "dense",
+        architecture=dense_class(model).__name__,
+        plan=conversion.plan,
+        layers=layer_records(model, conversion),
+        source=start.source,
+    )
+
+    def manifest(written: Written) -> bytes:
+        tensor_source.unchanged()  # all has been read by now
+        return make(written)
+
+    return ModelFiles(
+        kind="dense",
+        tensors=tuple(outputs),
+        texts=_texts(model, outputs),
+        manifest=manifest,
+        notes=_notes(conversion),
+    )
+
+
+def _texts(model: nn.Module, outputs: Sequence[Output]) -> dict[str, bytes]:
+    """Return the config files of the dense model."""
+    texts = {"config.json": dense_config(model) | {"dtype": _main_dtype(outputs)}}
+    if (generation := generation_config(model)) is not None:
+        texts["generation_config.json"] = generation
+    return {
+        name: json.dumps(text, indent=2, sort_keys=True).encode() + b"\n"
+        for name, text in texts.items()
+    }
+
+
+def _notes(conversion: Conversion) -> tuple[str, ...]:
+    """Name the layers whose experts were not copies of one another from the start."""
+    return tuple(
+        f"{c.layer.name}: its experts were not the same from the start ({c.layer.init.experts}): "
+        "their mean is no MLP that was ever trained"
+        for c in conversion.layers
+        if c.layer.init.experts not in _ALIKE
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """What a folder says.
+
+    Attributes:
+        where: The folder, for messages.
+        tensor_source: Its tensors.
+        names: The dense model's tensors, in the order of its state dict.
+        aliases: Further names of tied ones, to those names.
+        model: The converted model on meta.
+        source: The folder as a source, for the manifest.
+    """
+
+    where: str
+    tensor_source: FolderTensors | NativeTensors
+    names: tuple[str, ...]
+    aliases: Mapping[str, str]
+    model: nn.Module
+    source: dict[str, Any]
+
+
+def _start(directory: str | os.PathLike[str]) -> _Start:
+    with Folder(directory) as folder:
+        export, where = read_format_manifest(folder), folder.path
+        if export is not None and export.kind == "dense":
+            raise CheckpointError(f"{where}: is a dense model already")
+        native = export is not None and export.kind == "native"
+        tensor_source = NativeTensors(directory) if native else FolderTensors(directory)
+        if isinstance(tensor_source.manifest, Manifest):
+            dense = _saved(folder, tensor_source.manifest)
+        else:
+            dense = _exported(tensor_source.manifest, where)
+    specs, aliases = places_of(dense)
+    rename = renaming(dense, where)
+    for name in specs:
+        if (other := rename(name)) != name:
+            raise CheckpointError(
+                f"{where}: transformers would load {name} as {other}: load the model and use "
+                "moeify.demoeify and save_pretrained"
+            )
+    model = dense
+    if export is None:
+        load(directory, device="meta", model=model)
+    else:
+        replay(model, _recorded(export, where))
+    files = [record.model_dump(mode="json") for record in tensor_source.manifest.shards]
+    source = {"folder": os.path.basename(os.path.realpath(directory)), "files": files}
+    return _Start(where, tensor_source, tuple(specs), aliases, model, source)
+
+
+def _saved(folder: Folder, manifest: Manifest) -> nn.Module:
+    """Build the dense model of a save."""
+    texts: dict[str, Any] = {}
+    names = {record.file for record in manifest.files}
+    for name in ("source_config.json", "generation_config.json"):
+        if name in names:
+            texts[name] = parse_json(folder.read(name, limit=MAX_BYTES), folder.where(name))
+            if not isinstance(texts[name], dict):
+                raise CheckpointError(f"{folder.where(name)}: is no mapping")
+    if "source_config.json" not in texts:
+        raise CheckpointError(
+            f"{folder.path}: holds a {manifest.model.name}, which is no Hugging Face model: use "
+            "moeify.load(folder, model=...) and moeify.demoeify"
+        )
+    config, generation = texts["source_config.json"], texts.get("generation_config.json")
+    return build(manifest.model, config, generation, folder.path)
+
+
+def _exported(export: FormatManifest, where: str) -> nn.Module:
+    """Build the dense model of an export."""
+    details = export.details
+    config, generation = details.get("config"), details.get("generation")
+    if not isinstance(config, dict) or not (generation is None or isinstance(generation, dict)):
+        raise CheckpointError(f"{where}/moeify.json: details: lack the dense config")
+    try:
+        record = ModelRecord.model_validate(
+            {
+                "name": details.get("class"),
+                "training": False,
+                "other_mode": [],
+                "attention": {},
+                "experts": {},
+            }
+        )
+    except ValidationError as error:
+        raise CheckpointError(f"{where}/moeify.json: details: class: {error}") from None
+    return build(record, config, generation, where)
+
+
+def _recorded(export: FormatManifest, where: str) -> Recorded:
+    """Return what an export says of its conversion."""
+    return Recorded(
+        where=where,
+        fields=f"{where}/moeify.json: ",
+        plan=export.plan,
+        plan_sha256=export.plan_sha256,
+        inputs=export.details.get("inputs"),
+        layers=export.layers,
+        only=_KEYS,
+        versions=export.versions,
+    )
+
+
+def _fill(model: nn.Module, tensor_source: TensorSource, where: str) -> dict[str, str]:
+    """Give a converted model on meta the dtypes of its tensors, and hold their shapes against it.
+
+    Returns:
+        Every name in the model's state dict, to the name in `tensor_source.specs`.
+
+    Raises:
+        CheckpointError: A tensor is missing, or of another shape.
+    """
+    specs, aliases = places_of(model)
+    groups = {name: [name] for name in specs}
+    for alias, name in aliases.items():
+        groups[name].append(alias)
+    places: dict[str, str] = {}
+    for name, group in groups.items():
+        found = {alias: tensor_source.aliases.get(alias, alias) for alias in group}
+        held = next((at for at in found.values() if at in tensor_source.specs), None)
+        if held is None:
+            raise CheckpointError(f"{where}: {name}: is in none of the files")
+        spec = tensor_source.specs[held]
+        if spec.shape != specs[name].shape:
+            raise CheckpointError(
+                f"{where}: {name}: is {describe(spec)}, and {list(specs[name].shape)} in a "
+                f"{type(model).__name__} of this plan"
+            )
+        twin: Tensor = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+        path, _, key = name.rpartition(".")
+        if key in model.get_submodule(path)._parameters:
+            twin = nn.Parameter(twin, spec.dtype.is_floating_point)
+        for alias, at in found.items():
+            path, _, key = alias.rpartition(".")
+            setattr(model.get_submodule(path), key, twin)
+            places[alias] = at if at in tensor_source.specs else held
+    return places
+
+
+def _kept(
+    start: _Start, conversion: Conversion, places: Mapping[str, str], made: Mapping[str, TensorSpec]
+) -> dict[str, str]:
+    """Return where every dense tensor is stored that no block holds.
+
+    Raises:
+        CheckpointError: It is nowhere, or tied ones are several.
+    """
+    found: dict[str, str] = {}
+    for name in (*start.names, *start.aliases):
+        if name in made or start.aliases.get(name, name) in made:
+            continue
+        _, now = conversion.ledger.get(name, ("kept", name))
+        if now not in places:
+            raise CheckpointError(f"{start.where}: {name}: is in none of the files")
+        found[name] = places[now]
+        first = start.aliases.get(name, name)
+        if found[first] != found[name]:
+            raise CheckpointError(
+                f"{start.where}: {first} and {name} are two tensors, which the dense class ties: "
+                "load the model and use moeify.demoeify"
+            )
+    return found
+
+
+class _Layers:
+    """The dense tensors that come out of the blocks, made when they are asked for.
+
+    Args:
+        model: Converted, on meta, in the dtypes of its tensors.
+        tensor_source: Its tensors.
+        places: Their names there, by every name in the model.
+
+    Attributes:
+        specs: By dense name.
+    """
+
+    def __init__(
+        self, model: nn.Module, tensor_source: TensorSource, places: Mapping[str, str]
+    ) -> None:
+        self._model, self._tensor_source, self._places = model, tensor_source, places
+        self._layer: dict[str, ConvertedLayer] = {}
+        self.specs: dict[str, TensorSpec] = {}
+        for converted in require_conversion(model).layers:
+            with torch.no_grad():
+                rebuilt = RevertedLayer(model, converted)
+            for name, parameter in rebuilt.parameters.items():
+                self._layer[name] = converted
+                self.specs[name] = TensorSpec(tuple(parameter.shape), parameter.dtype)
+        self._made: tuple[ConvertedLayer | None, dict[str, Tensor]] = None, {}
+
+    def output(self, name: str) -> Output:
+        """Return one of them as an output."""
+
+        def pieces() -> Iterator[Tensor]:
+            layer = self._layer[name]
+            if self._made[0] is not layer:
+                self._made = None, {}  # first let go of the last one
+                self._made = layer, self._make(layer)
+            yield self._made[1][name]
+
+        return Output(name, self.specs[name], pieces)
+
+    def _make(self, layer: ConvertedLayer) -> dict[str, Tensor]:
+        with self._real(layer), torch.no_grad():
+            rebuilt = RevertedLayer(self._model, layer)
+        if not rebuilt.exact:
+            log.warning(
+                "%s: its experts are no copies of one another: they were averaged, and the dense "
+                "model does not compute what the MoE model did",
+                rebuilt.name,
+            )
+        return {name: parameter.detach() for name, parameter in rebuilt.parameters.items()}
+
+    @contextmanager
+    def _real(self, layer: ConvertedLayer) -> Iterator[None]:
+        """Give a block its tensors for a while."""
+        block = self._model.get_submodule(layer.block)
+        with contextlib.ExitStack() as undo:
+            for item in list(tensors_of(block)):
+                if item.role == "scratch":
+                    continue
+                value = self._tensor_source.read(self._places[f"{layer.block}.{item.name}"])
+                if item.role == "parameter":
+                    value = nn.Parameter(value, requires_grad=False)
+                undo.callback(setattr, item.module, item.key, item.tensor)
+                setattr(item.module, item.key, value)
+            yield
+
+
+def _main_dtype(outputs: Sequence[Output]) -> str:
+    """Return the dtype of most floating-point elements."""
+    counts: dict[torch.dtype, int] = {}
+    for output in outputs:
+        if output.spec.dtype.is_floating_point:
+            counts[output.spec.dtype] = counts.get(output.spec.dtype, 0) + output.nbytes
+    return dtype_name(max(counts, key=lambda dtype: counts[dtype], default=torch.float32))
+
+
+def dense_on_meta(directory: str | os.PathLike[str]) -> nn.Module:
+    """Build the dense model that a converted folder comes from, without its weights.
+
+    Raises:
+        CheckpointError: The folder is damaged, or not of a Hugging Face model.
+    """
+    with Folder(directory) as folder:
+        export = read_format_manifest(folder)
+        if export is not None:
+            return _exported(export, folder.path)
+        return _saved(folder, read_manifest(folder))

@@ -1,0 +1,1 @@
+"""The whole converted model as one `torch.fx.GraphModule`."""

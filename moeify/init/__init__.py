@@ -1,0 +1,1 @@
+"""Starting weights of experts and routers."""

@@ -1,0 +1,217 @@
+"""One dense MLP dealt out to experts: balanced groups of hidden neurons, each a slice of the MLP.
+
+The slices of all experts add up to the MLP. Neurons that work together belong together, so that
+few slices give most of the output: groups are balanced clusters of the neurons' weights, or of the
+tokens on which they are active. The second is a balanced partition of the graph of co-activations:
+among groups of equal size, k-means on the columns of A keeps the most weight of A'A inside them.
+
+Shapes: D model width, F hidden width, E experts, w = F / E, T tokens; `wide` is F, or 2F if gated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections import OrderedDict
+from dataclasses import replace
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from moeify.errors import MoeifyError
+from moeify.init.strategies import MlpWeights, cut, generator_for
+from moeify.plan.specs import InitSpec
+
+ROUNDS = 30
+"""Most rounds of assigning and averaging."""
+
+_FOUND: OrderedDict[str, Tensor] = OrderedDict()
+"""The last labels by a digest of what they were made from: experts are built one at a time."""
+
+
+def neuron_groups(
+    dense: MlpWeights, experts: int, spec: InitSpec, name: str, hidden: Tensor | None = None
+) -> Tensor:
+    """Deal the hidden neurons of an MLP to its experts.
+
+    Args:
+        dense: The weights of the dense MLP; on `meta` any groups do.
+        experts: E, a divisor of F.
+        spec: Says how, in `clusters`, and the seed.
+        name: The site's name, which seeds what is drawn.
+        hidden: [T, F], the hidden values of some tokens; needed by `coactivation`.
+
+    Returns:
+        [E, w] int64, ascending in each group, on the CPU (or on `meta`).
+
+    Raises:
+        MoeifyError: `coactivation` without hidden values, or scikit-learn is missing.
+
+    Source:
+        MoEfication (Zhang et al. 2022), section 3.2: "parameter clustering split" and
+        "co-activation graph split".
+    """
+    width = dense.down.shape[1]
+    if dense.up.is_meta:
+        return torch.arange(width, device="meta").view(experts, -1)
+    if spec.clusters == "slices" or experts == 1:
+        return torch.arange(width).view(experts, -1)
+    if spec.clusters == "random":
+        generator = generator_for(spec.seed, name, "clusters")
+        order = torch.randperm(width, generator=generator, device="cpu")
+        return order.view(experts, -1).sort(1).values
+    if spec.clusters == "coactivation":
+        if hidden is None:
+            raise MoeifyError(
+                f"{name}: `clusters: coactivation` needs the whole model, to run it on the example "
+                "inputs: convert it in memory, or use `clusters: weights`"
+            )
+        points = torch.nn.functional.normalize(active(hidden, experts).T, dim=1)
+    else:
+        halves = dense.up.detach().cpu().chunk(2) if dense.gated else (dense.up.detach().cpu(),)
+        points = torch.cat([half.float() for half in halves], 1)
+    labels = balanced_clusters(points, experts, spec.seed, name)
+    return labels.argsort(stable=True).view(experts, -1)
+
+
+def active(hidden: Tensor, experts: int) -> Tensor:
+    """Mark the neurons that matter to each token: the 2F / E largest, but no zeros.
+
+    Args:
+        hidden: [T, F].
+        experts: E.
+
+    Returns:
+        [T, F] float32, of 0 and 1.
+    """
+    size = hidden.float().abs()
+    count = max(1, min(size.shape[1], 2 * size.shape[1] // experts))
+    least = size.topk(count, 1).values[:, -1:]
+    return ((size >= least) & (size > 0)).float()
+
+
+def split_experts(dense: MlpWeights, groups: Tensor, share: range, top_k: int) -> MlpWeights:
+    """Return the slices of some experts, stacked.
+
+    Args:
+        dense: The weights of the dense MLP, without inner parameters.
+        groups: [E, w], the neurons of each expert.
+        share: The experts that are wanted.
+        top_k: Experts per token. The output bias is added as often: each gets that part of it.
+
+    Returns:
+        Tensors with a leading len(share).
+    """
+    slices = cut(dense, groups[list(share)].to(dense.up.device))
+    bias = slices.down_bias
+    return replace(slices, down_bias=None if bias is None else bias / top_k)
+
+
+def balanced_clusters(points: Tensor, groups: int, seed: int, name: str) -> Tensor:
+    """Cluster points into groups of equal size.
+
+    k-means in which every assignment keeps the sizes equal: greedy at first, then improved by
+    exchanges between two groups until none helps, which comes within a percent of the exact
+    transport problem and takes N log N instead of cubic time.
+
+    Args:
+        points: [N, d] float32 on the CPU; N a multiple of `groups`.
+        groups: Number of groups.
+        seed: Of the first centres.
+        name: Seeds them too.
+
+    Returns:
+        [N] int64.
+
+    Raises:
+        MoeifyError: scikit-learn is missing.
+
+    Source:
+        Balanced k-means: Malinen & Fränti 2014, as MoEfication uses it. First centres: k-means++
+        (Arthur & Vassilvitskii 2007).
+    """
+    cluster = required("sklearn.cluster")
+    key = hashlib.sha256(f"{groups} {seed} {name} {tuple(points.shape)}".encode())
+    key.update(points.contiguous().numpy().data)
+    if (known := _FOUND.get(key.hexdigest())) is not None:
+        return known
+    start = generator_for(seed, name, "clusters").initial_seed() % 2**32
+    centres = torch.from_numpy(
+        cluster.kmeans_plusplus(points.numpy(), groups, random_state=start)[0]
+    )
+    labels, least = torch.empty(0, dtype=torch.int64), float("inf")
+    for _ in range(ROUNDS):
+        costs = (centres.square().sum(1) - 2 * points @ centres.T).double()
+        found = _assign(costs, labels)
+        total = float(costs.gather(1, found[:, None]).sum())
+        if not total < least - 1e-6 * abs(least) and len(labels):
+            break
+        labels, least = found, total
+        sums = torch.zeros_like(centres).index_add_(0, labels, points)
+        centres = sums / (len(points) // groups)
+    _FOUND[key.hexdigest()] = labels
+    if len(_FOUND) > 256:
+        _FOUND.popitem(last=False)
+    return labels
+
+
+def _assign(costs: Tensor, labels: Tensor) -> Tensor:
+    """Assign N points to E groups of N / E at little cost [N, E], from `labels` on if there are."""
+    count, groups = costs.shape
+    room = count // groups
+    labels = labels.clone() if len(labels) else _greedy(costs, room)
+    for _ in range(ROUNDS):
+        if not _exchange(costs, labels):
+            break
+    return labels
+
+
+def _greedy(costs: Tensor, room: int) -> Tensor:
+    """Fill the groups, those points first that would lose most elsewhere."""
+    count, groups = costs.shape
+    labels = torch.full((count,), -1)
+    left = [room] * groups
+    costs = costs.clone()
+    while (todo := (labels < 0).nonzero().flatten()).numel():
+        best = costs[todo].topk(2, 1, largest=False)
+        regret = best.values[:, 1] - best.values[:, 0]
+        for group in range(groups):
+            want = (best.indices[:, 0] == group).nonzero().flatten()
+            first = want[regret[want].argsort(descending=True, stable=True)][: left[group]]
+            labels[todo[first]] = group
+            left[group] -= len(first)
+        full = torch.tensor([free == 0 for free in left])
+        costs[:, full] = torch.inf
+        if int((~full).sum()) == 1:
+            labels[labels < 0] = int((~full).nonzero())
+    return labels
+
+
+def _exchange(costs: Tensor, labels: Tensor) -> bool:
+    """Exchange points between every two groups while both together gain; in place."""
+    moved = False
+    for a in range(costs.shape[1]):
+        for b in range(a + 1, costs.shape[1]):
+            inside = [(labels == group).nonzero().flatten() for group in (a, b)]
+            gains = [
+                (costs[who, here] - costs[who, there]).sort(descending=True, stable=True)
+                for who, here, there in zip(inside, (a, b), (b, a), strict=True)
+            ]
+            count = int(((gains[0].values + gains[1].values) > 1e-9).sum())
+            labels[inside[0][gains[0].indices[:count]]] = b
+            labels[inside[1][gains[1].indices[:count]]] = a
+            moved |= count > 0
+    return moved
+
+
+def required(module: str) -> ModuleType:
+    """Import a module of an optional package.
+
+    Raises:
+        MoeifyError: It is not installed; the message says how to.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MoeifyError("clusters need scikit-learn: pip install 'moeify[split]'") from error

@@ -1,0 +1,1 @@
+"""The modules of a MoE block, usable by hand."""

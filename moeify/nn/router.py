@@ -1,0 +1,371 @@
+"""The router: a weight, the routing options, and what it remembers of its last forward.
+
+Everything random is drawn here and handed to deterministic ops. What a forward leaves behind
+(losses, statistics, load counts for bias updates) is written by real forwards only, never while
+activation checkpointing recomputes one, so each loss counts once and a recomputation routes alike.
+
+Shapes: T tokens, D model width, E experts, K top-k.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor, nn
+
+from moeify.compat import in_backward, is_exporting, record_under_compiled_checkpointing
+from moeify.distributed.collectives import from_first
+from moeify.kernels.precision import accumulation_dtype, without_autocast
+from moeify.kernels.route import BALANCES, COMBINES, DROPS, SCORES, Routing, route
+from moeify.nn.capacity import expert_capacity
+from moeify.nn.global_losses import over_ranks
+
+record_under_compiled_checkpointing()
+
+NOISES = ("none", "jitter", "rsample", "gumbel", "jitter+gumbel")
+
+
+_NO_FORWARD: Mapping[str, Any] = {
+    "last_aux_loss": None, "last_stats": None, "last_logits": (), "loss_taken": True, "_call": 0,
+}  # fmt: skip
+"""What belongs to the last forward, as it is before there was one."""
+
+
+class RouterStats(TypedDict):
+    """Statistics of one forward, without gradient.
+
+    Attributes:
+        counts: [E] int32, routes per expert before dropping.
+        dropped: [] float, fraction of the routes that were dropped.
+        entropy: [] float, mean entropy of the scores, in nats.
+        tokens: Number of tokens; a tensor if they were counted over ranks.
+    """
+
+    counts: Tensor
+    dropped: Tensor
+    entropy: Tensor
+    tokens: int | Tensor
+
+
+class Router(nn.Module):
+    """Routes tokens to experts; the weight is all that trains, and there is no bias.
+
+    Args:
+        hidden: Model width D.
+        experts: Number of experts E.
+        top_k: Experts per token.
+        score: "softmax" or "sigmoid".
+        combine: "probability", "normalized", "straight_through" or "sum"; see
+            `kernels.combine_weights`.
+        noise: In training: "jitter" (input times U(1 - eps, 1 + eps)), "rsample" (choice by logits
+            plus Gumbel noise, K = 1), "gumbel" (the same for all choices but the first, K >= 2),
+            "jitter+gumbel", or "none".
+        jitter_eps: eps of "jitter".
+        capacity_factor: In training; None is dropless.
+        eval_capacity_factor: In evaluation; None is dropless.
+        min_capacity: Lower bound of the capacity.
+        drop: Who stays over capacity: "random" (in evaluation "position"), "position", "score".
+        balance: Choices that the balance loss counts: "all" or "first".
+        aux_loss: Coefficient of the balance loss in `last_aux_loss`.
+        z_loss: Coefficient of the z-loss in `last_aux_loss`.
+        bias_update: Step of auxiliary-loss-free balancing; 0 is off. `update_bias` moves the
+            selection bias by it, away from the load since the last update.
+        calls: How often one forward of the model calls this router; losses and counts are summed
+            over that many consecutive calls.
+        device: Device of the weight.
+        dtype: Dtype of the weight.
+
+    Attributes:
+        weight: [E, D] parameter.
+        selection_bias: [E] float32 buffer, if `bias_update` > 0.
+        pending_counts: [E] int64 buffer, load not yet answered by a bias update.
+        last_aux_loss: Weighted sum of the losses of the last forward, with its graph; or None.
+        last_stats: `RouterStats` of the last forward, or None.
+        keep_logits: True keeps the logits of the next forwards in `last_logits`.
+        last_logits: [T, E] of each call since it was emptied, with their graph.
+        loss_taken: Whether somebody has read `last_aux_loss` since the last forward.
+        group: Process group of the ranks that hold different tokens, whose losses and statistics
+            in training are over all their tokens; "" for this process alone.
+        tensor_group: Process group of the ranks that hold the same tokens, which all use what the
+            first of them draws; "" for this process alone.
+        where: Path of the layer, for messages.
+        lift_capacity: True makes routing dropless, deterministic and without traces; see
+            `lifted_capacity`.
+
+    Raises:
+        ValueError: An option that is unknown or out of range; the message names it.
+
+    Source:
+        Bias updates: auxiliary-loss-free load balancing (Wang et al. 2024) algorithm 1.
+
+    Note:
+        Reentrant checkpointing runs the real forward without a graph, so `last_aux_loss` cannot
+        train the router there; use `use_reentrant=False`. With `bias_update`, run backward before
+        the next training forward if activations are checkpointed: it reads the bias again.
+
+    Example:
+        >>> routing = Router(16, experts=4, top_k=2)(torch.randn(8, 16))
+        >>> routing.ids.shape
+        torch.Size([8, 2])
+    """
+
+    selection_bias: Tensor | None
+    pending_counts: Tensor | None
+
+    def __init__(
+        self,
+        hidden: int,
+        *,
+        experts: int,
+        top_k: int = 1,
+        score: str = "softmax",
+        combine: str = "probability",
+        noise: str = "none",
+        jitter_eps: float = 0.01,
+        capacity_factor: float | None = None,
+        eval_capacity_factor: float | None = None,
+        min_capacity: int = 4,
+        drop: str = "random",
+        balance: str = "all",
+        aux_loss: float = 0.0,
+        z_loss: float = 0.0,
+        bias_update: float = 0.0,
+        calls: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.hidden, self.experts, self.top_k = hidden, experts, top_k
+        self.score, self.combine, self.balance = score, combine, balance
+        self.noise, self.jitter_eps = noise, jitter_eps
+        self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
+        self.min_capacity, self.drop = min_capacity, drop
+        self.aux_loss, self.z_loss, self.bias_update = aux_loss, z_loss, bias_update
+        self.calls = calls
+        self._check()
+        self.weight = nn.Parameter(torch.empty(experts, hidden, device=device, dtype=dtype))
+        bias = counts = None
+        if bias_update > 0:
+            bias = torch.zeros(experts, device=device, dtype=torch.float32)
+            counts = torch.zeros(experts, device=device, dtype=torch.int64)
+        self.register_buffer("selection_bias", bias)
+        self.register_buffer("pending_counts", counts)
+        self.last_aux_loss: Tensor | None = None
+        self.last_stats: RouterStats | None = None
+        self.keep_logits, self.loss_taken = False, True
+        self.last_logits: tuple[Tensor, ...] = ()
+        self.group = self.tensor_group = self.where = ""
+        self.lift_capacity = False
+        self._call = 0
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weight as `nn.Linear` would."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+
+    def forward(self, tokens: Tensor) -> Routing:
+        """Route tokens [T, D] of any float dtype; see `Routing` for the result."""
+        stochastic = self.training and not self.lift_capacity
+        live = not self.lift_capacity and not in_backward()
+        count = tokens.shape[0]
+        factor = self._factor()
+        drop = self.drop
+        if drop == "random" and (factor is None or not stochastic):
+            drop = "position"
+        input_noise, logit_noise = self._draw_noise(tokens) if stochastic else (None, None)
+        priority: Tensor | None = None
+        if drop == "random":  # float32 whatever the default: ties would favour the first tokens
+            priority = self._agreed(torch.rand(count, dtype=torch.float32, device=tokens.device))
+        capacity = self.capacity(count)
+        routing = route(
+            tokens,
+            self.weight,
+            top_k=self.top_k,
+            capacity=capacity,
+            selection_bias=self.selection_bias,
+            input_noise=input_noise,
+            logit_noise=logit_noise,
+            random_priority=priority,
+            score=self.score,
+            combine=self.combine,
+            noise=self.noise.removeprefix("jitter+").replace("jitter", "none"),
+            drop=drop,
+            balance=self.balance,
+        )
+        if factor is not None:
+            routing = routing._replace(capacity=capacity)
+        total: int | Tensor = count
+        if self.group and stochastic:
+            routing, total = over_ranks(
+                routing, self.group, self.where, self.top_k, self.score, self.balance
+            )
+        if stochastic and live and self.pending_counts is not None:
+            self.pending_counts.add_(routing.counts)
+        if live and not is_exporting():
+            self._record(routing, total)
+        return routing
+
+    def capacity(self, tokens: int) -> int:
+        """Return the rows per expert for that many tokens, in the present mode."""
+        return expert_capacity(
+            tokens,
+            top_k=self.top_k,
+            experts=self.experts,
+            factor=self._factor(),
+            minimum=self.min_capacity,
+        )
+
+    def _factor(self) -> float | None:
+        if self.lift_capacity:
+            return None
+        return self.capacity_factor if self.training else self.eval_capacity_factor
+
+    def extra_repr(self) -> str:
+        factors = f"capacity_factor={self.capacity_factor}, eval={self.eval_capacity_factor}"
+        return (
+            f"{self.hidden}, experts={self.experts}, top_k={self.top_k}, score={self.score}, "
+            f"combine={self.combine}, noise={self.noise}, drop={self.drop}, {factors}"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave what belongs to the last forward behind: a loss with a graph cannot be copied."""
+        return {**self.__dict__, **_NO_FORWARD}
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Run forwards that leave no trace: then losses and statistics are as they were."""
+        before = {name: self.__dict__[name] for name in _NO_FORWARD}
+        self._call = 0
+        try:
+            yield
+        finally:
+            self.__dict__.update(before)
+
+    def _draw_noise(self, tokens: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return the factor on the tokens [T, D] and the Gumbel noise [T, E], or None."""
+        input_noise = logit_noise = None
+        dtype, device = accumulation_dtype(tokens.dtype), tokens.device
+        with without_autocast(tokens):
+            if self.noise in ("jitter", "jitter+gumbel"):
+                uniform = self._agreed(torch.rand(tokens.shape, dtype=dtype, device=device))
+                input_noise = 1 + self.jitter_eps * (2 * uniform - 1)
+            if self.noise in ("rsample", "gumbel", "jitter+gumbel"):
+                count = tokens.shape[0]
+                uniform = torch.rand(count, self.experts, dtype=dtype, device=device)
+                uniform = self._agreed(uniform)
+                exponential = -uniform.clamp_min(torch.finfo(dtype).tiny).log()
+                logit_noise = -exponential.log()
+        return input_noise, logit_noise
+
+    def _agreed(self, drawn: Tensor) -> Tensor:
+        """Return what the first rank of a tensor group has drawn."""
+        if not self.tensor_group:
+            return drawn
+        return from_first(drawn, self.tensor_group, f"{self.where}: random draws")
+
+    def update_bias(self) -> None:
+        """Answer the pending load: overloaded experts down, underloaded ones up.
+
+        Nothing in it has a gradient. A `no_grad` region without results, though, would vanish from
+        the graph of `moeify.export`.
+
+        A converted model calls it at the start of a training forward, outside of any region that
+        is recomputed, so that a recomputation sees the bias that its forward saw.
+        """
+        if self.selection_bias is None or self.pending_counts is None:
+            return
+        load = self.pending_counts.to(torch.float32)
+        self.selection_bias.add_((load.mean() - load).sign(), alpha=self.bias_update)
+        self.pending_counts.zero_()
+
+    def _record(self, routing: Routing, tokens: int | Tensor) -> None:
+        loss = self.aux_loss * routing.aux_loss
+        if self.z_loss:
+            loss = loss + self.z_loss * routing.z_loss
+        if self.keep_logits:
+            self.last_logits = (*self.last_logits, routing.logits)
+        some = tokens.clamp_min(1) if isinstance(tokens, Tensor) else max(tokens, 1)
+        routes = some * self.top_k
+        stats: RouterStats = {
+            "counts": routing.counts,
+            "dropped": routing.dropped / routes,
+            "entropy": routing.entropy,
+            "tokens": tokens,
+        }
+        if self._call > 0 and self.last_aux_loss is not None and self.last_stats is not None:
+            loss, stats = self.last_aux_loss + loss, _merged(self.last_stats, stats)
+        self.last_aux_loss, self.last_stats = loss, stats
+        if self.calls > 1:
+            self._call = (self._call + 1) % self.calls
+
+    def _check(self) -> None:
+        if self.experts < 1:
+            raise ValueError(f"experts: {self.experts} is not at least 1")
+        if not 1 <= self.top_k <= self.experts:
+            raise ValueError(f"top_k: {self.top_k} must lie between 1 and {self.experts} experts")
+        for name, value, known in (
+            ("score", self.score, SCORES),
+            ("combine", self.combine, COMBINES),
+            ("noise", self.noise, NOISES),
+            ("drop", self.drop, DROPS),
+            ("balance", self.balance, BALANCES),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}: {value!r} is unknown; use one of {', '.join(known)}")
+        if self.noise == "rsample" and self.top_k != 1:
+            raise ValueError(f"noise: 'rsample' needs top_k 1, not {self.top_k}; use 'gumbel'")
+        if self.noise.endswith("gumbel") and self.top_k < 2:
+            raise ValueError("noise: 'gumbel' needs top_k 2 or more; use 'rsample'")
+        for name, factor in (
+            ("capacity_factor", self.capacity_factor),
+            ("eval_capacity_factor", self.eval_capacity_factor),
+        ):
+            if factor is not None and not (factor > 0 and math.isfinite(factor)):
+                raise ValueError(f"{name}: {factor} must be a positive number, or None for no drop")
+        if not 0 <= self.jitter_eps < 1:
+            raise ValueError(f"jitter_eps: {self.jitter_eps} must lie in [0, 1)")
+        for name, number in (
+            ("min_capacity", self.min_capacity),
+            ("aux_loss", self.aux_loss),
+            ("z_loss", self.z_loss),
+            ("bias_update", self.bias_update),
+        ):
+            if not (number >= 0 and math.isfinite(number)):
+                raise ValueError(f"{name}: {number} must be a number of at least 0")
+        if self.calls < 1:
+            raise ValueError(f"calls: {self.calls} is not at least 1")
+
+
+@contextmanager
+def lifted_capacity(model: nn.Module) -> Iterator[None]:
+    """Make every router below `model` dropless and deterministic, and let it leave no traces.
+
+    Inside, nothing is dropped and no noise is drawn, also in training mode; losses, statistics
+    and the selection bias stay as they were. Used to compare a converted model with its source.
+    """
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    former = [router.lift_capacity for router in routers]
+    for router in routers:
+        router.lift_capacity = True
+    try:
+        yield
+    finally:
+        for router, value in zip(routers, former, strict=True):
+            router.lift_capacity = value
+
+
+def _merged(first: RouterStats, second: RouterStats) -> RouterStats:
+    """Return the statistics of both: counts and tokens add, fractions and means by tokens."""
+    tokens = first["tokens"] + second["tokens"]
+    some = tokens.clamp_min(1) if isinstance(tokens, Tensor) else max(tokens, 1)
+    share = first["tokens"] / some
+    return {
+        "counts": first["counts"] + second["counts"],
+        "dropped": share * first["dropped"] + (1 - share) * second["dropped"],
+        "entropy": share * first["entropy"] + (1 - share) * second["entropy"],
+        "tokens": tokens,
+    }

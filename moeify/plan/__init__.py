@@ -1,0 +1,1 @@
+"""The plan: schema, strict YAML, presets, selection and resolving. Importable without torch."""

@@ -1,0 +1,148 @@
+"""Turns pydantic's findings into one `PlanError` with file, line and place."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from moeify.errors import PlanError
+from moeify.plan.strict_yaml import Lines, Where, line_of, path_text
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+_SELECT = (
+    "all, {every: 2, start: 1}, {first: 3}, {last: 2}, {half: second}, {index: [1, 3]}"
+    ' or {name: "*.h.7.mlp"}'
+)
+_ALLOWED = {
+    "layers": "a list of rules such as {select: all, experts: 8}",
+    "layers.select": _SELECT,
+    "layers.select.index": "an integer or a list of integers",
+    "layers.select.name": "a string or a list of strings",
+    "layers.experts": "an integer of at least 1, dense, or {from: 32, to: 64, shape: step}",
+    "parallel.coordinated": "auto, true or false",
+    "version": "1",
+}
+"""What a place takes, where the type that pydantic tried last tells only half of it."""
+
+_TYPES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+    "int_type": lambda ctx: "an integer",
+    "int_parsing_size": lambda ctx: "a smaller integer",
+    "float_type": lambda ctx: "a number",
+    "finite_number": lambda ctx: "a finite number",
+    "bool_type": lambda ctx: "true or false",
+    "string_type": lambda ctx: "a string",
+    "tuple_type": lambda ctx: "a list",
+    "model_type": lambda ctx: "a mapping",
+    "model_attributes_type": lambda ctx: "a mapping",
+    "dict_type": lambda ctx: "a mapping",
+    "greater_than_equal": lambda ctx: f"at least {ctx['ge']}",
+    "greater_than": lambda ctx: f"more than {ctx['gt']}",
+    "less_than_equal": lambda ctx: f"at most {ctx['le']}",
+    "less_than": lambda ctx: f"less than {ctx['lt']}",
+    "literal_error": lambda ctx: str(ctx["expected"]).replace("'", ""),
+    "too_short": lambda ctx: f"at least {ctx['min_length']} item",
+    "string_unicode": lambda ctx: "text without half of a surrogate pair",
+    "string_too_short": lambda ctx: "some text",
+}
+_BOUNDS = frozenset(("less_than_equal", "too_short", "string_too_short", "string_unicode"))
+_BOOLEAN_WORDS = frozenset(("yes", "no", "on", "off", "y", "n"))
+_NUMBER_LIKE = re.compile(r"[-+]?(0x|0o)?[0-9][0-9_:.eE+-]*")
+
+
+def plan_error(
+    error: ValidationError, known: Mapping[str, tuple[str, ...]], lines: Lines, file: str | None
+) -> PlanError:
+    """Translates a failed validation.
+
+    Args:
+        error: What pydantic raised.
+        known: Allowed keys of every mapping in a plan, by dotted path without positions.
+        lines: Line of every place, empty if the plan came from no file.
+        file: The plan's file.
+
+    Returns:
+        The error to raise: the first finding in full, any others on lines of their own.
+    """
+    found: list[tuple[bool, int, Where, str]] = []
+    for details in error.errors(include_url=False):
+        where = tuple(
+            part for part in details["loc"] if isinstance(part, int) or not part.startswith("<")
+        )
+        # A key is often missing because it was misspelt, so that finding comes later; the rest
+        # is in the order of lines, as a reader meets it.
+        late, line = details["type"] == "missing", line_of(where, lines) or 0
+        found.append((late, line, where, _message(details, where, known)))
+    found.sort(key=lambda finding: finding[:2])
+    _, line, where, message = found[0]
+    for _, other_line, other_where, other in found[1:]:
+        prefix = f"line {other_line}: " if other_line else ""
+        message += f"\n  also {prefix}{path_text(other_where)}: {other}"
+    return PlanError(message, file=file, line=line or None, path=path_text(where))
+
+
+def _message(details: ErrorDetails, where: Where, known: Mapping[str, tuple[str, ...]]) -> str:
+    dotted = ".".join(part for part in where if isinstance(part, str))
+    parent = ".".join(part for part in where[:-1] if isinstance(part, str))
+    kind, context, given = details["type"], details.get("ctx", {}), details["input"]
+    if kind == "plan":
+        return details["msg"]
+    if kind == "missing":
+        return f"is missing; it takes {_ALLOWED[dotted]}" if dotted in _ALLOWED else "is missing"
+    if kind in ("extra_forbidden", "invalid_key"):
+        return unknown(str(where[-1]), known.get(parent, ()), "key")
+    expected = _TYPES[kind](context) if kind in _TYPES else details["msg"]
+    # A bound says it all; a wrong type is told with everything that the place takes.
+    if kind not in _BOUNDS and isinstance(where[-1] if where else None, str):
+        expected = _ALLOWED.get(dotted, expected)
+    return f"{_show(given)} does not fit: expected {expected}{_hint(given, kind, context)}"
+
+
+def unknown(word: str, known: tuple[str, ...], what: str) -> str:
+    """Says that a word is not among those allowed, and which one is nearest.
+
+    Args:
+        word: What was written.
+        known: What is allowed.
+        what: The kind of word, such as "key".
+
+    Returns:
+        The message.
+    """
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    guess = f"did you mean `{close[0]}`? " if close else ""
+    return f"unknown {what} `{word}`; {guess}allowed: {', '.join(known)}"
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return f"{json.dumps(value)} (a boolean)"
+    if isinstance(value, str):
+        return f"{_cut(repr(value))} (a string)"
+    return _cut(repr(value))
+
+
+def _cut(text: str, width: int = 60) -> str:
+    return text if len(text) <= width else f"{text[: width - 3]}..."
+
+
+def _hint(given: Any, kind: str, context: Mapping[str, Any]) -> str:
+    if not isinstance(given, str):
+        return ""
+    if given.lower() in _BOOLEAN_WORDS:
+        return "; YAML 1.2 reads this word as a string: write true, false, null or a listed word"
+    if kind == "literal_error":
+        choices = re.findall(r"'([^']*)'", str(context["expected"]))
+        close = difflib.get_close_matches(given, choices, n=1, cutoff=0.5)
+        return f"; did you mean {close[0]}?" if close else ""
+    if _NUMBER_LIKE.fullmatch(given):
+        return "; write a plain decimal number: no quotes, leading zeros, `_` or `:`"
+    return ""

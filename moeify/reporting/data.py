@@ -1,0 +1,339 @@
+"""What a report tells of a model: gathered from a model, a folder, or the head of a run.
+
+A converted model is made dense again, on meta and in a copy, and its plan is applied once more:
+that gives the layers that stayed dense, the totals and the graph at every pass. Where that cannot
+be done, the part is missing, and the report says so and why.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from moeify.capture.capture import ExampleInputs
+from moeify.capture.input_spec import describable, make_inputs
+from moeify.convert.pipeline import prepare, run_pipeline
+from moeify.convert.revert import revert
+from moeify.distillation.size import describe
+from moeify.errors import MoeifyError
+from moeify.formats.reader import is_converted, read_any_manifest
+from moeify.formats.streaming_reverse import dense_on_meta
+from moeify.hf.local_folder import build_on_meta, model_folder
+from moeify.plan import strict_yaml
+from moeify.plan.layer_description import LayerDescription, describe_layer
+from moeify.plan.layer_plan import ResolvedPlan
+from moeify.plan.plan import Plan
+from moeify.reporting.graphs import Stage, Stages
+from moeify.reporting.run import Run
+from moeify.sites.record import ATTRIBUTE, conversion_of
+from moeify.storage.atomic_folder import Folder
+from moeify.storage.manifest import Manifest
+from moeify.storage.model_state import to_meta
+
+log = logging.getLogger("moeify")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One MLP of the model.
+
+    Attributes:
+        name: Of the site.
+        state: What became of it.
+        experts: How many; 0 if there are none.
+        top_k: Experts per token.
+        residual: As in the plan.
+        widths: Such as "32->128->32".
+        start: How its experts began.
+        before: Parameters before.
+        after: Parameters after.
+        active: Parameters that a token uses, after.
+        why: Why it was refused.
+    """
+
+    name: str
+    state: Literal["moe", "dense", "refused"]
+    experts: int = 0
+    top_k: int = 0
+    residual: str = "none"
+    widths: str = ""
+    start: str = ""
+    before: int = 0
+    after: int = 0
+    active: int = 0
+    why: str = ""
+
+
+@dataclass(slots=True)
+class Facts:
+    """What is known of a model.
+
+    Attributes:
+        source: Where it came from, for people.
+        model: Its class; "" if unknown.
+        kind: What it is, for people.
+        rows: Its MLPs in execution order.
+        whole: `rows` has the dense layers too.
+        plan: The plan as YAML; None if unknown.
+        dense: Parameters of the dense model; None if unknown.
+        total: Parameters; likewise.
+        active: Parameters that a token uses; likewise.
+        size: Bytes of the parameters; likewise.
+        stages: The graph at every pass.
+        missing: What is not known, and why.
+        notes: What else a reader should be told.
+    """
+
+    source: str
+    model: str = ""
+    kind: str = ""
+    rows: list[Row] = field(default_factory=list)
+    whole: bool = False
+    plan: str | None = None
+    dense: int | None = None
+    total: int | None = None
+    active: int | None = None
+    size: int | None = None
+    stages: list[Stage] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def of_model(model: nn.Module, plan: Plan | None, inputs: ExampleInputs | None = None) -> Facts:
+    """Gather what a model in memory tells; it is only read.
+
+    Args:
+        model: Converted; or dense, then with a plan.
+        plan: For a dense model.
+        inputs: Example inputs for a dense model.
+
+    Raises:
+        MoeifyError: It is dense, and there is no plan, or one that does not fit; or converted, and
+            there is a plan.
+    """
+    record = conversion_of(model)
+    name = type(model).__name__
+    if record is None:
+        if plan is None:
+            raise MoeifyError(f"this {name} is dense: give the plan to report on, or convert it")
+        facts = Facts(f"a {name} in memory", name, "dense, with what the plan would make of it")
+        _replay(facts, model, plan, inputs)
+        return facts
+    if plan is not None:
+        raise MoeifyError(f"this {name} is converted already, by a plan of its own: give none")
+    facts = Facts(f"a {name} in memory", name, "converted")
+    facts.rows = rows_of([describe_layer(converted.layer) for converted in record.layers])
+    facts.plan = plan_text(record.plan.data())
+    again = None
+    if record.parallel is None:
+        _count(facts, model)
+        again = _dense_twin(facts, model)
+    else:
+        facts.missing.append("totals, dense layers and graphs: the model lies on several ranks")
+    if again is not None:
+        total, size = facts.total, facts.size
+        _try_replay(facts, again, record.plan, record.inputs)
+        if facts.total != total:
+            facts.notes.append(
+                f"the model has {total:,} parameters, and {facts.total:,} by its plan: adapters, "
+                "or something else changed it after the conversion; the page shows the plan's"
+            )
+        elif size is not None:
+            facts.size = size
+    return facts
+
+
+def of_folder(folder: Path, plan: Plan | None) -> Facts:
+    """Gather what a folder tells; its weights are not read.
+
+    Args:
+        folder: One that moeify wrote, or a dense Hugging Face folder, then with a plan.
+        plan: For a dense one.
+
+    Raises:
+        MoeifyError: It is neither, or damaged, or the plan is missing or superfluous.
+    """
+    if not is_converted(folder):
+        found = model_folder(folder)
+        if plan is None:
+            raise MoeifyError(f"{folder}: is dense: give the plan to report on, with --plan")
+        dense = build_on_meta(found)
+        kind = "dense, with what the plan would make of it"
+        facts = Facts(str(folder), type(dense).__name__, kind)
+        _replay(facts, dense, plan, None)
+        return facts
+    if plan is not None:
+        raise MoeifyError(f"{folder}: is converted already, by a plan of its own: give none")
+    with Folder(folder) as opened:
+        manifest = read_any_manifest(opened)
+    saved = isinstance(manifest, Manifest)
+    if isinstance(manifest, Manifest):
+        name, inputs, kind = manifest.model.name.rpartition(".")[2], manifest.inputs, "moeify"
+    else:
+        name, kind = manifest.architecture, manifest.kind
+        inputs = manifest.details.get("inputs")
+    facts = Facts(str(folder), name, f"converted, kind `{kind}`")
+    facts.rows = rows_of([record.plan for record in manifest.layers])
+    facts.plan = plan_text(manifest.plan)
+    if isinstance(manifest, Manifest):
+        facts.total = manifest.parameters
+        facts.active = facts.total - sum(row.after - row.active for row in facts.rows)
+        facts.dense = facts.total - sum(row.after - row.before for row in facts.rows)
+    try:
+        if inputs is not None and not describable(inputs):
+            raise MoeifyError("its example inputs cannot be made again")
+        twin, again = dense_on_meta(folder), Plan.of(manifest.plan)
+    except MoeifyError as error:
+        gone = "dense layers and graphs" if saved else "dense layers, totals and graphs"
+        facts.missing.append(f"{gone}: the dense model cannot be built: {error}")
+        return facts
+    _try_replay(facts, twin, again, inputs)
+    return facts
+
+
+def of_run(run: Run) -> Facts:
+    """Take what a run tells of its model."""
+    facts = Facts(run.where, run.model, "a run")
+    facts.rows = rows_of(run.layers)
+    if facts.rows:
+        facts.missing.append(
+            "dense layers, totals and graphs: a run tells of its MoE layers only; give the model "
+            "too"
+        )
+    else:
+        facts.missing.append("layers, totals and graphs: the run does not tell; give the model too")
+    if run.plan is not None:
+        facts.plan = plan_text(run.plan)
+    else:
+        facts.missing.append("the plan: the run does not tell it")
+    return facts
+
+
+def rows_of(layers: Iterable[LayerDescription]) -> list[Row]:
+    """Return the rows of converted layers.
+
+    Raises:
+        MoeifyError: One has more experts than can be drawn.
+    """
+    rows = []
+    for layer in layers:
+        if layer.experts > 65536:
+            raise MoeifyError(f"{layer.name[:80]}: {layer.experts} experts cannot be drawn")
+        rows.append(
+            Row(
+                name=layer.name,
+                state="moe",
+                experts=layer.experts,
+                top_k=layer.top_k,
+                residual=layer.residual,
+                widths=f"{layer.d_in}->{layer.d_ff}->{layer.d_out}",
+                start=layer.init.experts,
+                before=layer.parameters_before,
+                after=layer.parameters_after,
+                active=layer.active_parameters,
+            )
+        )
+    return rows
+
+
+def plan_text(data: Mapping[str, Any]) -> str:
+    """Return a plan's data as YAML."""
+    return strict_yaml.dump(dict(data), "plan.yaml")
+
+
+def _whole(value: object) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError(f"{value!r:.40} is no count")
+    return value
+
+
+def _count(facts: Facts, model: nn.Module) -> None:
+    size = describe(model)
+    facts.total, facts.active, facts.size = size.parameters, size.active, size.bytes
+    facts.dense = facts.total - sum(row.after - row.before for row in facts.rows)
+
+
+def _dense_twin(facts: Facts, model: nn.Module) -> nn.Module | None:
+    """Return the dense model that a converted one was, on meta; None and a word if it cannot be."""
+    inner = next(m for m in model.modules() if conversion_of(m) is not None and _own(m))
+    # Copied on meta at once: the weights are not held twice.
+    memo: dict[int, Any] = {
+        id(p): torch.nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+        for p in inner.parameters()
+    }
+    try:
+        twin = copy.deepcopy(inner, memo)
+        to_meta(twin)
+        revert(twin)
+        return twin
+    except Exception as error:  # what hangs on a user's model copies as it likes
+        log.debug("no dense twin", exc_info=True)
+        facts.missing.append(f"dense layers and graphs: the model cannot be copied: {error}")
+        return None
+
+
+def _own(module: nn.Module) -> bool:
+    return ATTRIBUTE in module.__dict__
+
+
+def _try_replay(facts: Facts, dense: nn.Module, plan: Plan, described: Any) -> None:
+    """Apply the plan once more; if that fails, say so."""
+    before = [row for row in facts.rows if row.state == "moe"]
+    known = (facts.total, facts.active, facts.dense)
+    try:
+        inputs = None if described is None else make_inputs(described)
+        resolved = _replay(facts, dense, plan, inputs)
+    except (MoeifyError, ValueError) as error:
+        facts.missing.append(f"dense layers and graphs: the plan is not applied again: {error}")
+        return
+    if [row for row in facts.rows if row.state == "moe"] != before:
+        facts.rows, facts.whole, facts.stages = before, False, []
+        facts.total, facts.active, facts.dense = known
+        facts.missing.append(
+            f"dense layers and graphs: the plan gives {len(resolved)} other layers today: the "
+            "library changed"
+        )
+
+
+def _replay(
+    facts: Facts, dense: nn.Module, plan: Plan, inputs: ExampleInputs | None
+) -> ResolvedPlan:
+    """Apply a plan to a dense model, which is only read, and watch the passes."""
+    inputs, discovery, resolved = prepare(dense, plan, inputs)
+    facts.plan = plan_text(plan.data())
+    facts.dense, facts.total = resolved.dense_parameters, resolved.parameters
+    facts.active, facts.size = resolved.active_parameters, resolved.bytes
+    facts.notes += resolved.notes
+    made = {row.name: row for row in rows_of([describe_layer(layer) for layer in resolved])}
+    facts.rows = []
+    for site in resolved.sites:
+        row = made.pop(site.name, None)
+        if row is None:
+            widths = f"{site.d_in}->{site.d_ff}->{site.d_out}"
+            refused = site.install == "refused"
+            row = Row(
+                site.name,
+                "refused" if refused else "dense",
+                widths=widths,
+                before=site.parameters,
+                after=site.parameters,
+                active=site.parameters,
+                why=site.reason if refused else "",
+            )
+        facts.rows.append(row)
+    facts.rows += made.values()
+    facts.whole = True
+    stages = Stages()
+    try:
+        run_pipeline(dense, plan, resolved, discovery, observers=[stages])
+    except MoeifyError as error:
+        facts.missing.append(f"graphs: a pass failed: {error}")
+    facts.stages = stages.found
+    return resolved

@@ -1,0 +1,102 @@
+"""What ZeRO adds to a simulated step: gathers, reduce-scatters, and memory by stage.
+
+From the decision alone (`ZeroPlan`), so that it takes no time on any number of ranks; tests compare
+it with what FSDP2 issues and holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+
+from moeify.distributed.layout import Layout
+from moeify.simulate.counter import Call
+from moeify.zero.plan import Part, Unit, ZeroPlan
+
+__all__ = ["memory_by_stage", "with_pieces"]
+
+_BUCKET = 25 << 20
+"""Bytes of whole parameters that stage 1 gathers at once (`moeify.zero.pieces`)."""
+
+
+def memory_by_stage(zero: ZeroPlan) -> dict[int, dict[str, dict[str, int]]]:
+    """Return what a rank holds at each stage, as the plan's other settings want it."""
+    return {
+        stage: {kind: asdict(held) for kind, held in zero.at(stage).memory().items()}
+        for stage in range(4)
+    }
+
+
+def with_pieces(
+    calls: Sequence[Call], zero: ZeroPlan, layout: Layout, experts: Mapping[str, int]
+) -> list[Call]:
+    """Return the collectives of a step whose parameters or states are partitioned.
+
+    Args:
+        calls: Those of the step with whole parameters.
+        zero: The decision.
+        layout: The world.
+        experts: Number of experts of each unit of experts, by its name.
+    """
+    if zero.stage == 0:
+        return list(calls)
+    if zero.stage == 1:
+        return [*calls, *_published(zero, layout, experts)]
+    reduced = {_ranks(unit, layout, experts) for unit in zero.units}
+    kept = [c for c in calls if c.phase != "gradients" or c.ranks not in reduced]
+    forward: list[Call] = []
+    backward: list[Call] = []
+    gradients: list[Call] = []
+    for unit in zero.units:
+        ranks = _ranks(unit, layout, experts)
+        laid = zero.laid(unit)
+        for parts in [laid] if zero.engine == "fsdp2" else [(part,) for part in laid]:
+            pieces = [part for part in parts if part.dim is not None]
+            if size := sum(part.cut() * zero.computed(part) for part in pieces):
+                forward.append(_gather(ranks, size, "forward", unit.name))
+                if zero.is_gathered_again(unit):
+                    backward.append(_gather(ranks, size, "backward", unit.name))
+            gradients += _reduced(zero, parts, ranks, unit.name)
+    return [*forward, *kept, *backward, *gradients]
+
+
+def _reduced(
+    zero: ZeroPlan, parts: Sequence[Part], ranks: tuple[int, ...], unit: str
+) -> Iterable[Call]:
+    """Yield how the gradients of some parameters come together."""
+    wide = zero.precision != "model" and zero.reduce == "float32"
+    for whole in (False, True):
+        trained = [p for p in parts if p.trains and (p.dim is None) == whole and p.ranks > 1]
+        size = sum(p.padded * (4 if wide else zero.computed(p)) for p in trained)
+        if not size:
+            continue
+        kind = "all_reduce" if whole else "reduce_scatter"
+        each = size * (2 if whole else 1) / len(ranks)
+        yield Call(kind, ranks, size, each, "gradients", unit)
+
+
+def _published(zero: ZeroPlan, layout: Layout, experts: Mapping[str, int]) -> Iterable[Call]:
+    """Yield the gathers of what the optimizer has updated, in buckets."""
+    filling: dict[tuple[str, tuple[int, ...], int], int] = {}
+    for unit in zero.units:
+        ranks = _ranks(unit, layout, experts)
+        for part in unit.parts:
+            if part.dim is None or not part.trains:
+                continue
+            key = part.over, ranks, zero.computed(part)
+            filling[key] = filling.get(key, 0) + part.cut() * zero.computed(part)
+            if filling[key] * len(ranks) >= _BUCKET:
+                yield _gather(ranks, filling.pop(key), "optimizer", "")
+    for (_, ranks, _), size in filling.items():
+        yield _gather(ranks, size, "optimizer", "")
+
+
+def _gather(ranks: tuple[int, ...], piece: int, phase: str, unit: str) -> Call:
+    return Call("all_gather", ranks, piece, float(piece), phase, unit)
+
+
+def _ranks(unit: Unit, layout: Layout, experts: Mapping[str, int]) -> tuple[int, ...]:
+    """Return the ranks over which rank 0 shares a unit."""
+    if unit.parts and unit.parts[0].over == "edp":
+        return tuple(block[0][0] for block in layout.sparse_grid(experts[unit.name]))
+    return tuple(row[0] for row in layout.dense_grid())

@@ -1,0 +1,85 @@
+"""Does an MLP do the same in training as in evaluation, where it was found?
+
+Stochastic depth, noise or another activation that runs in training only would be lost with the
+module that is replaced. So the model is recorded once more in training mode, on fake tensors, and
+each site is looked for again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from moeify.capture.capture import ExampleInputs, capture
+from moeify.errors import CaptureError
+from moeify.passes.match.dataflow import linears_of
+from moeify.passes.match.inner_program import InnerProgram
+from moeify.passes.match.mlp_regions import Region, find_regions
+from moeify.passes.match.placement import Placement, Placer
+
+log = logging.getLogger("moeify")
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What training mode says about one site.
+
+    Attributes:
+        reason: Why it cannot be replaced, or "".
+        whole: Whether its whole module may be swapped (T1).
+    """
+
+    reason: str = ""
+    whole: bool = True
+
+
+class TrainingCheck:
+    """Compares sites with what the model does in training mode.
+
+    Args:
+        model: The model; it is not changed.
+        example_inputs: What it is run on. Where it cannot run so, nothing is objected to.
+    """
+
+    def __init__(self, model: nn.Module, example_inputs: ExampleInputs) -> None:
+        self.placer: Placer | None = None
+        self.regions: dict[tuple[str, ...], list[Region]] = {}
+        self.ran: set[str] = set()
+        self.reasons: Mapping[str, str] = {}
+        try:
+            recorded = capture(model, example_inputs, training=True)
+        except CaptureError as error:
+            log.debug("training mode was not checked: %s", error)
+            return
+        graph = recorded.graph_module.graph
+        regions, missed = find_regions(graph, training=True)
+        for region in regions:
+            self.regions.setdefault(region.key, []).append(region)
+        self.ran = {linear.weight.name for linear in linears_of(graph)}
+        self.reasons = {miss.name: miss.reason for miss in missed}
+        self.placer = Placer(model, recorded)
+
+    def verdict(self, runs: Sequence[Region], placement: Placement) -> Verdict:
+        """Judge one site by all its runs in evaluation and the placement found there."""
+        region = runs[0]
+        if self.placer is None or not set(region.key) <= self.ran:
+            return Verdict()
+        trained = self.regions.get(region.key)
+        if trained is None:
+            name = region.down.weight.name.rpartition(".")[0]
+            why = self.reasons.get(name, "something else happens to its hidden value")
+            return Verdict(f"in training mode it is no such MLP: {why}")
+        if _meaning(trained[0].program) != _meaning(region.program):
+            return Verdict("between its projections it does something else in training mode")
+        whole = self.placer.whole_module(trained)
+        return Verdict(whole=whole == placement or placement.install != "T1")
+
+
+def _meaning(program: InnerProgram) -> tuple[object, ...]:
+    code = "" if program.module is None else program.module.code
+    parts = () if program.module is None else tuple(map(repr, program.module.children()))
+    names = (program.activation, program.gated, program.swap, program.dropout)
+    return (*names, program.params, code, parts)

@@ -1,0 +1,209 @@
+"""Where a model's tensors come from, and the files that they are written as.
+
+A `TensorSource` (a model in memory, a folder) and a `ModelFiles` (moeify's own format, a Hugging
+Face folder) know nothing of each other, so that every way in works with every way out, a few rows
+at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Final, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from moeify.errors import CheckpointError
+from moeify.storage.manifest import FileRecord
+from moeify.storage.model_state import collect
+from moeify.units import dtype_name
+
+PIECE: Final = 1 << 26
+"""Bytes of a flat tensor that are read at a time."""
+
+Kind = Literal["moeify", "custom", "native", "dense"]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Shape and dtype of a tensor.
+
+    Attributes:
+        shape: Sizes.
+        dtype: Torch dtype.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class TensorSource(Protocol):
+    """The tensors of a model by the names of its state dict, wherever they are.
+
+    Each tensor stands there once; the further names of tied ones are aliases. Reading is cheap to
+    repeat and leaves nothing behind.
+    """
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Every tensor of the state dict, in its order, without aliases."""
+        ...
+
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        """Further names of tied tensors, to the name in `specs`."""
+        ...
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Return rows `[start, stop)` along the first dimension, on the CPU; not to be changed.
+
+        A tensor without dimensions is returned whole.
+        """
+        ...
+
+
+class LiveTensors:
+    """The tensors of a model in memory.
+
+    Args:
+        model: Its parameters and buffers lie whole in this process.
+        state_dict: Read these instead, by the same names (a trainer's gathered state).
+
+    Raises:
+        CheckpointError: The state holds what no safetensors file can, or the names differ.
+    """
+
+    def __init__(self, model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> None:
+        state = collect(model)
+        names = [name for name, role in state.roles.items() if role != "scratch"]
+        self._tensors = {name: state.tensors[name] for name in names}
+        self.aliases: Mapping[str, str] = {
+            alias: name for alias, name in state.aliases.items() if name in self._tensors
+        }
+        if state_dict is not None:
+            self._replace(state_dict)
+        self.specs: Mapping[str, TensorSpec] = {
+            name: TensorSpec(tuple(tensor.shape), tensor.dtype)
+            for name, tensor in self._tensors.items()
+        }
+
+    def _replace(self, state_dict: Mapping[str, Tensor]) -> None:
+        known = self._tensors.keys() | self.aliases.keys()
+        unknown = sorted(state_dict.keys() - known)
+        missing = [name for name in self._tensors if name not in state_dict]
+        if unknown or missing:
+            what = f"has {unknown[0]}, which is not in" if unknown else f"lacks {missing[0]} of"
+            raise CheckpointError(f"state_dict: {what} the model")
+        for name, tensor in self._tensors.items():
+            if state_dict[name].shape != tensor.shape:
+                raise CheckpointError(
+                    f"state_dict: {name} has the shape {tuple(state_dict[name].shape)}, and "
+                    f"{tuple(tensor.shape)} in the model"
+                )
+            self._tensors[name] = state_dict[name]
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """See `TensorSource.read`."""
+        tensor = self._tensors[name].detach()
+        rows = tensor if tensor.dim() == 0 else tensor[start:stop]
+        return rows.to("cpu").contiguous()
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One tensor to write.
+
+    Attributes:
+        name: Its name in the file.
+        spec: Its shape and dtype.
+        pieces: Yields it in parts along the first dimension, in order, on the CPU, in `spec.dtype`;
+            called once, when its turn has come, and again only if the writing starts anew.
+    """
+
+    name: str
+    spec: TensorSpec
+    pieces: Callable[[], Iterator[Tensor]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its data."""
+        return torch.Size(self.spec.shape).numel() * self.spec.dtype.itemsize
+
+
+def copied(tensor_source: TensorSource, name: str, as_name: str | None = None) -> Output:
+    """Return an output that copies a tensor as it is, read some rows at a time.
+
+    With three axes that is one expert at a time, else as many rows as are no more than `PIECE`.
+
+    Args:
+        tensor_source: Where it is.
+        name: Its name there.
+        as_name: Its name in the file; the same if None.
+    """
+    spec = tensor_source.specs[name]
+
+    def pieces() -> Iterator[Tensor]:
+        if not spec.shape:
+            yield tensor_source.read(name)
+            return
+        count = spec.shape[0]
+        row = torch.Size(spec.shape[1:]).numel() * spec.dtype.itemsize
+        step = 1 if len(spec.shape) > 2 else max(1, PIECE // max(row, 1))
+        for start in range(0, count, step):
+            yield tensor_source.read(name, start, min(start + step, count))
+
+    return Output(as_name or name, spec, pieces)
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What has been written.
+
+    Attributes:
+        shards: The files with tensors, in order.
+        files: The small files.
+        place: File of each tensor.
+    """
+
+    shards: list[FileRecord]
+    files: list[FileRecord]
+    place: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """What is to be in a folder.
+
+    Attributes:
+        kind: What reads it: `moeify.load` ("moeify"), transformers with code that needs moeify
+            ("custom"), transformers alone ("native"), or it is a dense model ("dense").
+        tensors: In the order in which they are written.
+        texts: Small files by name.
+        manifest: Makes `moeify.json` when all else is written.
+        notes: What a person should be told about it, such as how much is padding.
+    """
+
+    kind: Kind
+    tensors: tuple[Output, ...]
+    texts: Mapping[str, bytes]
+    manifest: Callable[[Written], bytes]
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(output.nbytes for output in self.tensors)
+
+    def shard_names(self, count: int) -> list[str]:
+        """Return the names of that many files with tensors."""
+        if self.kind == "moeify":
+            return [f"moeify-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+        if count == 1:
+            return ["model.safetensors"]
+        return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+
+
+def describe(spec: TensorSpec) -> str:
+    """Write a shape and dtype for messages: `float32[4, 8]`."""
+    return f"{dtype_name(spec.dtype)}{list(spec.shape)}"

@@ -1,0 +1,1 @@
+"""Which dense layers can be sliced over ranks, proven and applied."""

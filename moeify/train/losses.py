@@ -1,0 +1,347 @@
+"""Router losses and statistics of a converted model, and how they reach a Hugging Face loss."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import field, is_dataclass, make_dataclass
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor, nn
+
+from moeify.compat import in_backward, is_exporting
+from moeify.errors import MoeifyError
+from moeify.hf.detect import is_hf
+from moeify.nn.router import Router
+from moeify.nn.router_losses import RouterLosses
+from moeify.sites.record import routers_of
+
+log = logging.getLogger("moeify")
+
+
+class LayerStats(TypedDict):
+    """Statistics of one MoE layer's last forward.
+
+    Attributes:
+        counts: [E] int32, routes per expert before dropping.
+        load: [E] float32, the same as fractions of all routes; an even load is 1 / E.
+        entropy: Mean entropy of the router's distribution per token, in nats; at most log E.
+        dropped: Fraction of the routes that found their expert full.
+        tokens: Number of tokens.
+    """
+
+    counts: Tensor
+    load: Tensor
+    entropy: float
+    dropped: float
+    tokens: int
+
+
+def aux_loss(model: nn.Module) -> Tensor:
+    """Return the weighted router losses of the model's last forward, to add to the loss.
+
+    Balance loss and z-loss, each times its coefficient in the plan, summed over the MoE layers.
+    A Hugging Face model that returns a loss in training has them added already.
+
+    Args:
+        model: A converted model, also compiled or wrapped, or what `moeify.export` made of it.
+
+    Returns:
+        Scalar tensor with a graph to the routers; zero if no forward has run.
+
+    Raises:
+        MoeifyError: The model has no MoE layer, or its forward ran without a graph (reentrant
+            checkpointing), so that the loss could not train the routers.
+
+    Source:
+        Switch Transformers (Fedus et al. 2021) eq. 4; ST-MoE (Zoph et al. 2022) eq. 5.
+    """
+    routers = [router for _, router in live_routers(model)]
+    if not routers:
+        exported = [m.last_aux_loss for m in model.modules() if isinstance(m, RouterLosses)]
+        if exported:
+            return torch.zeros(()) if exported[0] is None else exported[0]
+        raise MoeifyError("this model has no MoE layer: convert it with moeify(model, plan) first")
+    if not torch.compiler.is_compiling():
+        for router in routers:
+            router.loss_taken = True
+    losses = [r.last_aux_loss for r in routers if r.last_aux_loss is not None]
+    if not losses:
+        weight = routers[0].weight
+        return torch.zeros((), dtype=torch.float32, device=weight.device)
+    if torch.is_grad_enabled() and model.training and not torch.compiler.is_compiling():
+        trains = any(r.weight.requires_grad for r in routers)
+        if trains and not any(loss.requires_grad for loss in losses):
+            raise MoeifyError(
+                "the router losses have no gradient, because the forward ran under no_grad: with "
+                "activation checkpointing use use_reentrant=False (Hugging Face: "
+                'gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": '
+                "False}))"
+            )
+    total = losses[0]
+    for loss in losses[1:]:
+        total = total + loss.to(total.device)
+    return total
+
+
+def router_stats(model: nn.Module) -> dict[str, LayerStats]:
+    """Return what each MoE layer did in the model's last forward.
+
+    Args:
+        model: A converted model.
+
+    Returns:
+        Statistics by layer path; layers that have not run are left out.
+
+    Raises:
+        MoeifyError: The model has no MoE layer.
+    """
+    stats: dict[str, LayerStats] = {}
+    found = False
+    for name, router in live_routers(model):
+        found = True
+        last = router.last_stats
+        if last is None:
+            continue
+        counts = last["counts"].detach()
+        stats[name] = {
+            "counts": counts,
+            "load": counts.float() / counts.sum().clamp_min(1),
+            "entropy": float(last["entropy"]),
+            "dropped": float(last["dropped"]),
+            "tokens": int(last["tokens"]),
+        }
+    if not found:
+        raise MoeifyError("this model has no MoE layer: convert it with moeify(model, plan) first")
+    return stats
+
+
+def live_routers(model: nn.Module) -> Iterator[tuple[str, Router]]:
+    """Yield (layer path, router) of every MoE layer, once each.
+
+    PEFT's `modules_to_save=["router"]` keeps the first router beside the one that trains; only
+    the one that runs is given then, under the layer's own path.
+    """
+    for layer, router in routers_of(model):
+        wrapper, _, leaf = layer.rpartition(".")
+        copied = leaf == "modules_to_save"
+        around: Any = model.get_submodule(wrapper if copied else layer)
+        if not hasattr(around, "original_module"):
+            yield layer, router
+            continue
+        if not copied:
+            wrapper = layer
+        active = [] if around.disable_adapters else list(around.active_adapters)
+        runs = [around.modules_to_save[name] for name in active if name in around.modules_to_save]
+        if router is (runs[0] if runs else around.original_module):
+            yield wrapper.rpartition(".")[0], router
+
+
+class ForwardWithRouterLosses:
+    """Stands before a Hugging Face model's `forward`: adds the router losses to its loss.
+
+    In training only, so that losses of an evaluation stay comparable with the dense model's. It is
+    an attribute of the model and not a forward hook, because `torch.compile` runs the hooks of the
+    outermost module in a graph of their own.
+
+    A trainer that gives `num_items_in_batch` wants a sum over the labels, divided by those of all
+    its micro-batches and ranks, and divides by nothing itself. The router losses, a mean, then
+    enter with this micro-batch's share of the labels, so that all of them together are a mean.
+
+    With `output_router_logits=True`, or that set in the config, the output has `router_logits`,
+    the logits [T, E] of each MoE layer, and `aux_loss`, which is `moeify.aux_loss(model)`.
+
+    Args:
+        model: The converted model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.shifts = shifts_labels(model)
+        # A model with routers of its own gives its own logits.
+        self.gives_logits = "output_router_logits" in self.__signature__.parameters
+        self.warned = False
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The signature of the model's own forward, which trainers look at."""
+        return inspect.signature(type(self.model).forward.__get__(self.model))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model's own forward and add the losses to what it returns.
+
+        Raises:
+            MoeifyError: Router logits are asked for and the output is a tuple.
+        """
+        model = self.model
+        wanted = False
+        if not self.gives_logits:
+            default = getattr(model.config, "output_router_logits", False)
+            asked = kwargs.pop("output_router_logits", None)
+            wanted = bool(default if asked is None else asked) and not is_exporting()
+        training = model.training and not is_exporting()
+        if training and not torch.compiler.is_compiling():
+            self._watch()
+        if wanted:
+            routers = [router for _, router in live_routers(model)]
+            for router in routers:
+                router.keep_logits, router.last_logits = True, ()
+        output = type(model).forward(model, *args, **kwargs)
+        if training:
+            labels = kwargs.get("labels")
+            share = self._share(labels, kwargs)
+            output = with_router_losses(model, output, labels is not None, share)
+        if wanted:
+            logits: tuple[Tensor, ...] = ()
+            for router in routers:
+                logits = (*logits, *router.last_logits)
+                router.keep_logits, router.last_logits = False, ()
+            output = _with_logits(output, logits, aux_loss(model))
+        return output
+
+    def _share(self, labels: Any, kwargs: Mapping[str, Any]) -> Tensor | None:
+        """Return this micro-batch's share of the labels; None where the loss is a mean.
+
+        Counts as `Trainer` counts: a loss that shifts its labels never predicts the first.
+        """
+        total: Tensor | int | None = kwargs.get("num_items_in_batch")
+        shifted: Tensor | None = kwargs.get("shift_labels")
+        if total is None or not isinstance(labels if shifted is None else shifted, Tensor):
+            return None
+        if shifted is None:
+            shifted = labels[..., 1:] if self.shifts else labels
+        items = shifted.ne(-100).sum().to(torch.float32)
+        if not isinstance(total, Tensor):
+            return items / max(total, 1)
+        return items / total.to(items).flatten()[0].clamp_min(1)  # one entry per replica
+
+    def _watch(self) -> None:
+        """Warn once if the losses of the last forward that could train were read by nobody."""
+        routers = [router for _, router in live_routers(self.model)]
+        lost = any(
+            (router.aux_loss or router.z_loss)
+            and not router.loss_taken
+            and router.last_aux_loss is not None
+            and router.last_aux_loss.requires_grad
+            for router in routers
+        )
+        if lost and not self.warned:
+            self.warned = True
+            log.warning(
+                "the router losses of the last training forward are in no loss, so nothing "
+                "balances the experts: the model was given no labels (Trainer takes them out for "
+                "label smoothing and for compute_loss_func). Add moeify.aux_loss(model) to the "
+                "loss after each forward"
+            )
+        if torch.is_grad_enabled():
+            for router in routers:
+                router.loss_taken = False
+
+
+def shifts_labels(model: nn.Module) -> bool:
+    """Tell whether `Trainer` counts a model's labels without the first of each row."""
+    losses = sys.modules.get("transformers.loss.loss_utils")
+    causal = getattr(losses, "ForCausalLMLoss", None)
+    function = getattr(losses, "LOSS_MAPPING", {}).get(getattr(model, "loss_type", None))
+    pairs = getattr(model.config, "is_encoder_decoder", False)
+    return causal is not None and function is causal and not pairs
+
+
+def with_router_losses(
+    model: nn.Module, output: Any, labelled: bool, share: Tensor | None = None
+) -> Any:
+    """Return a model's output with the router losses in its loss, if it has one.
+
+    Args:
+        model: The converted model.
+        output: A tuple whose first element is the loss if `labelled`, or anything with a `loss`.
+        labelled: Whether the model was given labels.
+        share: Factor of the router losses, a scalar; one if None.
+    """
+
+    def added(loss: Tensor) -> Tensor:
+        aux = aux_loss(model).to(loss.device)
+        return loss + (aux if share is None else aux * share.to(loss.device)).to(loss.dtype)
+
+    if isinstance(output, tuple):
+        if not labelled or not output or not _is_loss(output[0]):
+            return output
+        return (added(output[0]), *output[1:])
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if loss is None or not _is_loss(loss):
+        return output
+    total = added(loss)
+    if isinstance(output, Mapping):
+        output["loss"] = total  # type: ignore[index]
+    else:
+        output.loss = total
+    return output
+
+
+def _with_logits(output: Any, logits: tuple[Tensor, ...], aux: Tensor) -> Any:
+    """Return a model's output with two more fields."""
+    if isinstance(output, tuple) or not isinstance(output, Mapping):
+        raise MoeifyError(
+            f"output_router_logits=True needs an output with names, not {type(output).__name__}: "
+            "use return_dict=True, or read moeify.router_stats(model)"
+        )
+    if not is_dataclass(output):
+        return {**output, "aux_loss": aux, "router_logits": logits}
+    return _named_output(type(output))(**output, aux_loss=aux, router_logits=logits)
+
+
+@functools.cache
+def _subclass(kind: type) -> type:
+    known = getattr(kind, "__dataclass_fields__", {})
+    names = [name for name in ("aux_loss", "router_logits") if name not in known]
+    if not names:
+        return kind
+    fields = [(name, Any, field(default=None)) for name in names]
+    return make_dataclass(f"{kind.__name__}WithRouters", fields, bases=(kind,))
+
+
+def _named_output(kind: type) -> Any:
+    """Return a subclass of an output's class that has the two fields."""
+    return _subclass(kind)
+
+
+# A compiler calls it once, instead of tracing how a class is made.
+torch.compiler.assume_constant_result(_named_output)  # type: ignore[no-untyped-call]
+
+
+def _is_loss(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point()
+
+
+def update_router_biases(model: nn.Module, args: tuple[Any, ...]) -> None:
+    """Forward pre-hook: move the selection biases before a training forward, never in a recompute.
+
+    Source:
+        Auxiliary-loss-free load balancing (Wang et al. 2024) algorithm 1.
+    """
+    if not model.training or in_backward() or is_exporting():
+        return
+    for _, router in routers_of(model):
+        if not router.lift_capacity:
+            router.update_bias()
+
+
+def attach(model: nn.Module) -> None:
+    """Let a Hugging Face model add the router losses to its loss, and any model move its biases."""
+    if any(router.bias_update > 0 for _, router in routers_of(model)):
+        model.register_forward_pre_hook(update_router_biases)
+    if is_hf(model) and "forward" not in model.__dict__:
+        model.__dict__["forward"] = ForwardWithRouterLosses(model)
+
+
+def detach(model: nn.Module) -> None:
+    """Undo `attach`."""
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if hook is update_router_biases:
+            del model._forward_pre_hooks[key]
+    if isinstance(model.__dict__.get("forward"), ForwardWithRouterLosses):
+        del model.__dict__["forward"]

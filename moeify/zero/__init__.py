@@ -1,0 +1,1 @@
+"""ZeRO: what is partitioned, and the engines that do it."""

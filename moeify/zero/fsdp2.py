@@ -1,0 +1,309 @@
+"""A ZeRO decision carried out by torch's FSDP2: `fully_shard` on every unit, innermost first.
+
+    stage 3: parameters are gathered for a unit's forward pass and again for its backward pass
+    stage 2: gathered for the forward pass and kept until the unit's backward pass has run
+
+In both, gradients are reduce-scattered as they come and `.grad` is this rank's piece, so that a
+plain optimizer over `model.parameters()` keeps states of pieces only. Units of experts lie on their
+own mesh: cut over "edp", next to the "ep" that they are spread over.
+
+Source:
+    PyTorch FSDP2 (Zhao et al. 2023 for its principle); per-unit meshes: torchtitan.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from moeify import compat
+from moeify.distributed import collectives
+from moeify.errors import PassError, UnsupportedModuleError
+from moeify.zero.plan import Unit, ZeroPlan
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = ["DTYPES", "cast", "settle", "shard"]
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def shard(
+    model: nn.Module,
+    zero: ZeroPlan,
+    meshes: Mapping[str, DeviceMesh],
+    divisors: Mapping[str, float],
+    undo: ExitStack,
+) -> None:
+    """Partition a model's parameters in place.
+
+    Args:
+        model: With its blocks installed and its dense layers sliced; real or on `meta`.
+        zero: Of stage 2 or 3.
+        meshes: The one-dimensional mesh of each unit, by the unit's name.
+        divisors: What the sum of a unit's gradients over its mesh is divided by, by its name.
+        undo: Gets what brings the former parameters, classes and hooks back.
+
+    Raises:
+        UnsupportedModuleError: A unit holds parameters that FSDP2 does not take.
+        PassError: The decision is not about this model.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    check(model, zero)
+    for module in model.modules():
+        _remember(module, undo)
+    if zero.precision != "model":
+        held = torch.float32 if zero.master == "float32" else DTYPES[zero.precision]
+        cast(model, held, undo)
+    for unit in zero.units:
+        _refuse_mixed(model, unit)
+    units = sorted(zero.units, key=lambda unit: -_depth(unit.name))
+    if not any(unit.name == "" for unit in units):
+        units.append(Unit("", "dense", ()))  # the root runs the others' schedule
+    for unit in units:
+        module = model.get_submodule(unit.name)
+        dims = {id(model.get_parameter(part.name)): part.dim or 0 for part in unit.parts}
+        if isinstance(module, fx.GraphModule):
+            module.register_forward_hook(_whole_output)
+        mesh = meshes[unit.name] if unit.name in meshes else meshes[zero.units[0].name]
+        fully_shard(
+            module,
+            mesh=mesh,
+            # The root's backward pass begins as soon as its forward pass ends.
+            reshard_after_forward=zero.stage == 3 and unit.name != "",
+            shard_placement_fn=_placement(dims),
+            mp_policy=_precision(zero, unit),
+            offload_policy=_offload(zero, mesh),
+        )
+        _divide(module, mesh, divisors.get(unit.name, 1.0))
+    for unit in units:
+        sharded: Any = model.get_submodule(unit.name)
+        if unit.around != unit.name:
+            compat.span_fsdp(sharded, model.get_submodule(unit.around))
+        if unit.after:
+            sharded.set_modules_to_forward_prefetch([model.get_submodule(n) for n in unit.after])
+        # Itself, which is there: with an empty list FSDP2 would choose one.
+        before = [model.get_submodule(n) for n in unit.before or (unit.name,)]
+        sharded.set_modules_to_backward_prefetch(before)
+    kept = [model.get_submodule(u.name) for u in units if zero.stage == 2 or u.around == ""]
+    model.register_forward_pre_hook(partial(_fresh, kept), prepend=True)
+    model.register_forward_hook(partial(_released, kept))
+
+
+def settle(model: nn.Module) -> None:
+    """Let units that FSDP2 keeps whole for a backward pass go back to their pieces.
+
+    `model.parameters()` are whole copies as long as there was a forward pass, with gradients, and
+    no backward pass; an optimizer or a checkpoint must not hold these.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return
+    for module in model.modules():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
+
+
+def check(model: nn.Module, zero: ZeroPlan) -> None:
+    """Compare a decision with the model that it is to be carried out on.
+
+    Raises:
+        PassError: A parameter is in one and not in the other, or has another shape.
+    """
+    planned = zero.parts
+    held = dict(model.named_parameters(remove_duplicate=False))
+    seen: dict[int, str] = {}
+    for name, part in planned.items():
+        parameter = held.get(name)
+        if parameter is None:
+            raise PassError(f"partition-zero: {name} is not in the converted model")
+        if (shape := tuple(_local(parameter).shape)) != part.shape:
+            raise PassError(f"partition-zero: {name} has shape {shape} here, not {part.shape}")
+        seen[id(parameter)] = name
+    for name, parameter in held.items():
+        if id(parameter) not in seen:
+            raise PassError(f"partition-zero: {name} is in no unit")
+
+
+def cast(model: nn.Module, dtype: torch.dtype, undo: ExitStack) -> None:
+    """Give a model's floating-point parameters another dtype, ties kept; buffers stay.
+
+    Args:
+        model: The model.
+        dtype: The dtype.
+        undo: Gets what brings the former values back.
+    """
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for key, parameter in list(module._parameters.items()):
+            if parameter is None or not parameter.is_floating_point() or parameter.dtype == dtype:
+                continue
+            if not hasattr(parameter, "to_local"):  # hooks stay
+                undo.callback(setattr, parameter, "data", parameter.data)
+                parameter.data = parameter.data.to(dtype)
+                continue
+            if id(parameter) not in made:  # a DTensor's inside cannot be exchanged
+                data = parameter.detach().to(dtype)
+                made[id(parameter)] = nn.Parameter(data, requires_grad=parameter.requires_grad)
+            undo.callback(module._parameters.__setitem__, key, parameter)
+            module._parameters[key] = made[id(parameter)]
+
+
+def sum_in_slices(model: nn.Module, names: tuple[str, ...], group: str, undo: ExitStack) -> None:
+    """Sum the gradients of whole parameters over the tensor ranks whose slices use them.
+
+    By a property of the module that reads them, since FSDP2 exchanges the parameters themselves,
+    and hooks with them.
+
+    Args:
+        model: The model.
+        names: The parameters, such as norms over each head.
+        group: Name of the group of tensor ranks.
+        undo: Gets what takes it away again.
+    """
+    owners: dict[str, list[str]] = {}
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        owners.setdefault(owner, []).append(leaf)
+    for path, leaves in owners.items():
+        module = model.get_submodule(path)
+        former = type(module)
+        reads = {leaf: property(_reader(leaf, group, f"{path}.{leaf}")) for leaf in leaves}
+        module.__class__ = type(former.__name__, (former,), reads)
+        undo.callback(_set_class, module, former)
+
+
+def _reader(leaf: str, group: str, where: str) -> Callable[[nn.Module], Any]:
+    def read(module: nn.Module) -> Any:
+        parameter = module._parameters[leaf]
+        if parameter is None or not torch.is_grad_enabled():
+            return parameter
+        return collectives.copy_to_slices(parameter, group, where)
+
+    return read
+
+
+def _set_class(module: nn.Module, former: type[nn.Module]) -> None:
+    module.__class__ = former
+
+
+def _divide(module: Any, mesh: DeviceMesh, divisor: float) -> None:
+    """Let FSDP2 divide the sum of a unit's gradients."""
+    if mesh.size() == 1:
+        # Left to itself it divides twice here: as it copies, and again after that.
+        module.set_all_reduce_hook(partial(_divided, divisor))
+        return
+    module.set_gradient_divide_factor(divisor)
+    if mesh.device_type == "cpu":
+        module.set_force_sum_reduction_for_comms(True)  # gloo has no average
+
+
+def _divided(divisor: float, gradients: Tensor) -> None:
+    if divisor != 1:
+        gradients.div_(divisor)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _whole_output(module: nn.Module, args: Any, output: Any) -> Any:
+    """Copy an output that is a view: in-place changes of it would drop FSDP2's backward hook."""
+    return output.clone() if isinstance(output, Tensor) and output._is_view() else output
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _fresh(units: list[Any], module: nn.Module, args: Any) -> None:
+    """Gather again what no backward pass has let go of: the optimizer may have stepped since."""
+    for unit in units:
+        unit.reshard()
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _released(units: list[Any], module: nn.Module, args: Any, output: Any) -> None:
+    """Let go of what is kept for a backward pass if there will be none."""
+    if not torch.is_grad_enabled():
+        for unit in units:
+            unit.reshard()
+
+
+def _depth(path: str) -> int:
+    return path.count(".") + 1 if path else 0
+
+
+def _local(tensor: Tensor) -> Tensor:
+    to_local: Any = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
+
+
+def _placement(dims: Mapping[int, int]) -> Callable[[nn.Parameter], Any]:
+    from torch.distributed.tensor import Shard
+
+    return lambda parameter: Shard(dims.get(id(parameter), 0))
+
+
+def _precision(zero: ZeroPlan, unit: Unit) -> Any:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    if zero.precision == "model":
+        return MixedPrecisionPolicy()
+    computed = DTYPES[zero.precision]
+    return MixedPrecisionPolicy(
+        param_dtype=computed,
+        reduce_dtype=torch.float32 if zero.reduce == "float32" else computed,
+        # Experts get rows in the right dtype, and combine weights that stay in float32.
+        cast_forward_inputs=unit.kind == "dense",
+    )
+
+
+def _offload(zero: ZeroPlan, mesh: DeviceMesh) -> Any:
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
+
+    if zero.offload == "none":
+        return OffloadPolicy()
+    return CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
+
+
+def _refuse_mixed(model: nn.Module, unit: Unit) -> None:
+    dtypes: dict[torch.dtype, str] = {}
+    for part in unit.parts:
+        parameter = model.get_parameter(part.name)
+        if parameter.requires_grad:
+            dtypes.setdefault(parameter.dtype, part.name)
+        if parameter.dim() == 0:
+            raise UnsupportedModuleError(
+                part.name,
+                "FSDP2 does not take parameters without dimensions: make it a tensor of one "
+                "element, or set zero.engine: graph",
+            )
+        if not _local(parameter).is_contiguous():
+            raise UnsupportedModuleError(part.name, "FSDP2 does not take non-contiguous parameters")
+    if len(dtypes) > 1:
+        each = ", ".join(f"{name} is {dtype}" for dtype, name in dtypes.items())
+        raise UnsupportedModuleError(
+            unit.name or type(model).__name__,
+            f"FSDP2 takes one dtype per unit, and {each}: convert the model to one dtype first, or "
+            "set zero.precision",
+        )
+
+
+def _remember(module: nn.Module, undo: ExitStack) -> None:
+    """Let `undo` bring back everything that `fully_shard` changes in a module."""
+    former, state = type(module), dict(module.__dict__)
+    tables = [(value, value.copy()) for value in state.values() if isinstance(value, dict)]
+
+    def restore() -> None:
+        compat.forget_fsdp(module)
+        module.__class__ = former
+        module.__dict__.clear()
+        module.__dict__.update(state)
+        for table, content in tables:  # the same objects, which handles of hooks refer to
+            table.clear()
+            table.update(content)
+
+    undo.callback(restore)

@@ -1,0 +1,325 @@
+"""ZeRO stage 1: every rank steps over its own piece of each parameter, then all gather them.
+
+    gradient, whole on each rank -> its piece -> inner optimizer -> piece -> all-gather -> parameter
+
+Parameters and gradients stay whole, and only what the optimizer keeps is partitioned: its states,
+and the master weights where it updates others than the model computes with. The same machinery
+keeps both in CPU memory. A piece is a DTensor, so that optimizers that take norms of a whole
+parameter are right.
+
+Source:
+    ZeRO: Rajbhandari et al. 2020, section 5 (P_os). Offload: Ren et al. 2021, ZeRO-Offload.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from moeify import compat
+from moeify.errors import CheckpointError, MoeifyError
+from moeify.zero.pieces import Cut, Piece, buckets, gather, local_part, make_piece
+
+__all__ = ["Cut", "Guard", "ShardedOptimizer", "guard"]
+
+
+class ShardedOptimizer(Optimizer):
+    """An optimizer whose states lie in pieces on the ranks that hold the same parameters.
+
+    `param_groups` hold the model's parameters, so learning-rate schedulers, clipping and gradient
+    scaling work as ever; `inner` is the optimizer over the pieces. Every rank makes it with the
+    same groups and steps equally often; gradients are reduced, so a parameter has one on all ranks
+    or on none. What it keeps apart from the model (`has_masters`) is what it updates; values that
+    are written into parameters in place, by `load_state_dict` say, are noticed at the next step.
+
+    Args:
+        groups: Parameters or groups of them, as for any optimizer.
+        inner: Class of the optimizer; one that needs no closure.
+        cuts: By `id` of a parameter, how it is partitioned; a rank keeps all of others.
+        device: Where pieces and states live; that of the parameters if None.
+        master: Dtype of the pieces; that of the parameters if None.
+        masters: By `id` of a parameter, this rank's piece of it before it was cast; taken over.
+        options: What `inner` takes.
+
+    Raises:
+        MoeifyError: A cut does not fit its parameter.
+
+    Example:
+        >>> layer = nn.Linear(2, 2).bfloat16()
+        >>> made = ShardedOptimizer(
+        ...     layer.parameters(), torch.optim.SGD, {}, master=torch.float32, lr=0.1
+        ... )
+        >>> made.shard_of(layer.weight).dtype, made.has_masters
+        (torch.float32, True)
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[Any],
+        inner: type[Optimizer],
+        cuts: Mapping[int, Cut],
+        *,
+        device: torch.device | str | None = None,
+        master: torch.dtype | None = None,
+        masters: Mapping[int, Tensor] | None = None,
+        **options: Any,
+    ) -> None:
+        self._cuts, self._starts = dict(cuts), dict(masters or {})
+        self._device = None if device is None else torch.device(device)
+        self._master = master
+        self._pieces: dict[int, Piece] = {}
+        self._inner: Optimizer | None = None
+        super().__init__(groups, dict(options))
+        self._inner = inner([self._shards_of(group) for group in self.param_groups], **options)
+        self.defaults = self._inner.defaults
+        self._starts.clear()  # a second copy of the weights
+        self._take_back()
+
+    @property
+    def inner(self) -> Optimizer:
+        """The optimizer over the pieces."""
+        assert self._inner is not None
+        return self._inner
+
+    @property
+    def state(self) -> Any:
+        """The inner optimizer's state, by piece (`shard_of`)."""
+        return {} if self._inner is None else self._inner.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        """Torch's constructor makes a state of its own, which is not used."""
+
+    @property
+    def has_masters(self) -> bool:
+        """Whether pieces are copies: in another dtype or on another device than the parameters."""
+        return any(piece.copied for piece in self._pieces.values())
+
+    def shard_of(self, parameter: Tensor) -> Tensor | None:
+        """Return the piece of a parameter that is updated here, mostly a DTensor; or None."""
+        piece = self._pieces.get(id(parameter))
+        return None if piece is None else piece.shard
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters; those that the plan did not cut are kept whole on every rank.
+
+        Args:
+            param_group: As for any optimizer.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for parameter in group["params"]:
+            self._pieces[id(parameter)] = make_piece(
+                parameter,
+                self._cuts.get(id(parameter)),
+                self._starts.get(id(parameter)),
+                self._device,
+                self._master,
+            )
+        if self._inner is not None:
+            self._inner.add_param_group(self._shards_of(group))
+            self._take_back()
+
+    def _shards_of(self, group: dict[str, Any]) -> dict[str, Any]:
+        return {**group, "params": [self._pieces[id(p)].shard for p in group["params"]]}
+
+    def _hand_over(self) -> None:
+        """Give the inner optimizer our hyperparameters."""
+        for ours, theirs in zip(self.param_groups, self.inner.param_groups, strict=True):
+            theirs.update({key: value for key, value in ours.items() if key != "params"})
+
+    def _take_back(self) -> None:
+        """Take those that the inner optimizer has set."""
+        for ours, theirs in zip(self.param_groups, self.inner.param_groups, strict=True):
+            ours.update({key: value for key, value in theirs.items() if key != "params"})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the pieces, then gather them into the parameters on all ranks.
+
+        Args:
+            closure: Computes the loss and the gradients, once; optional.
+
+        Returns:
+            What `closure` returns.
+
+        Raises:
+            MoeifyError: A gradient is sparse, a parameter has left the memory that it had, or the
+                inner optimizer cannot work on DTensors.
+            DispatchError: Another rank died, stalled or did not step.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._hand_over()
+        for piece in self._pieces.values():
+            piece.adopt()
+            piece.shard.grad = piece.gradient()
+        self._step_inner()
+        for piece in self._pieces.values():
+            piece.shard.grad = None
+        self._take_back()
+        self.publish()
+        return loss
+
+    def _step_inner(self) -> None:
+        try:
+            self.inner.step()
+        except RuntimeError as error:
+            if not any(word in str(error) for word in ("placement", "DTensor")):
+                raise
+            raise MoeifyError(
+                f"{type(self.inner).__name__} cannot update pieces of parameters: it uses what "
+                "torch's DTensor cannot do; take another optimizer, or `zero.stage: 0` "
+                f"({error})"
+            ) from error
+
+    def adopt_writes(self) -> None:
+        """Let master weights take over what was written into parameters since the last step."""
+        for piece in self._pieces.values():
+            piece.adopt()
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Set the parameters to the pieces, gathered from all ranks, which all must call it."""
+        for piece in self._pieces.values():
+            if piece.copied and not piece.gathered:
+                local_part(piece.parameter).copy_(local_part(piece.shard))
+        for bucket in buckets(self._pieces.values()):
+            gather(bucket)
+        for piece in self._pieces.values():
+            piece.version = compat.version(local_part(piece.parameter))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the inner optimizer's state dict, of the pieces of this rank.
+
+        With `masters`, the pieces themselves where they are copies, and `pieces`, their places.
+        `load_state_dict` takes it in the same layout only; `save_sharded` is for others.
+        """
+        state: dict[str, Any] = self.inner.state_dict()
+        state["pieces"] = self._places()
+        if self.has_masters:
+            pieces = self._pieces.values()
+            state["masters"] = [local_part(p.shard).detach() if p.copied else None for p in pieces]
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned on this rank of the same layout, on all ranks.
+
+        Parameters become the masters, where there are any.
+
+        Raises:
+            CheckpointError: It is of another layout, or of an optimizer without master weights.
+        """
+        there, here = state_dict.get("pieces"), self._places()
+        if there != here:
+            raise CheckpointError(
+                "this optimizer state is of another layout or of another optimizer "
+                f"({_told(there, here)}): load it on the ranks that it was saved on, or "
+                "save it by save_sharded"
+            )
+        masters = state_dict.get("masters")
+        if self.has_masters and masters is None:
+            raise CheckpointError(
+                "this optimizer state has no master weights, and this optimizer keeps them: it was "
+                "saved under another `zero.precision` or `zero.offload`"
+            )
+        self.inner.load_state_dict(
+            {key: state_dict[key] for key in ("state", "param_groups") if key in state_dict}
+        )
+        self._take_back()
+        for piece, value in zip(self._pieces.values(), masters or (), strict=False):
+            if piece.copied:
+                local_part(piece.shard).copy_(value)
+        if self.has_masters:
+            self.publish()
+
+    def _places(self) -> list[tuple[int, ...]]:
+        """Return (start, length, shape of the local piece) of each."""
+        return [(p.start, p.length, *local_part(p.shard).shape) for p in self._pieces.values()]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise MoeifyError(
+            "a ShardedOptimizer holds pieces of one model's parameters and cannot be copied or "
+            "pickled: make another one by mf.optimizer(copy_of_the_model, ...) and load its "
+            "state_dict()"
+        )
+
+
+def _told(there: Any, here: Any) -> str:
+    """Say how the places of pieces in a state differ from ours."""
+    if there is None:
+        return "it does not say which pieces it is of"
+    if len(there) != len(here):
+        return f"{len(there)} parameters, here {len(here)}"
+    place = next(i for i, (a, b) in enumerate(zip(there, here, strict=True)) if a != b)
+    return f"parameter {place}: start, length, shape {there[place]}, here {here[place]}"
+
+
+class Guard:
+    """Makes every other optimizer refuse to step over some parameters.
+
+    Copied by `copy.deepcopy` or pickle together with the model, it guards the copies.
+
+    Args:
+        parameters: The parameters.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self.parameters = tuple(parameters)
+        for parameter in self.parameters:
+            setattr(parameter, _MARK, True)
+        if not _registered:
+            _registered.append(register_optimizer_step_pre_hook(_refuse))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.parameters,)
+
+    def remove(self) -> None:
+        """Let other optimizers have the parameters."""
+        for parameter in self.parameters:
+            parameter.__dict__.pop(_MARK, None)
+
+
+_MARK = "_moeify_partitioned"
+_registered: list[Any] = []
+
+
+def guard(parameters: Iterable[nn.Parameter]) -> Guard:
+    """Make optimizers other than `ShardedOptimizer` refuse these parameters.
+
+    They would keep all states on every rank and device, and know no master weights.
+
+    Args:
+        parameters: What the plan partitions or offloads.
+
+    Returns:
+        The guard; keep it where the model is, so that copies are guarded too.
+    """
+    return Guard(parameters)
+
+
+def _refuse(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Raise for an optimizer over guarded parameters.
+
+    Raises:
+        MoeifyError: It is not the one that the plan needs.
+    """
+    if isinstance(optimizer, ShardedOptimizer):
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if hasattr(parameter, _MARK):
+                name = type(optimizer).__name__
+                raise MoeifyError(
+                    f"this {name} would step over whole parameters, and the plan (`zero:`) "
+                    "partitions, offloads or keeps master weights of what an optimizer holds: "
+                    f"make it by mf.optimizer(model, torch.optim.{name}, lr=...)"
+                )

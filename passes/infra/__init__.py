@@ -1,0 +1,1 @@
+"""What a pass is: protocol, manager, records, printer, verifier, observers."""

@@ -1,0 +1,1 @@
+"""Read a recorded graph: MLPs, what they compute, where they can be replaced."""

@@ -1,0 +1,1 @@
+"""Builders and views of graph nodes that several passes share."""

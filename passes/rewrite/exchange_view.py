@@ -1,0 +1,229 @@
+"""Reading an exchange from a block's graph: its layout, its rows, and the trips that they make.
+
+`Exchange` is what passes match before they rewrite one; `RoundTrip` is one way there and back, of
+which an exchange in pieces has several. A graph that has an exchange of another shape than these
+is an error with the node where it differs: no pass may take it for a graph without one.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from moeify.distributed import collectives, exchange
+from moeify.errors import PassError
+from moeify.passes.rewrite.exchange_nodes import ops
+
+
+@dataclass(frozen=True, slots=True)
+class RoundTrip:
+    """Rows that go to the ranks of their experts and return, in one all-to-all each way.
+
+    Attributes:
+        own_counts: Rows for each expert, [E].
+        send_counts: What is announced to each rank, [N, L + 1].
+        recv_counts: What each rank announced to this one, once waited for.
+        splits: Rows to and from each rank; `send_splits` and `recv_splits` are its two results.
+        send_splits: Rows to each rank.
+        recv_splits: Rows from each rank.
+        send_rows: The rows that leave.
+        recv_rows: The rows that came from all ranks, once waited for.
+        results: What the experts made of them, in the same order.
+        returned: The results of the rows that left, once waited for.
+    """
+
+    own_counts: fx.Node
+    send_counts: fx.Node
+    recv_counts: fx.Node
+    splits: fx.Node
+    send_splits: fx.Node
+    recv_splits: fx.Node
+    send_rows: fx.Node
+    recv_rows: fx.Node
+    results: fx.Node
+    returned: fx.Node
+
+    @classmethod
+    def of(cls, own_counts: fx.Node, path: str) -> RoundTrip:
+        """Follow a round trip from the counts that it announces.
+
+        Raises:
+            PassError: It has another shape.
+        """
+        send_counts = _user(own_counts, exchange.send_counts, path)
+        recv_counts = _arrived(send_counts, path)
+        counts = _user(recv_counts, ops.check_counts, path)
+        splits = _user(counts, exchange.splits, path, at=1)
+        send_splits, recv_splits = (_item(splits, i, path) for i in (0, 1))
+        send_rows = _user(send_splits, exchange.cut, path, at=1)
+        back = _user(send_splits, collectives.all_to_all, path, at=1)
+        return cls(
+            own_counts=own_counts,
+            send_counts=send_counts,
+            recv_counts=recv_counts,
+            splits=splits,
+            send_splits=send_splits,
+            recv_splits=recv_splits,
+            send_rows=send_rows,
+            recv_rows=_arrived(send_rows, path),
+            results=back.all_input_nodes[0],
+            returned=_user(back, collectives.wait, path),
+        )
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph that it is in."""
+        return self.returned.graph
+
+    @property
+    def counts(self) -> Any:
+        """The checked counts, [N, L]."""
+        return self.splits.args[1]
+
+    @property
+    def capacity(self) -> Any:
+        """Rows of each expert in an even layout, or -1."""
+        return self.splits.args[2]
+
+    def replace(
+        self,
+        *,
+        recv_counts: fx.Node,
+        send_splits: fx.Node,
+        recv_rows: fx.Node,
+        returned: fx.Node,
+    ) -> None:
+        """Let other nodes carry the rows; what lies between arrival and `results` stays."""
+        self.recv_counts.replace_all_uses_with(recv_counts)
+        self.send_splits.replace_all_uses_with(send_splits)
+        self.recv_rows.replace_all_uses_with(recv_rows)
+        self.returned.replace_all_uses_with(returned)
+        self.graph.eliminate_dead_code()
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """The exchange around a block's experts.
+
+    Attributes:
+        path: The block.
+        layout: The send layout of the routed rows, in `parts` equal parts.
+        part_counts: Rows for each expert in each part, [P, E].
+        capacity: Rows of each expert in one part of an even layout, or -1.
+        rows: The rows in that layout.
+        result: The tokens that become of them.
+    """
+
+    path: str
+    layout: fx.Node
+    part_counts: fx.Node
+    capacity: fx.Node
+    rows: fx.Node
+    result: fx.Node
+
+    @classmethod
+    def find(cls, graph: fx.Graph, path: str) -> Exchange | None:
+        """Return the exchange in the graph of the block at `path`, or None if there is none.
+
+        Raises:
+            PassError: There is one, of another shape.
+        """
+        layouts = _calls(graph, ops.send_layout)
+        if not layouts:
+            return None
+        layout = _only(layouts, f"{path}: send layouts in the graph")
+        order = _item(layout, 0, path)
+        return cls(
+            path=path,
+            layout=layout,
+            part_counts=_item(layout, 2, path),
+            capacity=_only(_calls(graph, exchange.send_capacity), f"{path}: send capacities"),
+            rows=_user(order, ops.dispatch, path, at=1),
+            result=_user(order, ops.combine, path, at=2),
+        )
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph that it is in."""
+        return self.layout.graph
+
+    @property
+    def parts(self) -> int:
+        """In how many equal parts the rows are laid out: tensor ranks times pieces."""
+        parts = self.layout.args[3]
+        assert isinstance(parts, int)
+        return parts
+
+    @property
+    def own_counts(self) -> list[fx.Node]:
+        """Rows for each expert in the parts that this rank sends, one node for each piece."""
+        return list(self.part_counts.users)
+
+    @property
+    def pieces(self) -> int:
+        """In how many pieces this rank's rows travel."""
+        return len(self.own_counts)
+
+    @property
+    def coordinated(self) -> bool:
+        """The ranks of a tensor group share out the rows."""
+        return bool(_calls(self.graph, collectives.share))
+
+    @property
+    def staged(self) -> bool:
+        """Rows travel in two stages."""
+        return bool(_calls(self.graph, exchange.staged_splits))
+
+    def trips(self) -> list[RoundTrip]:
+        """Return the trips that the rows make, one for each piece.
+
+        Raises:
+            PassError: They have another shape than one all-to-all each way.
+        """
+        return [RoundTrip.of(counts, self.path) for counts in self.own_counts]
+
+    def lay_out(self, parts: int) -> None:
+        """Lay the rows out in so many parts."""
+        self.layout.update_arg(3, parts)
+        self.capacity.update_arg(1, parts)
+
+    def refuse(self, reason: str) -> PassError:
+        """Return the error of a pass that cannot rewrite this exchange."""
+        return PassError(f"{self.path}: {reason}")
+
+
+def _calls(graph: fx.Graph, target: Callable[..., Any]) -> list[fx.Node]:
+    return list(graph.find_nodes(op="call_function", target=target))
+
+
+def _only(found: Sequence[fx.Node], what: str) -> fx.Node:
+    if len(found) != 1:
+        raise PassError(
+            f"{what}: {len(found)}, not 1: another pass has changed the exchange; run it after "
+            "the passes that rewrite exchanges"
+        )
+    return found[0]
+
+
+def _user(source: fx.Node, target: Callable[..., Any], path: str, at: int = 0) -> fx.Node:
+    """Return the one node that calls `target` with `source` as argument `at`."""
+    found = [u for u in source.users if u.target is target and u.args[at] is source]
+    return _only(found, f"{path}: calls of {_name(target)} with {source.name}")
+
+
+def _item(source: fx.Node, index: int, path: str) -> fx.Node:
+    found = [u for u in source.users if u.target is operator.getitem and u.args[1] == index]
+    return _only(found, f"{path}: reads of {source.name}[{index}]")
+
+
+def _arrived(sent: fx.Node, path: str) -> fx.Node:
+    """Return the wait for the all-to-all that sends a node."""
+    return _user(_user(sent, collectives.all_to_all, path), collectives.wait, path)
+
+
+def _name(target: Callable[..., Any]) -> str:
+    return getattr(target, "__name__", str(target))

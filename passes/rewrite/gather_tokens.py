@@ -1,0 +1,69 @@
+"""The all-gather form of insert-all-to-all: tokens go to all ranks, sums come back.
+
+Before::
+
+    rows   = torch.ops.moeify.dispatch(tokens, order, slots)
+    hidden = self.experts(rows, offsets)
+    y      = torch.ops.moeify.combine(hidden, weights, order, slots)
+
+After::
+
+    most     = gathering.most_tokens(tokens, capacity, ...)
+    everyone = gathering.gather(tokens, most, ...)
+    gates    = gathering.gather(weights, most, ...)
+    routes   = gathering.gather(gathering.kept_ids(ids, slots), most, ...)
+    local    = torch.ops.moeify.local_routes(routes, first + 1, experts)
+    packed   = torch.ops.moeify.dispatch(everyone, local_order, local_slots)
+    computed = self.experts(packed, local_offsets)
+    part     = torch.ops.moeify.combine(computed, gates, local_order, local_slots)
+    result   = gathering.scatter_sum(part, tokens, ...)
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from torch import fx
+
+from moeify.distributed import allgather
+from moeify.kernels import route
+from moeify.passes.rewrite.exchange_nodes import Group, LocalExperts, items, node, ops
+
+
+def gather_tokens(graph: fx.Graph, group: Group, experts: int, path: str, splits: str) -> None:
+    """Rewrite one block's graph.
+
+    Args:
+        graph: The graph.
+        group: The ranks that share its experts.
+        experts: Experts of the layer, over all ranks.
+        path: The block, for messages.
+        splits: The plan's `parallel.splits`.
+    """
+    local = LocalExperts.of(graph, path)
+    each = experts // group.size
+
+    def gathered(rows: Any, most: fx.Node, what: str, name: str) -> fx.Node:
+        args = (rows, most, group.size, group.name, f"{path}: {what}")
+        return node(graph, allgather.gather, args, name)
+
+    with graph.inserting_before(local.combine):
+        capacity = local.capacity(splits)
+        sizes = (local.tokens, capacity, group.name, list(group.ranks), group.rank, path)
+        most = node(graph, allgather.most_tokens, sizes, "most")
+        ids = node(graph, operator.getitem, (local.routing, route.IDS), "ids")
+        kept = node(graph, allgather.kept_ids, (ids, local.slots), "kept")
+        everyone = gathered(local.tokens, most, "tokens to all ranks", "everyone")
+        gates = gathered(local.weights, most, "weights to all ranks", "gates")
+        routes = gathered(kept, most, "routes to all ranks", "routes")
+        first = group.place * each + 1
+        found = node(graph, ops.local_routes, (routes, first, each), "local")
+        slots, order, offsets = items(graph, found, "local_slots", "local_order", "local_offsets")
+        rows = node(graph, ops.dispatch, (everyone, order, slots), "packed")
+        hidden = graph.call_module("experts", (rows, offsets))
+        hidden._rename("computed")
+        part = node(graph, ops.combine, (hidden, gates, order, slots), "part")
+        back = (part, local.tokens, group.size, group.name, f"{path}: sums from experts")
+        result = node(graph, allgather.scatter_sum, back, "result")
+    local.replace(result)
