@@ -37,6 +37,7 @@ from moeify.plan.layer_description import describe_layer
 from moeify.plan.layer_plan import ResolvedPlan
 from moeify.plan.plan import Plan
 from moeify.storage.atomic_folder import MANIFEST, Folder
+from moeify.storage.folder_reader import CheckpointReader
 from moeify.storage.resumable_writer import (
     bytes_to_write,
     free_bytes,
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from moeify.formats.choose import FormatChoice
-    from moeify.storage.folder_reader import CheckpointReader
     from moeify.storage.tensor_source import TensorSource
 
 

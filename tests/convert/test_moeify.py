@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 import moeify as mf
 from moeify.convert import install, verify
 from moeify.convert.verify import compare, snapshot
+from moeify.hf.detect import example_inputs_for
 from moeify.nn.router import Router
 from moeify.passes.infra.base import Fact, PassResult, PlanContext
 from moeify.passes.rewrite.blocks import blocks_of
@@ -200,7 +201,7 @@ def test_a_failure_leaves_the_dense_model(where, name, monkeypatch):
     model = case.build().train()
     first = next(iter(model.modules()))
     first.register_forward_hook(lambda *a: None)
-    inputs = case.inputs() if case.inputs else mf.hf.example_inputs_for(model)
+    inputs = case.inputs() if case.inputs else example_inputs_for(model)
     before = state(model)
     passes: tuple[Any, ...] = ()
     if where == "ledger":
@@ -303,7 +304,7 @@ def test_a_model_on_meta_stays_on_meta(name):
 def test_the_plan_counts_what_is_built(name):
     case = ZOO[name]
     model = case.build()
-    inputs = case.inputs() if case.inputs else mf.hf.example_inputs_for(model)
+    inputs = case.inputs() if case.inputs else example_inputs_for(model)
     plan = mf.Plan.preset("pr-moe", experts=2, last=4, every=1, start=0)
     resolved = plan.resolve(model, inputs)
     mf.moeify(model, plan, example_inputs=inputs)

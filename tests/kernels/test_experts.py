@@ -303,7 +303,11 @@ def test_the_number_of_threads_does_not_matter_in_float32(threads, kernel):
             threads(count)
             results.append(given.solve(kernel) | {"few": given.run(kernel, save=False)[0]})
         for name, value in results[0].items():
-            assert torch.equal(value, results[1][name]), name
+            other = results[1][name]
+            if kernel == "cpu":
+                assert torch.equal(value, other), name
+            else:  # torch's matmul, which on some processors sums in another order
+                torch.testing.assert_close(value, other, rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -205,7 +205,7 @@ def test_what_is_not_served_goes_to_the_reference():
 
 SCRIPT = """
 import logging, sys, torch
-from moeify.kernels import native
+from moeify.kernels.cpu import compile as native
 from tests.kernels.test_experts_native import PLAIN
 from tests.kernels.cases import problem
 

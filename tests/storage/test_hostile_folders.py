@@ -315,7 +315,7 @@ FOLDERS: dict[str, tuple[Any, str]] = {
         text_of(INDEX, '{"weight_map": {"a": "x", "a": "y"}}'),
         "a: stands there twice",
     ),
-    "index a list": (text_of(INDEX, "[]"), "no mapping"),
+    "index a list": (text_of(INDEX, "[]"), "is not a mapping"),
     "index empty": (text_of(INDEX, "{}"), "weight_map"),
     "index of nothing": (text_of(INDEX, '{"weight_map": {}}'), "weight_map"),
     "index too deep": (text_of(INDEX, '{"weight_map":' * 50_000), "no JSON"),
