@@ -22,8 +22,8 @@ from torch import Tensor
 import triton
 import triton.language as tl
 from moeify.kernels.gate import BALANCES, LOGIT_NOISES, SCORES
+from moeify.kernels.operands import FLOATS, contiguous
 from moeify.kernels.triton.arithmetic import (
-    DTYPES,
     dot,
     float32_precision,
     on_tensor_cores,
@@ -196,14 +196,11 @@ def gate(
     balance: str,
     surrogate: bool,
 ) -> Any:
-    """Do what `gate_reference` does, for up to 512 experts in float32, float16 or bfloat16.
-
-    Args, Returns, Source: as of `moeify.kernels.gate.gate_reference`.
-    """
+    """Do what `gate_reference` does, for up to 512 experts in float32, float16 or bfloat16."""
     rows, width = tokens.shape
     experts = weight.shape[0]
     known = score in SCORES and noise in LOGIT_NOISES and balance in BALANCES
-    served = tokens.dtype in DTYPES and weight.dtype in DTYPES and 1 <= top_k <= experts
+    served = tokens.dtype in FLOATS and weight.dtype in FLOATS and 1 <= top_k <= experts
     if not known or not served or experts > MAX_EXPERTS:
         return NotImplemented
     noise = "none" if logit_noise is None else noise
@@ -219,9 +216,7 @@ def gate(
     block_shares, block_sums = new(blocks, padded, dtype=f32), new(blocks, 2, dtype=f32)
     if blocks:
         gate_kernel[(blocks,)](
-            *(None if x is None else x.contiguous() for x in (tokens, weight, selection_bias)),
-            None if input_noise is None else input_noise.contiguous(),
-            None if logit_noise is None else logit_noise.contiguous(),
+            *contiguous(tokens, weight, selection_bias, input_noise, logit_noise),
             scores,
             ids,
             logits,

@@ -38,7 +38,7 @@ def forgotten():
     """Forget the compiled libraries now, and again at the end."""
 
     def forget():
-        for cache in (compile.library, experts_native._forward, experts_native._library):
+        for cache in (compile.library, compile.function):
             cache.cache_clear()
 
     forget()
@@ -205,14 +205,14 @@ def test_what_is_not_served_goes_to_the_reference():
 
 SCRIPT = """
 import logging, sys, torch
-from moeify.kernels import native
+from moeify.kernels.cpu import compile
 from tests.kernels.test_experts_native import PLAIN
 from tests.kernels.cases import problem
 
 def refuse(source):
     raise AssertionError("asked for a compiler")
 
-native.compile_cpp = refuse
+compile.compile_cpp = refuse
 logging.basicConfig(level="INFO")
 torch.save([problem(PLAIN, d).solve("cpu") for d in (torch.float32, torch.bfloat16)], sys.argv[1])
 """

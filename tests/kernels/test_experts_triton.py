@@ -270,7 +270,7 @@ def test_measured_table():
         ([{**ENTRY, "bn": 8}], "16 at least"),
         ([{**ENTRY, "stages": 0}], "stages: 0 is not a positive integer"),
         ([{**ENTRY, "bucket": 63}], "63 is not a bucket"),
-        ([{**ENTRY, "dtype": "float64"}], "'float64' is none of"),
+        ([{**ENTRY, "dtype": "float64"}], "'float64' is not one of"),
         ([{**ENTRY, "n": "4096"}], "not of type int"),
         ([{"device": "NVIDIA H200"}], "the keys must be device"),
         ([ENTRY, ENTRY], "entry 1: .* is there twice"),
