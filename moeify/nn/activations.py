@@ -1,4 +1,4 @@
-"""Elementwise functions by canonical name, as sites and experts name them."""
+"""Activations by canonical name, as sites and experts name them."""
 
 from __future__ import annotations
 
@@ -50,14 +50,10 @@ ACTIVATIONS: Final[Mapping[str, Activation]] = {
 
 
 def activation(name: str) -> Activation:
-    """Return the function called `name`.
+    """Return the activation called `name`; raise ValueError for an unknown one.
 
-    Raises:
-        ValueError: The name is unknown; the message lists the known ones.
-
-    Example:
-        >>> activation("relu2")(torch.tensor([-1.0, 3.0])).tolist()
-        [0.0, 9.0]
+    >>> activation("relu2")(torch.tensor([-1.0, 3.0])).tolist()
+    [0.0, 9.0]
     """
     if name not in ACTIVATIONS:
         raise ValueError(f"activation: {name!r} is unknown; use one of {', '.join(ACTIVATIONS)}")

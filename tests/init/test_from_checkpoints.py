@@ -147,7 +147,7 @@ def _other(folder):
 @pytest.mark.parametrize(
     ("damage", "part"),
     [
-        (shutil.rmtree, "tuned-2: is no folder"),
+        (shutil.rmtree, "tuned-2: is not a folder"),
         (_without, r"tuned-2.*layers\.0\.self_attn\.k_proj\.weight"),
         (_wider, r"tuned-2.*embed_tokens\.weight.*40, 16"),
         (_other, "tuned-2.*hidden_act is 'gelu'"),
