@@ -144,7 +144,7 @@ def test_receive_layout_sorts_segments_by_expert_and_source(data, sources, exper
 
 
 def scaled(rows: Tensor, offsets: Tensor, scales: Tensor) -> Tensor:
-    """Experts that multiply by a number of their own; behind the last row lies anything."""
+    """Experts that each multiply by another number; rows after the last one hold anything."""
     ends = offsets.long()
     lengths = torch.diff(ends, prepend=ends.new_zeros(1))
     used = int(ends[-1])

@@ -111,7 +111,7 @@ def test_few_rows_per_expert(rows, gated, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("top_k", [1, 2])
-def test_without_weights_routes_weigh_one(dtype, top_k):
+def test_without_weights_every_route_counts_as_one(dtype, top_k):
     case = replace(PLAIN, top_k=top_k, weighted=False)
     bare = problem(case, dtype)
     ones = replace(bare, floats=(bare.floats[0], torch.ones(40, top_k), *bare.floats[2:]))
@@ -144,7 +144,7 @@ def test_gradients_of_no_rows_are_zero():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", FUSED)
 def test_activations_at_extreme_values(name, dtype):
-    """Where exp overflows or underflows the activation and its slope still are the reference's."""
+    """Where exp overflows or underflows, the activation and its slope still equal the reference."""
     values = torch.tensor([-1e4, -200.0, -89.0, -88.0, -20.0, -1e-8, -0.0, 1e-30, 3.0, 88.0, 90.0,
                            1e4])  # fmt: skip
     count = len(values)
@@ -228,7 +228,7 @@ def test_native_code_can_be_switched_off(repo, tmp_path):
         check(got, truth(PLAIN, dtype)[1], TOLERANCE[dtype])
 
 
-def test_a_source_that_does_not_compile_is_said_once(forgotten, monkeypatch, caplog):
+def test_a_source_that_does_not_compile_is_logged_once(forgotten, monkeypatch, caplog):
     caplog.set_level(logging.INFO, logger="moeify")
     source = compile.source
     broken = {"experts": "int broken( {"}

@@ -50,7 +50,7 @@ def test_large_begins_at_the_threshold():
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "meta", "mps"])
 @pytest.mark.parametrize("kernel", KERNELS[1:])
-def test_what_is_asked_for_is_taken_on_any_device(kernel, device):
+def test_a_kernel_of_the_plan_is_used_on_any_device(kernel, device):
     got = choose(replace(CUDA, device=device), kernel)
     assert got == Choice(kernel, "the plan asks for it")
 

@@ -42,9 +42,9 @@ def close(a, b, tolerance=1e-5):
 
 
 def same(got, expected):
-    for mine, theirs in zip(got, expected, strict=True):
-        assert mine.dtype == theirs.dtype
-        assert torch.equal(mine, theirs)
+    for actual, desired in zip(got, expected, strict=True):
+        assert actual.dtype == desired.dtype
+        assert torch.equal(actual, desired)
 
 
 def reference_of_logits(logits, *options):
@@ -70,8 +70,8 @@ def check_gate(got, bias, added, options):
     close(scores, probabilities.gather(1, single))
     if torch.equal(choose(wide, bias, added, options), single):
         expected = reference_of_logits(wide, bias, None, added, *options)
-        for mine, theirs in zip(losses, expected[4:], strict=True):
-            close(mine, theirs)
+        for actual, desired in zip(losses, expected[4:], strict=True):
+            close(actual, desired)
 
 
 def choose(logits, bias, added, options):
@@ -185,8 +185,8 @@ def test_gate_backward(which, score, surrogate):
         got = gate.gate_backward(*grads, *args, ids, *options)
         wide = [None if x is None else x.double() for x in (*grads, *args)]
         expected = gate_backward_reference(*wide, ids, *options)
-        for mine, theirs in zip(got, expected, strict=True):
-            close(mine, theirs)
+        for actual, desired in zip(got, expected, strict=True):
+            close(actual, desired)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -200,9 +200,9 @@ def test_gate_backward_of_narrow_dtypes(dtype, monkeypatch):
         args = (*grads, tokens, weight, jitter, logits, ids, "softmax", "all", True)
         with torch.autocast("cpu", torch.bfloat16):
             got = gate.gate_backward(*args)
-        for mine, theirs in zip(got, gate_backward_reference(*args), strict=True):
-            assert mine.dtype == dtype
-            close(mine, theirs, 1e-2)
+        for actual, desired in zip(got, gate_backward_reference(*args), strict=True):
+            assert actual.dtype == dtype
+            close(actual, desired, 1e-2)
 
 
 def routes(count, experts, top_k):
