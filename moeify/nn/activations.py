@@ -9,33 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moeify.kernels.elementwise import FUNCTIONS
+
 Activation = Callable[[Tensor], Tensor]
-
-
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
-def _quick_gelu(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(1.702 * x)
-
-
-def _relu2(x: Tensor) -> Tensor:
-    return F.relu(x).square()
-
-
-def _identity(x: Tensor) -> Tensor:
-    return x
 
 
 # A plain dict: dynamo refuses to read a MappingProxyType after any dict of the frame has changed.
 ACTIVATIONS: Final[Mapping[str, Activation]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": _gelu_tanh,
-    "quick_gelu": _quick_gelu,
-    "silu": F.silu,
-    "relu": F.relu,
-    "relu2": _relu2,
+    **FUNCTIONS,
     "relu6": F.relu6,
     "leaky_relu": F.leaky_relu,
     "elu": F.elu,
@@ -44,7 +25,6 @@ ACTIVATIONS: Final[Mapping[str, Activation]] = {
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
     "hardswish": F.hardswish,
-    "identity": _identity,
 }
 """Canonical name to function; parameters are torch's defaults."""
 
