@@ -1,8 +1,9 @@
 """`moeify::check_counts`: the send counts of the other ranks, checked before any row is sent.
 
-Collectives with splits that do not agree give garbage or hang. So each rank first sends every other
-one the number of rows for each of its experts, and their sum (or, in an even layout, the capacity);
-the receiver compares. On a GPU the check of an even layout runs on the device, without the host.
+Collectives with splits that do not agree return garbage or hang. So each rank first sends every
+other one the number of rows for each of its experts, and their sum (or, in an even layout, the
+capacity); the receiver compares. On a GPU the check of an even layout runs on the device, without
+the host.
 
 Shapes: N ranks of the group, L local experts.
 """

@@ -1,4 +1,4 @@
-"""`moeify::combine_weights`: combine weights from the chosen scores and what dropping left of them.
+"""`moeify::combine_weights`: combine weights from the scores of the chosen experts, after dropping.
 
 Shapes: T tokens, K top-k.
 """

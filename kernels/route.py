@@ -1,7 +1,7 @@
-"""Routing in one call: choose, drop what is over capacity, weight what is left.
+"""Routing in one call: choose, drop over capacity, weight the kept routes.
 
 `normalized` weights are over the *kept* routes, so the order is fixed: the gate chooses, `assign`
-drops, `combine_weights` turns the scores of what is left into combine weights.
+drops, `combine_weights` turns the scores of the kept routes into combine weights.
 
 Shapes: T tokens, D model width, E experts, K top-k, R = T * K rows.
 """

@@ -44,7 +44,7 @@ class RouterStats(TypedDict):
 
 
 class Router(nn.Module):
-    """Routes tokens to experts; the weight is all that trains, and there is no bias.
+    """Routes tokens to experts; only its weight trains, there is no trained bias.
 
     Args:
         hidden: Model width D.

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from moeify.errors import DispatchError
 from moeify.kernels.cpu import compile
-from moeify.kernels.cpu import experts as experts_native
+from moeify.kernels.cpu import experts as experts_cpu
 from moeify.kernels.elementwise import FUSED
 from tests.kernels.cases import NAMES, TOLERANCE, Case, check, problem, truth
 
@@ -196,17 +196,17 @@ def test_what_is_not_served_goes_to_the_reference():
     for dtype in (torch.float16, torch.float64):
         exact = problem(PLAIN, dtype)
         rest = (exact.order, exact.slots, exact.offsets, "silu", True, True)
-        assert experts_native.experts(*exact.floats, *rest, "cpu") is NotImplemented
+        assert experts_cpu.experts(*exact.floats, *rest, "cpu") is NotImplemented
     single = problem(PLAIN, torch.float32)
     mixed = (single.floats[0].bfloat16(), *single.floats[1:])
-    assert experts_native.experts(*mixed, *rest, "cpu") is NotImplemented
-    assert experts_native.experts(*single.floats, *rest, "reference") is NotImplemented
+    assert experts_cpu.experts(*mixed, *rest, "cpu") is NotImplemented
+    assert experts_cpu.experts(*single.floats, *rest, "reference") is NotImplemented
 
 
 SCRIPT = """
 import logging, sys, torch
 from moeify.kernels.cpu import compile
-from tests.kernels.test_experts_native import PLAIN
+from tests.kernels.test_experts_cpu import PLAIN
 from tests.kernels.cases import problem
 
 def refuse(source):
