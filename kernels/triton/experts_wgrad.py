@@ -116,7 +116,7 @@ def combine_gradient(
 def weight_tile(
     rows: int, experts: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, int]:
-    """Return tile sizes and launch options; the step over rows follows the rows per expert."""
+    """Return tile sizes, warps and stages; the step over rows follows the rows per expert."""
     step = bucket(rows, experts)
     if dtype == torch.float32:
         return {"BN": 64, "BM": 64, "BR": min(step, 32), "num_warps": 8, "num_stages": 3}

@@ -185,8 +185,9 @@ def grouped_linear_backward(grad: Tensor, rows: Tensor, offsets: Tensor, with_bi
     grad_bias = grad.new_empty((experts, n) if with_bias else (0,))
     if not grad_weight.numel():
         return grad_weight, grad_bias.zero_()
-    bn, bk, bm, warps, stages = gradient_tile(rows.shape[0], experts, grad)
-    gradient_kernel[(triton.cdiv(n, bn) * triton.cdiv(k, bk), experts)](
+    tile = gradient_tile(rows.shape[0], experts, grad)
+    tiles = triton.cdiv(n, tile["BN"]) * triton.cdiv(k, tile["BK"])
+    gradient_kernel[(tiles, experts)](
         grad.contiguous(),
         rows.contiguous(),
         offsets,
@@ -195,11 +196,7 @@ def grouped_linear_backward(grad: Tensor, rows: Tensor, offsets: Tensor, with_bi
         K=k,
         N=n,
         PRECISION=dot_precision(grad.dtype),
-        BM=bm,
-        BN=bn,
-        BK=bk,
-        num_warps=warps,
-        num_stages=stages,
+        **tile,
     )
     return grad_weight, grad_bias
 
@@ -247,10 +244,11 @@ def persistent_grid(tiles: int, config: TileConfig, rows: Tensor) -> int:
     return min(tiles, processors(rows.device) * resident)
 
 
-def gradient_tile(rows: int, experts: int, grad: Tensor) -> tuple[int, int, int, int, int]:
-    """Return BN, BK, BM, warps and stages of `gradient_kernel`."""
+def gradient_tile(rows: int, experts: int, grad: Tensor) -> dict[str, int]:
+    """Return tile sizes, warps and stages of `gradient_kernel`."""
     wide = grad.dtype == torch.float32
     side, step, stages = (64, 32, 3) if wide else (128, 64, 4)
     step = min(bucket(rows, experts), step)
     needed = 2 * side * step * grad.element_size()
-    return side, side, step, 8, fitting_stages(stages, needed, shared_memory(grad.device))
+    stages = fitting_stages(stages, needed, shared_memory(grad.device))
+    return {"BM": step, "BN": side, "BK": side, "num_warps": 8, "num_stages": stages}
