@@ -1,6 +1,6 @@
 """`moeify::send_layout`, `moeify::receive_layout`: the rows on both sides of an all-to-all.
 
-A sender lays its rows out by part, then by expert, that is, by the rank they go to; a receiver gets
+A sender lays its rows out by part, then by expert, that is, by destination rank; a receiver gets
 one such block from each rank, and sorts the rows by expert. Both are index arithmetic without a
 gradient; `dispatch` and `combine` move the rows.
 
@@ -23,7 +23,7 @@ from moeify.kernels.registry import define, fake
 def part_rows(routes: Any, experts: int, capacity: Any, parts: int) -> Any:
     """Return the rows of one part, an int or a SymInt.
 
-    Even: `capacity` is shared out, rounded up, for each expert. Uneven: the most that can be,
+    Even: a share of `capacity`, rounded up, for each expert. Uneven: the upper bound of
     `sum_e ceil(n_e / P)` with `sum_e n_e <= routes`.
     """
     if isinstance(capacity, torch.SymInt) or capacity >= 0:
@@ -45,7 +45,7 @@ def part_capacity(capacity: Any, parts: int) -> Any:
 def send_layout_reference(
     slots: Tensor, offsets: Tensor, capacity: int, parts: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Lay the rows of a routing out for sending.
+    """Return the permutation that lays the rows of a routing out for sending.
 
     The n-th row of an expert goes to part `n % P`, so that every part holds an equal share of
     every expert.
@@ -54,7 +54,7 @@ def send_layout_reference(
         slots: [T, K] int32, row of each route in the packed buffer, -1 where dropped.
         offsets: [E] int32, end of each expert's rows there.
         capacity: Rows per expert in an even layout, at least as many as any expert has; or -1.
-        parts: P, in how many equal parts the rows are shared out.
+        parts: P, the number of equal parts that the rows are divided into.
 
     Returns:
         order [W] int32, the flat route in each row, -1 where unused; slots [T, K] int32, the new
@@ -106,7 +106,7 @@ def _(slots: Tensor, offsets: Tensor, capacity: int, parts: int) -> tuple[Tensor
 def receive_layout_reference(
     counts: Tensor, rows: int, capacity: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Say how received rows, by source and then by expert, lie once sorted by expert.
+    """Return the permutation that sorts received rows, by source and then by expert, by expert.
 
     Within an expert they stay in the order of their sources. With A x B counts of segments instead
     of sources x experts this is the transposition of any such layout.

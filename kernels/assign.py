@@ -42,21 +42,11 @@ def assign_reference(
         (Riquelme et al. 2021) section 4.1.
     """
     tokens, top_k = ids.shape
-    routes = tokens * top_k
     flat = ids.flatten().long()
     if capacity < tokens:
         flat = torch.where(_kept(ids, priority, experts, capacity), flat, experts)
-    experts_of_rows, order = flat.sort(stable=True)
-    unused = experts_of_rows == experts
-    rows = torch.arange(routes, device=ids.device)
-    slots = torch.empty_like(flat).scatter_(0, order, rows.masked_fill(unused, -1))
-    ends = torch.arange(experts, device=ids.device)
-    offsets = torch.searchsorted(experts_of_rows, ends, right=True)
-    return (
-        slots.view(tokens, top_k).to(torch.int32),
-        order.masked_fill(unused, -1).to(torch.int32),
-        offsets.to(torch.int32),
-    )
+    slots, order, offsets = rows_by_expert(flat, experts)
+    return slots.view(tokens, top_k), order, offsets
 
 
 assign = define(
@@ -78,6 +68,20 @@ def _(
         ids.new_empty(tokens * top_k),
         ids.new_empty(experts),
     )
+
+
+def rows_by_expert(flat: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Give each route [R] int64 a row, sorted by expert; E marks routes that get none.
+
+    Returns slots [R], order [R] and offsets [E], int32, as `assign` does.
+    """
+    expert, order = flat.sort(stable=True)
+    unused = expert == experts
+    rows = torch.arange(flat.shape[0], device=flat.device)
+    slots = torch.empty_like(flat).scatter_(0, order, rows.masked_fill(unused, -1))
+    ends = torch.arange(experts, device=flat.device)
+    offsets = torch.searchsorted(expert, ends, right=True)
+    return slots.int(), order.masked_fill(unused, -1).int(), offsets.int()
 
 
 def _kept(ids: Tensor, priority: Tensor | None, experts: int, capacity: int) -> Tensor:

@@ -1,7 +1,7 @@
-"""`moeify::check_counts`: what the other ranks announce, checked before any row is sent.
+"""`moeify::check_counts`: the send counts of the other ranks, checked before any row is sent.
 
-Collectives with splits that do not agree give garbage or hang. So each rank first tells every other
-one how many rows it will send for each of its experts, and their sum (or, in an even layout, the
+Collectives with splits that do not agree return garbage or hang. So each rank first sends every
+other one the number of rows for each of its experts, and their sum (or, in an even layout, the
 capacity); the receiver compares. On a GPU the check of an even layout runs on the device, without
 the host.
 
@@ -56,17 +56,18 @@ def check_counts_reference(
 
 def _message(counted: list[int], capacity: int, where: str, sender: int, rank: int) -> str:
     counts, last = counted[:-1], counted[-1]
-    head = f"{where}: rank {rank} heard from rank {sender}"
+    head = f"{where}: rank {sender} announced to rank {rank}"
     if capacity < 0:
         return (
-            f"{head} of {counts} rows for its experts, {sum(counts)} in all, but {last} were "
-            "announced: the ranks do not run the same code on the same plan"
+            f"{head} {counts} rows for its experts, which is {sum(counts)}, and a total of {last}: "
+            "the ranks do not run the same code on the same plan"
         )
     if last == capacity:
-        return f"{head} of {counts} rows for its experts, not 0 to {capacity}, the capacity"
+        return f"{head} {counts} rows for its experts; each must be 0 to {capacity}, the capacity"
     return (
-        f"{head} of a capacity of {last} rows, its own is {capacity}: the ranks hold different "
-        "numbers of tokens; pad the batches to one size, or set `parallel: {splits: uneven}`"
+        f"{head} a capacity of {last} rows, but that of rank {rank} is {capacity}: the ranks hold "
+        "different numbers of tokens; pad the batches to one size, or set "
+        "`parallel: {splits: uneven}`"
     )
 
 

@@ -14,6 +14,7 @@ from typing import Final
 import torch
 
 from moeify.kernels.elementwise import FUSED
+from moeify.kernels.operands import FLOATS
 from moeify.units import dtype_name
 
 KERNELS: Final = ("auto", "reference", "cpu", "triton", "grouped_mm")
@@ -25,38 +26,23 @@ LARGE_EXPERT: Final = 4096 * 4096
 """Elements of a projection from which vendor matmuls are ahead of Triton's on Hopper: there torch's
 grouped matmul took 10.2 ms where a plain Triton kernel took 11.5 (VeOmni pull request 460)."""
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """An implementation and the reason for it.
+    """An implementation and the reason for it."""
 
-    Attributes:
-        kernel: A name of `KERNELS`, never "auto".
-        why: The reason, for a reader.
-    """
-
-    kernel: str
+    kernel: str  # a name of `KERNELS`, never "auto"
     why: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """What is known of a block's experts.
+    """What is known of a block's experts."""
 
-    Attributes:
-        device: Device type: "cpu", "cuda", "meta".
-        dtype: Dtype of the weights.
-        widths: Widths of all matmul operands: model, expert and output width.
-        activation: Name of the activation, or None for a module of the model's own.
-        dropout: There is dropout between the projections.
-    """
-
-    device: str
+    device: str  # a device type
     dtype: torch.dtype
-    widths: tuple[int, ...]
-    activation: str | None
+    widths: tuple[int, ...]  # of all matmul operands: model, expert and output width
+    activation: str | None  # None for a module of the model
     dropout: bool = False
 
 
@@ -67,26 +53,23 @@ def refusal(kernel: str, work: Workload) -> str | None:
     if work.activation not in FUSED:
         what = "a module of the model's own" if work.activation is None else work.activation
         return f"the activation is {what}, which is not fused"
-    if kernel == "triton" and work.dtype not in _FLOATS:
+    if kernel == "triton" and work.dtype not in FLOATS:
         return f"Triton has no matmul for {dtype_name(work.dtype)}"
     if kernel == "grouped_mm":
-        if work.dtype not in _FLOATS:
+        if work.dtype not in FLOATS:
             return f"torch's grouped matmul has no {dtype_name(work.dtype)}"
         odd = [w for w in work.widths if w * work.dtype.itemsize % 16]
         if odd:
-            return f"rows of width {odd[0]} are no multiple of 16 bytes in {dtype_name(work.dtype)}"
+            name = dtype_name(work.dtype)
+            return f"rows of width {odd[0]} are not a multiple of 16 bytes in {name}"
     return None
 
 
 def choose(work: Workload, asked: str = "auto") -> Choice:
-    """Return the implementation for some work.
-
-    Args:
-        work: The block's experts.
-        asked: What the plan asks for, a name of `KERNELS`.
+    """Return the implementation for some work, given the plan's choice.
 
     Raises:
-        ValueError: What is asked for cannot run this work anywhere; the message says why.
+        ValueError: What the plan asks for cannot run this work on any device.
     """
     if asked != "auto":
         reason = refusal(asked, work)

@@ -1,7 +1,7 @@
 """`moeify::combine`: expert outputs back to tokens, weighted; gathers only, no atomics.
 
-Shapes: T tokens, D model width, K top-k, R rows: T * K, or more or fewer
-behind `send_layout`, which leaves gaps, and has no room for what is dropped.
+Shapes: T tokens, D model width, K top-k, R rows: T * K, or more or fewer after `send_layout`, which
+leaves gaps and has no room for dropped routes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def combine_reference(
 ) -> Tensor:
     """Sum each token's rows, each times its weight, in float32 at least.
 
-    A dropped route adds exactly zero, whatever lies in `hidden`. The result does not depend on
+    A dropped route adds exactly zero, whatever `hidden` holds. The result does not depend on
     the number of threads or on scheduling.
 
     Args:
@@ -72,10 +72,9 @@ def combine_backward_reference(
     if slots.numel() == 0:
         return torch.zeros_like(hidden), torch.zeros_like(weights)
     with without_autocast(hidden):
-        route_of_row = order.clamp_min(0)
-        token_of_row = route_of_row.div(top_k, rounding_mode="floor")
-        weight_of_row = weights.flatten().index_select(0, route_of_row).to(dtype)
-        grad_hidden = grad.index_select(0, token_of_row).to(dtype) * weight_of_row[:, None]
+        token_of_row = order.clamp_min(0).div(top_k, rounding_mode="floor")
+        scale = row_weights(weights, order, dtype)[:, None]
+        grad_hidden = grad.index_select(0, token_of_row).to(dtype) * scale
         grad_hidden.masked_fill_((order < 0)[:, None], 0)
         wide = grad.to(dtype)
         grad_weights = torch.stack(
@@ -114,7 +113,19 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 torch.library.register_autograd("moeify::combine", _backward, setup_context=_setup_context)
 
 
+def row_weights(weights: Tensor, order: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return [R]: the combine weight of each row's route, 0 in unused rows."""
+    picked = weights.flatten().index_select(0, order.clamp_min(0)).to(dtype)
+    return picked.masked_fill(order < 0, 0)
+
+
+def route_values(values: Tensor, slots: Tensor) -> Tensor:
+    """Return [T, K]: the value [R] of each route's row, 0 for dropped routes."""
+    picked = values.index_select(0, slots.flatten().clamp_min(0)).view(slots.shape)
+    return picked.masked_fill(slots < 0, 0)
+
+
 def _rows_of(hidden: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor:
-    if hidden.shape[0] == 0:  # all are dropped
+    if hidden.shape[0] == 0:  # every route is dropped
         return hidden.new_zeros(slots.shape[0], hidden.shape[1], dtype=dtype)
     return hidden.index_select(0, slots.clamp_min(0)).to(dtype)

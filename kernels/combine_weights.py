@@ -1,4 +1,4 @@
-"""`moeify::combine_weights`: combine weights from the chosen scores and what dropping left of them.
+"""`moeify::combine_weights`: combine weights from the scores of the chosen experts, after dropping.
 
 Shapes: T tokens, K top-k.
 """
@@ -17,7 +17,7 @@ COMBINES = ("probability", "normalized", "straight_through", "sum")
 
 
 def combine_weights_reference(scores: Tensor, slots: Tensor, combine: str) -> Tensor:
-    """Return the combine weight of every route; dropped routes weigh exactly 0.
+    """Return the combine weight of every route; exactly 0 for dropped routes.
 
     Args:
         scores: [T, K] float32 or float64, the scores of the chosen experts.
@@ -41,7 +41,7 @@ def combine_weights_reference(scores: Tensor, slots: Tensor, combine: str) -> Te
     if combine == "probability":
         return kept.clone()
     if combine == "sum" or (combine == "straight_through" and scores.shape[1] == 1):
-        # A score that underflowed to 0 still weighs 1; NaN stays NaN.
+        # A score that underflowed to 0 still counts as 1; NaN stays NaN.
         return torch.where(slots < 0, 0, 1 + (kept - kept))
     if combine in ("normalized", "straight_through"):
         return kept / (kept.sum(1, keepdim=True) + EPSILON)

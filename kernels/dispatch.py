@@ -1,7 +1,6 @@
 """`moeify::dispatch`: tokens into the packed, expert-major buffer; a pure gather.
 
-Shapes: T tokens, D model width, K top-k, R rows: T * K, or another number behind
-`send_layout`.
+Shapes: T tokens, D model width, K top-k, R rows: T * K, or another number after `send_layout`.
 """
 
 from __future__ import annotations

@@ -2,12 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Final
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FUSED = ("gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "relu2", "identity")
-"""Names of `moeify.nn.activations` that the `experts` op knows; their order is their number."""
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+def _relu2(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+FUNCTIONS: Final[Mapping[str, Callable[[Tensor], Tensor]]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": _gelu_tanh,
+    "quick_gelu": _quick_gelu,
+    "silu": F.silu,
+    "relu": F.relu,
+    "relu2": _relu2,
+    "identity": _identity,
+}
+"""The activations of the `experts` op by name."""
+
+FUSED = tuple(FUNCTIONS)
+"""Their names; kernels know them by their position here."""
 
 
 def activate(hidden: Tensor, activation: str, gated: bool) -> Tensor:
@@ -27,22 +58,9 @@ def activate_backward(grad: Tensor, hidden: Tensor, activation: str, gated: bool
 
 
 def _value(x: Tensor, activation: str) -> Tensor:
-    match activation:
-        case "gelu":
-            return F.gelu(x)
-        case "gelu_tanh":
-            return F.gelu(x, approximate="tanh")
-        case "quick_gelu":
-            return x * torch.sigmoid(1.702 * x)
-        case "silu":
-            return F.silu(x)
-        case "relu":
-            return F.relu(x)
-        case "relu2":
-            return F.relu(x).square()
-        case "identity":
-            return x
-    raise ValueError(f"activation: {activation!r} is not fused; use one of {', '.join(FUSED)}")
+    if activation not in FUNCTIONS:
+        raise _not_fused(activation)
+    return FUNCTIONS[activation](x)
 
 
 def _slope(grad: Tensor, x: Tensor, activation: str) -> Tensor:
@@ -65,7 +83,9 @@ def _slope(grad: Tensor, x: Tensor, activation: str) -> Tensor:
         case "identity":
             result = grad
         case _:
-            raise ValueError(
-                f"activation: {activation!r} is not fused; use one of {', '.join(FUSED)}"
-            )
+            raise _not_fused(activation)
     return result
+
+
+def _not_fused(activation: str) -> ValueError:
+    return ValueError(f"activation: {activation!r} is not fused; use one of {', '.join(FUSED)}")

@@ -12,12 +12,12 @@ K top-k, R = T * K rows.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from moeify.kernels.combine import combine_reference
+from moeify.kernels.combine import combine_reference, route_values, row_weights
 from moeify.kernels.dispatch import dispatch_reference
 from moeify.kernels.elementwise import activate, activate_backward
 from moeify.kernels.grouped_linear import (
@@ -26,6 +26,64 @@ from moeify.kernels.grouped_linear import (
 )
 from moeify.kernels.precision import accumulation_dtype, without_autocast
 from moeify.kernels.registry import define, fake
+
+
+class ExpertsCall(NamedTuple):
+    """The arguments of `experts_reference`, as implementations hand them to each other."""
+
+    tokens: Tensor
+    weights: Tensor | None
+    up: Tensor
+    up_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+    order: Tensor
+    slots: Tensor
+    offsets: Tensor
+    activation: str
+    gated: bool
+    save: bool
+    kernel: str
+
+
+class BackwardCall(NamedTuple):
+    """The arguments of `experts_backward_reference`, as implementations hand them to each other."""
+
+    grad: Tensor
+    tokens: Tensor
+    weights: Tensor | None
+    up: Tensor
+    down: Tensor
+    down_bias: Tensor | None
+    hidden: Tensor
+    order: Tensor
+    slots: Tensor
+    offsets: Tensor
+    activation: str
+    gated: bool
+    up_has_bias: bool
+    needs_tokens: bool
+    needs_weights: bool
+    needs_params: bool
+    kernel: str
+
+    def new_gradients(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return the six gradients, uninitialised; [0] where not needed or not there."""
+
+        def new(like: Tensor | None, dims: int | None, needed: bool) -> Tensor:
+            if like is None or not needed:
+                return self.tokens.new_empty(0)
+            return like.new_empty(like.shape[:dims])
+
+        params = self.needs_params
+        return (
+            new(self.tokens, None, self.needs_tokens),
+            new(self.weights, None, self.needs_weights),
+            new(self.up, None, params),
+            new(self.up, 2, params and self.up_has_bias),
+            new(self.down, None, params),
+            new(self.down, 2, params and self.down_bias is not None),
+        )
 
 
 def experts_reference(
@@ -58,7 +116,7 @@ def experts_reference(
         activation: A name of `elementwise.FUSED`.
         gated: Compute `act(gate) * up`.
         save: Return what the backward needs.
-        kernel: Which implementation to use: "auto" or a name of `lowering.KERNELS`.
+        kernel: Which implementation to use: "auto" or a name of `choose.KERNELS`.
 
     Returns:
         out [T, O] in the dtype of `tokens`, zeros where every route was dropped; hidden [R, H],
@@ -100,24 +158,9 @@ def experts_backward_reference(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of `experts`.
 
-    Args:
-        grad: [T, O], gradient of the output, any strides.
-        tokens: [T, D], as in the forward, like the next six.
-        weights: [T, K] or None.
-        up: [E, H, D].
-        down: [E, O, F].
-        down_bias: [E, O] or None.
-        hidden: [R, H], what the forward saved.
-        order: [R] int32.
-        slots: [T, K] int32.
-        offsets: [E] int32.
-        activation: As in the forward.
-        gated: As in the forward.
-        up_has_bias: Whether the first projection has a bias.
-        needs_tokens: Compute the gradient of the tokens.
-        needs_weights: Compute the gradient of the combine weights.
-        needs_params: Compute the gradients of projections and biases.
-        kernel: As in the forward.
+    `grad` [T, O] is the gradient of the output, any strides; `hidden` [R, H] what the forward
+    saved; `needs_params` asks for the gradients of projections and biases. All else is as in the
+    forward.
 
     Returns:
         Gradients of tokens [T, D], weights [T, K] in the dtype of `weights`, up [E, H, D],
@@ -130,23 +173,17 @@ def experts_backward_reference(
         activated = activate(hidden, activation, gated)
         grad_activated = grouped_linear_reference(grad_rows, down.transpose(1, 2), None, offsets)
         grad_weights = tokens.new_empty(0)
-        row_weights = None
-        if weights is not None:
-            route = order.clamp_min(0)
-            row_weights = weights.flatten().index_select(0, route).to(accumulate)[:, None]
-            row_weights = row_weights.masked_fill((order < 0)[:, None], 0)
         if weights is not None and needs_weights:
             inner = (grad_activated.to(accumulate) * activated.to(accumulate)).sum(1)
             if down_bias is not None:
                 ones = tokens.new_ones(order.shape[0], 1)
                 bias_rows = grouped_linear_reference(ones, down_bias[:, :, None], None, offsets)
                 inner = inner + (grad_rows.to(accumulate) * bias_rows.to(accumulate)).sum(1)
-            flat = inner.index_select(0, slots.flatten().clamp_min(0))
-            flat = flat.masked_fill(slots.flatten() < 0, 0)
-            grad_weights = flat.view(slots.shape).to(weights.dtype)
-        if row_weights is not None:
-            grad_activated = (grad_activated.to(accumulate) * row_weights).to(tokens.dtype)
-            grad_rows = (grad_rows.to(accumulate) * row_weights).to(tokens.dtype)
+            grad_weights = route_values(inner, slots).to(weights.dtype)
+        if weights is not None:
+            scale = row_weights(weights, order, accumulate)[:, None]
+            grad_activated = (grad_activated.to(accumulate) * scale).to(tokens.dtype)
+            grad_rows = (grad_rows.to(accumulate) * scale).to(tokens.dtype)
         grad_hidden = activate_backward(grad_activated, hidden, activation, gated)
         grad_tokens, grad_up, grad_up_bias, grad_down, grad_down_bias = (
             tokens.new_empty(0)
@@ -161,8 +198,8 @@ def experts_backward_reference(
                 grad_hidden, rows, offsets, up_has_bias
             )
         if needs_tokens:
-            back = grouped_linear_reference(grad_hidden, up.transpose(1, 2), None, offsets)
-            grad_tokens = combine_reference(back, None, order, slots)
+            grad_inputs = grouped_linear_reference(grad_hidden, up.transpose(1, 2), None, offsets)
+            grad_tokens = combine_reference(grad_inputs, None, order, slots)
     return grad_tokens, grad_weights, grad_up, grad_up_bias, grad_down, grad_down_bias
 
 
@@ -189,44 +226,16 @@ experts_backward = define(
 
 
 @fake("experts")
-def _(tokens: Tensor, weights: Tensor | None, up: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    _, down, _, order, *_, save, _ = rest
-    rows = order.shape[0] if save else 0
-    return tokens.new_empty(tokens.shape[0], down.shape[1]), tokens.new_empty(rows, up.shape[1])
+def _(*args: Any) -> tuple[Tensor, Tensor]:
+    call = ExpertsCall(*args)
+    rows = call.order.shape[0] if call.save else 0
+    out = call.tokens.new_empty(call.tokens.shape[0], call.down.shape[1])
+    return out, call.tokens.new_empty(rows, call.up.shape[1])
 
 
 @fake("experts_backward")
-def _(
-    grad: Tensor,
-    tokens: Tensor,
-    weights: Tensor | None,
-    up: Tensor,
-    down: Tensor,
-    down_bias: Tensor | None,
-    hidden: Tensor,
-    order: Tensor,
-    slots: Tensor,
-    offsets: Tensor,
-    activation: str,
-    gated: bool,
-    up_has_bias: bool,
-    needs_tokens: bool,
-    needs_weights: bool,
-    needs_params: bool,
-    kernel: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return (
-        tokens.new_empty(tokens.shape) if needs_tokens else tokens.new_empty(0),
-        weights.new_empty(weights.shape)
-        if weights is not None and needs_weights
-        else tokens.new_empty(0),
-        up.new_empty(up.shape) if needs_params else tokens.new_empty(0),
-        up.new_empty(up.shape[:2]) if needs_params and up_has_bias else tokens.new_empty(0),
-        down.new_empty(down.shape) if needs_params else tokens.new_empty(0),
-        down.new_empty(down.shape[:2])
-        if needs_params and down_bias is not None
-        else tokens.new_empty(0),
-    )
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return BackwardCall(*args).new_gradients()
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -70,15 +70,15 @@ def gate_reference(
     dtype = accumulation_dtype(tokens.dtype)
     with without_autocast(tokens):
         logits = _noisy_tokens(tokens, input_noise, dtype) @ weight.to(dtype).t()
-        probabilities = _probabilities(logits, score)
+        probabilities = expert_scores(logits, score)
         ids = _choose(logits, probabilities, selection_bias, logit_noise, top_k, score, noise)
         scores = probabilities.gather(1, ids)
-        share = _share(probabilities, score)
+        share = normalized_scores(probabilities, score)
         mean_share = _mean(share)
         aux_loss = (mean_share * _balance_target(ids, weight.shape[0], balance, dtype)).sum()
         z_loss = _mean(logits.logsumexp(1).square())
         entropy = _mean(torch.special.entr(share).sum(1))
-        counts = _count(ids, weight.shape[0]).to(torch.int32)
+        counts = count_choices(ids, weight.shape[0]).to(torch.int32)
     return scores, ids.to(torch.int32), logits, counts, aux_loss, z_loss, entropy
 
 
@@ -94,18 +94,8 @@ gate = define(
 
 
 @fake("gate")
-def _(
-    tokens: Tensor,
-    weight: Tensor,
-    selection_bias: Tensor | None,
-    input_noise: Tensor | None,
-    logit_noise: Tensor | None,
-    top_k: int,
-    score: str,
-    noise: str,
-    balance: str,
-    surrogate: bool,
-) -> tuple[Tensor, ...]:
+def _(tokens: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    top_k = rest[3]
     rows, experts = tokens.shape[0], weight.shape[0]
     dtype = accumulation_dtype(tokens.dtype)
     return (
@@ -113,9 +103,7 @@ def _(
         tokens.new_empty(rows, top_k, dtype=torch.int32),
         tokens.new_empty(rows, experts, dtype=dtype),
         tokens.new_empty(experts, dtype=torch.int32),
-        tokens.new_empty((), dtype=dtype),
-        tokens.new_empty((), dtype=dtype),
-        tokens.new_empty((), dtype=dtype),
+        *(tokens.new_empty((), dtype=dtype) for _ in range(3)),
     )
 
 
@@ -139,13 +127,13 @@ def gate_backward_reference(
     """
     dtype = logits.dtype
     with without_autocast(tokens):
-        probabilities = _probabilities(logits, score)
+        probabilities = expert_scores(logits, score)
         grad = torch.zeros_like(logits)
         if grad_aux is not None:
             target = _balance_target(ids.long(), weight.shape[0], balance, dtype)
             grad_share = grad_aux * target / max(tokens.shape[0], 1)
-            grad_probabilities = _share_backward(grad_share, probabilities, score)
-            grad += _probabilities_backward(grad_probabilities, probabilities, score)
+            grad_probabilities = _normalized_backward(grad_share, probabilities, score)
+            grad += _scores_backward(grad_probabilities, probabilities, score)
         if grad_z is not None:
             slope = 2 * grad_z / max(tokens.shape[0], 1)
             grad += slope * logits.logsumexp(1, keepdim=True) * logits.softmax(1)
@@ -155,7 +143,7 @@ def gate_backward_reference(
         if grad_scores is not None:
             grad_probabilities = torch.zeros_like(probabilities)
             grad_probabilities.scatter_(1, ids.long(), grad_scores.to(dtype))
-            grad = grad + _probabilities_backward(grad_probabilities, probabilities, score)
+            grad = grad + _scores_backward(grad_probabilities, probabilities, score)
         grad_weight = grad.t() @ _noisy_tokens(tokens, input_noise, dtype)
         grad_tokens = (true_grad if surrogate else grad) @ weight.to(dtype)
         if input_noise is not None:
@@ -175,20 +163,8 @@ gate_backward = define(
 
 
 @fake("gate_backward")
-def _(
-    grad_scores: Tensor | None,
-    grad_logits: Tensor | None,
-    grad_aux: Tensor | None,
-    grad_z: Tensor | None,
-    tokens: Tensor,
-    weight: Tensor,
-    input_noise: Tensor | None,
-    logits: Tensor,
-    ids: Tensor,
-    score: str,
-    balance: str,
-    surrogate: bool,
-) -> tuple[Tensor, Tensor]:
+def _(*args: Any) -> tuple[Tensor, Tensor]:
+    tokens, weight = args[4:6]
     return tokens.new_empty(tokens.shape), weight.new_empty(weight.shape)
 
 
@@ -223,7 +199,8 @@ def _noisy_tokens(tokens: Tensor, input_noise: Tensor | None, dtype: torch.dtype
     return wide if input_noise is None else wide * input_noise.to(dtype)
 
 
-def _probabilities(logits: Tensor, score: str) -> Tensor:
+def expert_scores(logits: Tensor, score: str) -> Tensor:
+    """Return the scores [T, E] of logits [T, E]."""
     if score == "softmax":
         return logits.softmax(1)
     if score == "sigmoid":
@@ -231,7 +208,7 @@ def _probabilities(logits: Tensor, score: str) -> Tensor:
     raise ValueError(f"score: {score!r} is unknown; use one of {', '.join(SCORES)}")
 
 
-def _probabilities_backward(grad: Tensor, probabilities: Tensor, score: str) -> Tensor:
+def _scores_backward(grad: Tensor, probabilities: Tensor, score: str) -> Tensor:
     """Return the gradient of the logits, given that of the probabilities."""
     if score == "softmax":
         return probabilities * (grad - (grad * probabilities).sum(1, keepdim=True))
@@ -255,7 +232,7 @@ def _choose(
         return _top(clean, top_k)
     noisy = logits + logit_noise.to(logits.dtype)
     if selection_bias is not None:
-        noisy = _probabilities(noisy, score) + selection_bias.to(logits.dtype)
+        noisy = expert_scores(noisy, score) + selection_bias.to(logits.dtype)
     if noise == "rsample":
         return _top(noisy, top_k)
     finite = noisy.nan_to_num(nan=torch.finfo(noisy.dtype).min)
@@ -266,14 +243,15 @@ def _top(values: Tensor, k: int) -> Tensor:
     return values.sort(dim=1, descending=True, stable=True).indices[:, :k].contiguous()
 
 
-def _share(probabilities: Tensor, score: str) -> Tensor:
+def normalized_scores(probabilities: Tensor, score: str) -> Tensor:
+    """Return scores [T, E] that sum to 1 over the experts."""
     if score == "softmax":
         return probabilities
     return probabilities / (probabilities.sum(1, keepdim=True) + EPSILON)
 
 
-def _share_backward(grad: Tensor, probabilities: Tensor, score: str) -> Tensor:
-    """Return the gradient of `_share`, given its gradient [E], equal for all tokens."""
+def _normalized_backward(grad: Tensor, probabilities: Tensor, score: str) -> Tensor:
+    """Return the gradient of `normalized_scores`, given its gradient [E], equal for all tokens."""
     if score == "softmax":
         return grad.expand_as(probabilities)
     total = probabilities.sum(1, keepdim=True) + EPSILON
@@ -282,15 +260,16 @@ def _share_backward(grad: Tensor, probabilities: Tensor, score: str) -> Tensor:
 
 
 def _balance_target(ids: Tensor, experts: int, balance: str, dtype: torch.dtype) -> Tensor:
-    """Return [E]: what the balance loss weighs each expert's mean score with."""
+    """Return [E]: the weight of each expert's mean score in the balance loss."""
     if balance not in BALANCES:
         raise ValueError(f"balance: {balance!r} is unknown; use one of {', '.join(BALANCES)}")
     counted = ids if balance == "all" else ids[:, :1]
-    return _count(counted, experts).to(dtype) * (experts / max(counted.numel(), 1))
+    return count_choices(counted, experts).to(dtype) * (experts / max(counted.numel(), 1))
 
 
-def _count(ids: Tensor, experts: int) -> Tensor:
-    flat = ids.flatten()
+def count_choices(ids: Tensor, experts: int) -> Tensor:
+    """Return [E] int64: how often each expert is among `ids`."""
+    flat = ids.flatten().long()
     zeros = torch.zeros(experts, dtype=torch.int64, device=ids.device)
     return zeros.scatter_add_(0, flat, torch.ones_like(flat))
 

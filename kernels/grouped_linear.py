@@ -1,8 +1,8 @@
 """`moeify::grouped_linear`: one linear map per expert over the expert-major buffer.
 
 The reference loops over experts and skips the empty ones. Offsets become Python integers inside
-the op, where a compiler does not look. Gradients are written straight into their place of the
-stacked gradient: indexing a stacked parameter per expert would emit a full-size gradient each.
+the op, where a compiler does not look. Gradients are written straight into their slice of the
+stacked gradient: indexing a stacked parameter per expert would make a full-size gradient each time.
 
 Shapes: R rows, K input width, N output width, E experts.
 """
@@ -48,7 +48,7 @@ def grouped_linear_reference(
     biases = bias.unbind(0) if bias is not None else None
     end = 0
     with without_autocast(rows):
-        for expert, start, end in _groups(offsets, rows.shape[0]):
+        for expert, start, end in expert_groups(offsets, rows.shape[0]):
             place, matrix = out[start:end], weights[expert].t()
             if biases is None:
                 torch.mm(rows[start:end], matrix, out=place)
@@ -76,7 +76,7 @@ def grouped_linear_backward_reference(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of `grouped_linear` for its parameters.
 
-    The gradient for the rows needs no op of its own: it is
+    The gradient of the rows needs no separate op: it is
     `grouped_linear(grad, weight.transpose(1, 2), None, offsets)`.
 
     Args:
@@ -95,7 +95,7 @@ def grouped_linear_backward_reference(
     grad_bias = grad.new_zeros((experts, width) if with_bias else (0,))
     weights = grad_weight.unbind(0)
     with without_autocast(rows):
-        for expert, start, end in _groups(offsets, rows.shape[0]):
+        for expert, start, end in expert_groups(offsets, rows.shape[0]):
             torch.mm(grad[start:end].t(), rows[start:end], out=weights[expert])
             if with_bias:
                 torch.sum(grad[start:end], dim=0, out=grad_bias[expert])
@@ -143,7 +143,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 torch.library.register_autograd("moeify::grouped_linear", _backward, setup_context=_setup_context)
 
 
-def _groups(offsets: Tensor, rows: int) -> Iterator[tuple[int, int, int]]:
+def expert_groups(offsets: Tensor, rows: int) -> Iterator[tuple[int, int, int]]:
     """Yield (expert, start, end) of every expert that has rows.
 
     Raises:

@@ -1,4 +1,4 @@
-"""`moeify::local_routes`: of the routes of all ranks, those that lead to this rank's experts.
+"""`moeify::local_routes`: the routes of all ranks that lead to this rank's experts.
 
 Shapes: S tokens of all ranks, K top-k, L local experts, R = S * K rows.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moeify.kernels.assign import rows_by_expert
 from moeify.kernels.registry import define, fake
 
 
@@ -25,17 +26,8 @@ def local_routes_reference(ids: Tensor, first: int, experts: int) -> tuple[Tenso
     """
     flat = ids.flatten().long() - first
     flat = torch.where((flat >= 0) & (flat < experts) & (ids.flatten() >= 0), flat, experts)
-    expert, order = flat.sort(stable=True)
-    unused = expert == experts
-    rows = torch.arange(flat.shape[0], device=ids.device)
-    slots = torch.empty_like(flat).scatter_(0, order, rows.masked_fill(unused, -1))
-    ends = torch.arange(experts, device=ids.device)
-    offsets = torch.searchsorted(expert, ends, right=True)
-    return (
-        slots.view(ids.shape).int(),
-        order.masked_fill(unused, -1).int(),
-        offsets.int(),
-    )
+    slots, order, offsets = rows_by_expert(flat, experts)
+    return slots.view(ids.shape), order, offsets
 
 
 local_routes = define(

@@ -3,7 +3,7 @@
 Every op has a reference in plain torch, the truth that the others are tested against. A faster
 implementation is a function with the reference's arguments that returns `NotImplemented` for what
 it does not serve (a dtype, a size, a machine without a compiler); the reference then runs.
-Implementations are imported when they are first needed, so that Triton is never loaded on a CPU.
+Implementations are imported on first use, so that Triton is never loaded on a CPU.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def define(name: str, schema: str, reference: Function, **functions: str) -> Any
 
 
 def fake(name: str) -> Callable[[Function], Function]:
-    """Return a decorator: the function gives the op's results as far as shapes and dtypes go."""
+    """Return a decorator for the function that computes shapes and dtypes of an op's results."""
     decorator: Callable[[Function], Function] = torch.library.register_fake(f"moeify::{name}")
     return decorator
 
@@ -89,7 +89,7 @@ def _on_its_gpu(run: Function) -> Function:
 
 @functools.cache
 def _load(place: str) -> Function:
-    """Import `module:function`; what cannot be imported serves nothing."""
+    """Import `module:function`; without Triton return a function that serves nothing."""
     module, _, name = place.partition(":")
     try:
         found: Function = getattr(importlib.import_module(module), name)

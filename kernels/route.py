@@ -1,14 +1,14 @@
-"""Routing in one call: gate, drop over capacity, weight what is left.
+"""Routing in one call: choose, drop over capacity, weight the kept routes.
 
 `normalized` weights are over the *kept* routes, so the order is fixed: the gate chooses, `assign`
-drops, `combine_weights` turns the scores of what is left into combine weights.
+drops, `combine_weights` turns the scores of the kept routes into combine weights.
 
 Shapes: T tokens, D model width, E experts, K top-k, R = T * K rows.
 """
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,52 +30,31 @@ __all__ = [
     "route",
 ]
 
-IDS: Final = 0
-WEIGHTS: Final = 1
-SLOTS: Final = 2
-ORDER: Final = 3
-OFFSETS: Final = 4
-COUNTS: Final = 5
-AUX_LOSS: Final = 6
-Z_LOSS: Final = 7
-ENTROPY: Final = 8
-DROPPED: Final = 9
-LOGITS: Final = 10
-CAPACITY: Final = 11
-
 
 class Routing(NamedTuple):
     """What a router decided. The order of the fields is fixed: graphs read them by index.
 
     A is float64 for float64 tokens, else float32.
-
-    Attributes:
-        ids: [T, K] int32, the chosen experts in order of choice.
-        weights: [T, K] A, combine weights; 0 where dropped.
-        slots: [T, K] int32, row of each route in the packed buffer; -1 where dropped.
-        order: [R] int32, flat route `t * K + j` of each row; -1 where unused.
-        offsets: [E] int32, end of each expert's rows; the last is the number of kept routes.
-        counts: [E] int32, routes per expert before dropping.
-        aux_loss: [] A, balance loss without its coefficient.
-        z_loss: [] A, z-loss without its coefficient.
-        entropy: [] A, mean entropy of the scores over experts, in nats; no gradient.
-        dropped: [] int32, number of dropped routes.
-        logits: [T, E] A, the router's logits.
-        capacity: Rows per expert at most; -1 where nothing can be dropped.
     """
 
-    ids: Tensor
-    weights: Tensor
-    slots: Tensor
-    order: Tensor
-    offsets: Tensor
-    counts: Tensor
-    aux_loss: Tensor
-    z_loss: Tensor
-    entropy: Tensor
-    dropped: Tensor
-    logits: Tensor
+    ids: Tensor  # [T, K] int32, the chosen experts in order of choice
+    weights: Tensor  # [T, K] A, combine weights; 0 where dropped
+    slots: Tensor  # [T, K] int32, row of each route in the packed buffer; -1 where dropped
+    order: Tensor  # [R] int32, flat route `t * K + j` of each row; -1 where unused
+    offsets: Tensor  # [E] int32, end of each expert's rows; the last is the number of kept routes
+    counts: Tensor  # [E] int32, routes per expert before dropping
+    aux_loss: Tensor  # [] A, balance loss without its coefficient
+    z_loss: Tensor  # [] A, z-loss without its coefficient
+    entropy: Tensor  # [] A, mean entropy of the scores over experts, in nats; no gradient
+    dropped: Tensor  # [] int32, number of dropped routes
+    logits: Tensor  # [T, E] A
+    # Rows per expert at most; -1 where nothing can be dropped.
     capacity: int | torch.SymInt = -1
+
+
+# Positions in a `Routing`, for graphs.
+IDS, WEIGHTS, SLOTS, ORDER, OFFSETS, COUNTS = range(6)
+AUX_LOSS, Z_LOSS, ENTROPY, DROPPED, LOGITS, CAPACITY = range(6, 12)
 
 
 def route(
@@ -94,9 +73,7 @@ def route(
     drop: str = "position",
     balance: str = "all",
 ) -> Routing:
-    """Route tokens to experts.
-
-    Deterministic: everything random comes in as a tensor.
+    """Route tokens to experts, deterministically: everything random is passed in as a tensor.
 
     Args:
         tokens: [T, D], any float dtype.
@@ -110,12 +87,9 @@ def route(
         score: "softmax" or "sigmoid".
         combine: "probability", "normalized", "straight_through" or "sum"; see `combine_weights`.
         noise: What `logit_noise` moves: "rsample" every choice, "gumbel" all but the first.
-        drop: Who stays over capacity: "random", "position" (all first choices before any second)
-            or "score".
+        drop: Which routes stay over capacity: "random", "position" (all first choices before any
+            second) or "score".
         balance: "all" or "first"; see `gate`.
-
-    Returns:
-        The routing.
 
     Raises:
         ValueError: An unknown option, a `top_k` out of range, or shapes that do not fit.
@@ -131,7 +105,7 @@ def route(
             f"{tuple(weight.shape)}; expected [tokens, {weight.shape[1]}]"
         )
     if not 1 <= top_k <= weight.shape[0]:
-        raise ValueError(f"top_k: {top_k} must lie between 1 and {weight.shape[0]} experts")
+        raise ValueError(f"top_k: {top_k} must be between 1 and {weight.shape[0]} experts")
     if drop not in DROPS:
         raise ValueError(f"drop: {drop!r} is unknown; use one of {', '.join(DROPS)}")
     if drop == "random" and random_priority is None:

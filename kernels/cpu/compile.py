@@ -1,8 +1,8 @@
 """C++ kernels for the CPU, compiled on the machine that runs them, when first needed.
 
-The sources lie beside this file: plain C++ without torch's headers, called through ctypes with
-addresses and sizes, so that they compile in seconds and for the very processor. Without a working
-compiler `library` returns None, says so once in the log, and the ops run on torch alone;
+The sources are beside this file: plain C++ without torch's headers, called through ctypes with
+addresses and sizes, so that they compile in seconds and for the processor at hand. Without a
+working compiler `library` returns None and warns once in the log, and the ops run on torch alone;
 `MOEIFY_NATIVE=0` asks for that.
 """
 
@@ -23,7 +23,7 @@ from moeify.compat import compile_cpp
 
 log = logging.getLogger("moeify")
 
-_TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
+_TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int}
 
 
 @functools.cache
@@ -41,39 +41,37 @@ def library(name: str) -> ctypes.CDLL | None:
 
 
 def source(name: str) -> str:
-    """Return `name`.cpp after the header that all share, with the headers of this folder in it."""
+    """Return `name`.cpp with the shared header in front and the headers of this folder inlined."""
     folder = Path(__file__).parent
     text = (folder / "vector.h").read_text() + (folder / f"{name}.cpp").read_text()
     return re.sub(r'#include "(\w+\.h)"\n', lambda found: (folder / found[1]).read_text(), text)
 
 
+@functools.cache
 def function(name: str, symbol: str, arguments: str) -> Any:
-    """Return a C function, or None where its library does not compile.
+    """Return a C function of a library, or None where that does not compile.
 
-    Args:
-        name: Library.
-        symbol: Function.
-        arguments: One letter each: "p" an address or None, "l" an int64, "i" an int, "f" a float.
+    `arguments` has a letter for each: "p" an address or None, "l" an int64, "i" an int.
     """
     lib = library(name)
     if lib is None:
         return None
     found = getattr(lib, symbol)
-    found.restype = ctypes.c_int64  # of functions without a result it means nothing
+    found.restype = ctypes.c_int64  # not read where a function returns nothing
     found.argtypes = [_TYPES[letter] for letter in arguments]
     return found
 
 
 def floats(*shape: int) -> Tensor:
-    """Return an uninitialised float32 tensor on the CPU, whatever torch's defaults are just now."""
+    """Return an uninitialised float32 tensor on the CPU, whatever torch's defaults are."""
     return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 def integers(*shape: int) -> Tensor:
-    """Return an uninitialised int32 tensor on the CPU, whatever torch's defaults are just now."""
+    """Return an uninitialised int32 tensor on the CPU, whatever torch's defaults are."""
     return torch.empty(shape, dtype=torch.int32, device="cpu")
 
 
 def address(tensor: Tensor | None) -> int | None:
-    """Return where a tensor's data begins; None is the null pointer."""
+    """Return the address of a tensor's data; None is the null pointer."""
     return None if tensor is None else tensor.data_ptr()

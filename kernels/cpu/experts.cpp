@@ -1,12 +1,12 @@
 // Grouped two-layer MLPs in float32, forward: gather, matmul, activation, matmul, combine.
 //
-// Tokens lie along the lanes of the vectors. A chunk of an expert's rows is packed, transposed,
-// into panels of up to 3 vectors; the weights are then read as they lie in memory, each element
+// The lanes of the vectors are tokens. A chunk of an expert's rows is packed, transposed,
+// into panels of up to 3 vectors; the weights are then read as they are in memory, each element
 // once per chunk, broadcast and multiplied into a tile of 8 weight rows by 3 vectors of tokens. The
 // activated values come out in the panel layout that the second matmul reads, and never leave the
 // cache.
 //
-// Up to FEW rows would leave the lanes empty: there the vectors lie along the contraction, rows are
+// Up to FEW rows would leave the lanes empty: there the lanes are the contraction, rows are
 // not transposed, and the work is a few matrix-vector products that read the weights once.
 //
 // All threads work on one chunk together, on different rows of the weights. Every output is summed
@@ -17,9 +17,9 @@
 constexpr int N = 3;          // vectors of tokens in a panel
 constexpr int PANEL = N * V;  // tokens in a panel
 constexpr int CHUNK = 4;      // panels that share one pass over the weights
-constexpr int FEW = 4;        // rows up to which vectors lie along the contraction
+constexpr int FEW = 4;        // rows up to which the lanes are the contraction
 
-// c[i][v] += a[i][k] * b[k][v] over k, M rows of a, W vectors of b. Prefetches what lies `ahead`.
+// c[i][v] += a[i][k] * b[k][v] over k, M rows of a, W vectors of b. Prefetches what is `ahead`.
 template <int M, int W, typename A>
 static inline void multiply(const A* const* a, i64 ahead, const float* b, i64 ld, i64 K,
                             vec (&c)[M][W]) {
@@ -105,8 +105,8 @@ static inline void few(const A* const* a, i64 ahead, const float* b, int rows, i
   }
 }
 
-// The panel layout: element (k, t) of a panel with W vectors lies at k * W * V + t; with few rows,
-// element (k, t) lies at t * K + k.
+// The panel layout: element (k, t) of a panel with W vectors is at k * W * V + t; with few rows,
+// element (k, t) is at t * K + k.
 struct Panel {
   i64 first;  // first row
   int rows;   // rows that are real; the lanes after them hold zeros

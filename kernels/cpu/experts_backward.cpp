@@ -1,9 +1,9 @@
 // Grouped two-layer MLPs in float32, backward, for all experts in one call.
 //
-// Rows are taken in chunks of one expert's. Everything lies row-major, the vectors along features:
+// Rows are taken in chunks of one expert's. Everything is row-major, the vectors along features:
 // weight gradients and row gradients are then both products of a broadcast element by a row of the
 // other operand, which is packed into blocks of 3 vectors once per chunk. Scratch rows are padded,
-// so that their strides are no powers of two. Gradients of weights are written in place, expert by
+// so that their strides are not powers of two. Gradients of weights are written in place, expert by
 // expert; nothing is added atomically, and no sum depends on the number of threads.
 
 #include "activation.h"

@@ -252,7 +252,7 @@ static void choose(const Gate& g, const float* row, i64 t, float* scratch, float
   top(values, g.E, g.W, g.K, s, ids);
 }
 
-// What the balance loss weighs each expert's mean share with: counts of E / all counted choices.
+// The weight of each expert's mean share in the balance loss: counts of E / all counted choices.
 static inline float balance(i64 count, i64 T, i64 E, i64 K, i64 first_only) {
   return float(count) * (float(E) / float(std::max<i64>(T * (first_only ? 1 : K), 1)));
 }

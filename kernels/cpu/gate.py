@@ -1,7 +1,7 @@
 """`gate` and its gradient in C++ on the CPU: one pass over the logits, no other [T, E] tensor.
 
-A few tokens are multiplied in C++ too, bfloat16 as it lies in memory; more by oneDNN or BLAS, of
-bfloat16 a block at a time, so that the tokens are never copied as a whole.
+A few tokens are multiplied in C++ too, bfloat16 without a copy; more by oneDNN or BLAS, bfloat16 a
+block at a time, so that the tokens are never copied as a whole.
 
 Shapes: T tokens, D model width, E experts, K top-k.
 """
@@ -17,20 +17,20 @@ from torch import Tensor
 
 from moeify.kernels.cpu.compile import address, floats, function, integers
 from moeify.kernels.gate import BALANCES, LOGIT_NOISES, SCORES
+from moeify.kernels.operands import FLOATS
 from moeify.kernels.precision import without_autocast
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 ARGUMENTS = {
     "multiply": "plpl" + "lll" + "p",
     "gate": "ppp" + "llllll" + "pppppp",
     "gate_backward": "pppppp" + "lllll" + "pp",
 }
-"""Types of the functions of gate.cpp, as `native.function` reads them."""
+"""Types of the functions of gate.cpp, as `compile.function` reads them."""
 
 FEW = 16
 """Tokens up to which reading the weight once in C++ beats a matrix product."""
 LARGE = 1 << 21
-"""Multiplications from which oneDNN's start-up pays."""
+"""Multiplications from which oneDNN's start-up pays off."""
 BLOCK_BYTES = 4 << 20
 """Size of a float32 block of tokens: small enough for a cache, large enough for a product."""
 
@@ -47,10 +47,7 @@ def gate(
     balance: str,
     surrogate: bool,
 ) -> Any:
-    """Return what `gate_reference` returns, or NotImplemented.
-
-    Serves float32, bfloat16 and float16 on the CPU.
-    """
+    """Do what `gate_reference` does, in float32, bfloat16 or float16."""
     kernel = _kernel("gate")
     rows, experts = tokens.shape[0], weight.shape[0]
     if (
@@ -79,12 +76,7 @@ def gate(
         SCORES.index(score),
         LOGIT_NOISES.index(noise),
         balance == "first",
-        scores.data_ptr(),
-        ids.data_ptr(),
-        counts.data_ptr(),
-        aux_loss.data_ptr(),
-        z_loss.data_ptr(),
-        entropy.data_ptr(),
+        *(address(t) for t in (scores, ids, counts, aux_loss, z_loss, entropy)),
     )
     return scores, ids, logits, counts, aux_loss, z_loss, entropy
 
@@ -103,7 +95,7 @@ def gate_backward(
     balance: str,
     surrogate: bool,
 ) -> Any:
-    """Return what `gate_backward_reference` returns, or NotImplemented."""
+    """Do what `gate_backward_reference` does, for what `gate` serves."""
     kernel = _kernel("gate_backward")
     if kernel is None or not _serves(tokens, weight, input_noise, score, balance):
         return NotImplemented
@@ -202,7 +194,7 @@ def _has_onednn() -> bool:
 
 
 def _blocks(tokens: Tensor, input_noise: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-    """Yield the tokens times their noise in float32; a yielded block holds until the next."""
+    """Yield the tokens times their noise in float32; a block is valid until the next one."""
     if tokens.dtype == torch.float32 and input_noise is None:
         yield slice(None), tokens
         return

@@ -89,7 +89,7 @@ EXPORT void combine_weights(const float* scores, const int32_t* slots, i64 T, i6
                             i64 combine, float* weights) {
   for (i64 t = 0; t < T; t++, scores += K, slots += K, weights += K) {
     if (combine == SUM || (combine == STRAIGHT_THROUGH && K == 1)) {
-      for (i64 j = 0; j < K; j++)  // a score that underflowed still weighs 1
+      for (i64 j = 0; j < K; j++)  // a score that underflowed still counts as 1
         weights[j] = slots[j] < 0 ? 0 : 1 + (scores[j] - scores[j]);
       continue;
     }

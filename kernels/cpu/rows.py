@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moeify.kernels.combine_weights import COMBINES
 from moeify.kernels.cpu.compile import address, function, integers
+from moeify.kernels.operands import contiguous
 
 ROWS = (torch.float32, torch.bfloat16)
 
@@ -27,7 +28,7 @@ ARGUMENTS = {
     "combine": "ppp" + "lll" + "p",
     "combine_backward": "ppppp" + "llll" + "pp",
 }
-"""Types of the functions of rows.cpp, as `native.function` reads them."""
+"""Types of the functions of rows.cpp, as `compile.function` reads them."""
 
 
 def assign(ids: Tensor, priority: Tensor | None, experts: int, capacity: int) -> Any:
@@ -53,9 +54,7 @@ def assign(ids: Tensor, priority: Tensor | None, experts: int, capacity: int) ->
         top_k,
         experts,
         max(capacity, 0),
-        slots.data_ptr(),
-        order.data_ptr(),
-        offsets.data_ptr(),
+        *(address(t) for t in (slots, order, offsets)),
     )
     return slots, order, offsets
 
@@ -65,7 +64,7 @@ def combine_weights(scores: Tensor, slots: Tensor, combine: str) -> Any:
     kernel = _kernel("combine_weights")
     if kernel is None or not _serves(scores, slots) or combine not in COMBINES:
         return NotImplemented
-    scores, slots = scores.contiguous(), slots.contiguous()
+    scores, slots = contiguous(scores, slots)
     weights = torch.empty_like(scores)
     kernel(
         scores.data_ptr(), slots.data_ptr(), *slots.shape, COMBINES.index(combine),
@@ -84,7 +83,7 @@ def combine_weights_backward(grad: Tensor, scores: Tensor, slots: Tensor, combin
         or combine not in COMBINES
     ):
         return NotImplemented
-    grad, scores, slots = grad.contiguous(), scores.contiguous(), slots.contiguous()
+    grad, scores, slots = contiguous(grad, scores, slots)
     grad_scores = torch.empty_like(scores)
     kernel(
         grad.data_ptr(), scores.data_ptr(), slots.data_ptr(), *slots.shape,
@@ -117,7 +116,7 @@ def combine(hidden: Tensor, weights: Tensor | None, order: Tensor, slots: Tensor
     kernel = _kernel("combine", hidden.dtype)
     if kernel is None:
         return NotImplemented
-    hidden, slots = hidden.contiguous(), slots.contiguous()
+    hidden, slots = contiguous(hidden, slots)
     if weights is not None:
         weights = weights.float().contiguous()
     (tokens, top_k), width = slots.shape, hidden.shape[1]
@@ -138,8 +137,7 @@ def combine_backward(
     kernel = _kernel("combine_backward", hidden.dtype)
     if kernel is None:
         return NotImplemented
-    grad, hidden = grad.contiguous(), hidden.contiguous()
-    order, slots = order.contiguous(), slots.contiguous()
+    grad, hidden, order, slots = contiguous(grad, hidden, order, slots)
     wide = weights.float().contiguous()
     grad_hidden, grad_weights = torch.empty_like(hidden), torch.empty_like(wide)
     kernel(

@@ -66,7 +66,7 @@ static inline vec exp(vec x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  ivec half = k >> 1;  // two steps: 2^128 is no float
+  ivec half = k >> 1;  // two steps: 2^128 is not a float
   ivec a = (half + 127) << 23, b = (k - half + 127) << 23;
   vec y = p * (vec)a * (vec)b;
   y = pick(x < low, splat(0.0f), y);

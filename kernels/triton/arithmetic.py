@@ -13,8 +13,6 @@ import triton
 import triton.language as tl
 from moeify.kernels.gate import EPSILON
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _EPSILON = tl.constexpr(EPSILON)
 _NAN = tl.constexpr(2**31 - 1)
@@ -31,11 +29,11 @@ def split(x):
 
 @triton.jit
 def dot(a, b, accumulator, PRECISION: tl.constexpr):
-    """Add `a @ b` as exact as float32, on tensor cores if one side is bfloat16 or both are half.
+    """Add `a @ b`, as exact as in float32; on tensor cores if a side is bfloat16 or both are half.
 
     A product with a bfloat16 number is exact in float32, once the other side is split too.
     """
-    if _INTERPRETED:  # its products of bfloat16 are wrong
+    if _INTERPRETED:  # the interpreter's products of bfloat16 are wrong
         a, b = a.to(tl.float32), b.to(tl.float32)
     if a.dtype == b.dtype:
         accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION)
@@ -81,7 +79,7 @@ def probabilities(logits, valid, SCORE: tl.constexpr):
 
 
 def float32_precision() -> str:
-    """Return how Triton shall multiply float32 matrices, by torch's own switch."""
+    """Return how Triton multiplies float32 matrices, which torch's own switch decides."""
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 

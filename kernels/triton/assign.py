@@ -2,9 +2,9 @@
 
 Three kernels make one pass: count each block's routes per expert, scan the counts over the blocks,
 then rank each block's routes by comparing all pairs. Dropless that is all. With a capacity a first
-pass ranks the routes in order of priority and sends those beyond it to an expert of their own after
-all others, so that the second pass places them on the unused rows. Up to 1024 routes one program
-does everything.
+pass ranks the routes in order of priority and sends those beyond it to an extra expert after all
+others, so that the second pass places them on the unused rows. Up to 1024 routes one program does
+everything.
 
 Shapes: T tokens, E experts, K top-k, R = T * K rows, B blocks of routes.
 """
@@ -217,10 +217,7 @@ def place_kernel(
 
 
 def assign(ids: Tensor, priority: Tensor | None, experts: int, capacity: int) -> Any:
-    """Do what `assign_reference` does, for up to 1023 experts and float32 priorities.
-
-    Args, Returns, Source: as of `moeify.kernels.assign.assign_reference`.
-    """
+    """Do what `assign_reference` does, for up to 1023 experts and float32 priorities."""
     tokens, top_k = ids.shape
     routes = tokens * top_k
     served = ids.dtype == torch.int32 and experts <= MAX_EXPERTS
@@ -273,17 +270,11 @@ def count(
     permutation: Tensor | None = None,
     choices: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Count each expert's routes, block by block.
+    """Return the routes per expert in the blocks before each [B, BINS], and in total [BINS].
 
-    Args:
-        ids: [T, K] int32, contiguous, from 0 to E.
-        experts: E.
-        permutation: [R], the order in which the blocks take the ranked routes, or None.
-        choices: Rank all first choices before any second, and count that many choices per token;
-            None is the order of the routes, and all of them.
-
-    Returns:
-        before [B, BINS], the routes in the blocks before each; totals [BINS]; int32, BINS > E.
+    `choices` ranks all first choices before any second and counts that many per token; without it
+    all routes are counted in their order. `permutation` [R] is the order in which the blocks take
+    the ranked routes.
     """
     tokens, top_k = ids.shape
     routes = tokens * (top_k if choices is None else choices)

@@ -2,8 +2,8 @@
 
 The first product gathers its rows in the load; bias, activation and gating are its epilogue. Gate
 and up columns alternate within a tile, so that both halves of a gated pair meet in one thread. The
-second product weighs its rows; with top-1 they go straight to their tokens, else a last kernel sums
-each token's rows, in a fixed order and without atomics.
+second product weights its rows; with top-1 they go straight to their tokens, else a last kernel
+sums each token's rows, in a fixed order and without atomics.
 
 Shapes: T tokens, D model width, O output width, F expert width, H = 2F if gated else F, E experts,
 K top-k, R = T * K rows; BM, BN, BK rows, columns, depth of a tile.
@@ -20,6 +20,7 @@ from torch import Tensor
 import triton
 import triton.language as tl
 from moeify.kernels.elementwise import FUSED
+from moeify.kernels.experts import ExpertsCall
 from moeify.kernels.triton.experts_decode import experts_decode
 from moeify.kernels.triton.grouped_linear import persistent_grid, product
 from moeify.kernels.triton.tile_config import choose
@@ -68,7 +69,7 @@ def up_kernel(
     H: tl.constexpr = 2 * F if GATED else F
     HALF: tl.constexpr = BN // 2
     STEP: tl.constexpr = HALF if GATED else BN  # features of a tile
-    APART: tl.constexpr = F if GATED else HALF  # from a column of the first half to its twin
+    APART: tl.constexpr = F if GATED else HALF  # from a column of the first half to its partner
     n_tiles: tl.constexpr = (F + STEP - 1) // STEP
     tile = tl.program_id(0)
     while tile < m_tiles * n_tiles:
@@ -84,9 +85,9 @@ def up_kernel(
             row_ok = row < end
             route = tl.load(order + row, mask=row_ok, other=-1)
             x = tokens + (route // TOP_K).to(tl.int64) * D
-            twin = tl.arange(0, BN)
-            column = n_tile * STEP + twin // 2 + twin % 2 * APART
-            column_ok = n_tile * STEP + twin // 2 < F if GATED else column < F
+            lane = tl.arange(0, BN)
+            column = n_tile * STEP + lane // 2 + lane % 2 * APART
+            column_ok = n_tile * STEP + lane // 2 < F if GATED else column < F
             w = up + expert.to(tl.int64) * stride_e + column.to(tl.int64) * stride_n
             total = multiply(x, route >= 0, w, column_ok, stride_k, D, BM, BN, BK, PRECISION)
             a, b = tl.split(tl.reshape(total, (BM, HALF, 2)))
@@ -130,84 +131,41 @@ def sum_kernel(rows, slots, out, TOP_K: tl.constexpr, WIDTH: tl.constexpr, BO: t
     tl.store(out + token * WIDTH + column, total.to(out.dtype.element_ty), mask=column_ok)
 
 
-def experts(
-    tokens: Tensor,
-    weights: Tensor | None,
-    up: Tensor,
-    up_bias: Tensor | None,
-    down: Tensor,
-    down_bias: Tensor | None,
-    order: Tensor,
-    slots: Tensor,
-    offsets: Tensor,
-    activation: str,
-    gated: bool,
-    save: bool,
-    kernel: str,
-) -> Any:
-    """Send every token through its experts, as `experts_reference` does.
-
-    Args:
-        tokens: [T, D] float32, float16 or bfloat16.
-        weights: [T, K] combine weights, or None for ones.
-        up: [E, H, D] in the dtype of `tokens`, any strides.
-        up_bias: [E, H] or None.
-        down: [E, O, F], any strides.
-        down_bias: [E, O] or None.
-        order: [R] int32, flat route of each row, -1 where unused.
-        slots: [T, K] int32, row of each route, -1 where dropped.
-        offsets: [E] int32, end of each expert's rows.
-        activation: A name of `elementwise.FUSED`.
-        gated: Compute `act(gate) * up`.
-        save: Return what the backward needs.
-        kernel: As in the reference.
-
-    Returns:
-        out [T, O] and hidden [R, H] ([0, H] without `save`); NotImplemented for other dtypes and
-        for projections without elements.
+def experts(*args: Any) -> Any:
+    """Do what `experts_reference` does, in float32, float16 or bfloat16.
 
     Source:
         ScatterMoE (Tan et al. 2024) section 3: gather in the load; SonicMoE (Guo et al. 2025)
         section 4: activation in the epilogue, gather and sum in place of a scatter.
     """
-    if not serves(tokens, up, up_bias, down, down_bias) or 0 in (*up.shape, *down.shape):
+    call = ExpertsCall(*args)
+    tokens, down, slots = call.tokens, call.down, call.slots
+    if not serves(tokens, call.up, call.up_bias, down, call.down_bias):
+        return NotImplemented
+    if 0 in (*call.up.shape, *down.shape):
         return NotImplemented
     # A route at a time reads an expert's weights once per route: only while few routes share one.
-    if not save and order.shape[0] <= offsets.shape[0]:
-        few = experts_decode(
-            tokens,
-            weights,
-            up,
-            up_bias,
-            down,
-            down_bias,
-            order,
-            slots,
-            offsets,
-            activation,
-            gated,
-            save,
-            kernel,
-        )
-        if few is not NotImplemented:
-            return few
-    rows, top_k, features, width = order.shape[0], slots.shape[1], down.shape[2], down.shape[1]
-    hidden = tokens.new_empty(rows if save else 0, up.shape[1])
+    if not call.save and call.order.shape[0] <= call.offsets.shape[0]:
+        result = experts_decode(*args)
+        if result is not NotImplemented:
+            return result
+    rows, top_k, width = call.order.shape[0], slots.shape[1], down.shape[1]
+    hidden = tokens.new_empty(rows if call.save else 0, call.up.shape[1])
     if not rows:
         return tokens.new_zeros(tokens.shape[0], width), hidden
-    activated = tokens.new_empty(rows, features)
-    _project_up(tokens, up, up_bias, order, offsets, activated, hidden, activation, gated, top_k)
-    row_weights = None if weights is None else weights.contiguous()
+    activated = _project_up(call, hidden)
+    weights = None if call.weights is None else call.weights.contiguous()
+    factors = (activated, down, call.down_bias, weights, call.order, call.offsets)
     if top_k == 1:
         out = tokens.new_zeros(tokens.shape[0], width)
-        product(activated, down, down_bias, row_weights, order, offsets, out, scatter=True)
+        product(*factors, out, scatter=True)
         return out, hidden
-    weighed = tokens.new_empty(rows, width)
-    product(activated, down, down_bias, row_weights, order, offsets, weighed, scatter=False)
+    weighted = tokens.new_empty(rows, width)
+    product(*factors, weighted, scatter=False)
     out = tokens.new_empty(tokens.shape[0], width)
     block = min(triton.next_power_of_2(width), 1024)
     sum_kernel[(tokens.shape[0], triton.cdiv(width, block))](
-        weighed, slots.contiguous(), out, TOP_K=top_k, WIDTH=width, BO=block
+        weighted, slots.contiguous(), out, TOP_K=top_k, WIDTH=width, BO=block
     )
     return out, hidden
 
@@ -217,30 +175,20 @@ def lean_epilogue(activation: str, gated: bool) -> bool:
     return activation == "gelu" or not gated
 
 
-def _project_up(
-    tokens: Tensor,
-    up: Tensor,
-    bias: Tensor | None,
-    order: Tensor,
-    offsets: Tensor,
-    activated: Tensor,
-    hidden: Tensor,
-    activation: str,
-    gated: bool,
-    top_k: int,
-) -> None:
-    """Launch `up_kernel` into `activated` [R, F] and, if it has rows, `hidden` [R, H]."""
-    rows, (experts, n, k) = order.shape[0], up.shape
-    config = choose(
-        rows, experts, n, k, tokens.dtype, tokens.device, lean=lean_epilogue(activation, gated)
-    )
+def _project_up(call: ExpertsCall, hidden: Tensor) -> Tensor:
+    """Launch `up_kernel`; return activated [R, F] and fill `hidden` [R, H] if it has rows."""
+    tokens, up, (experts, n, k) = call.tokens, call.up, call.up.shape
+    rows, features = call.order.shape[0], call.down.shape[2]
+    activated = tokens.new_empty(rows, features)
+    lean = lean_epilogue(call.activation, call.gated)
+    config = choose(rows, experts, n, k, tokens.dtype, tokens.device, lean=lean)
     m_tiles = row_tiles(rows, experts, config.bm)
     up_kernel[(persistent_grid(m_tiles * triton.cdiv(n, config.bn), config, tokens),)](
         tokens.contiguous(),
         up,
-        None if bias is None else bias.contiguous(),
-        order,
-        offsets,
+        None if call.up_bias is None else call.up_bias.contiguous(),
+        call.order,
+        call.offsets,
         activated,
         hidden if hidden.shape[0] else None,
         rows,
@@ -248,16 +196,12 @@ def _project_up(
         *up.stride(),
         E=experts,
         EP=triton.next_power_of_2(experts),
-        TOP_K=top_k,
+        TOP_K=call.slots.shape[1],
         D=k,
-        F=activated.shape[1],
-        ACT=FUSED.index(activation),
-        GATED=gated,
+        F=features,
+        ACT=FUSED.index(call.activation),
+        GATED=call.gated,
         PRECISION=dot_precision(tokens.dtype),
-        BM=config.bm,
-        BN=config.bn,
-        BK=config.bk,
-        GROUP=config.group,
-        num_warps=config.warps,
-        num_stages=config.stages,
+        **config.launch_options(),
     )
+    return activated

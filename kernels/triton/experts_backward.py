@@ -24,6 +24,8 @@ import triton
 import triton.language as tl
 from moeify.kernels import combine as _combine  # noqa: F401  registers the op
 from moeify.kernels.elementwise import FUSED
+from moeify.kernels.experts import BackwardCall
+from moeify.kernels.operands import contiguous
 from moeify.kernels.triton.experts_wgrad import bias_gradient, combine_gradient, weight_gradient
 from moeify.kernels.triton.grouped_linear import product
 from moeify.kernels.triton.tile_config import TileConfig, choose
@@ -39,148 +41,88 @@ from moeify.kernels.triton.tiles import (
 )
 
 
-def experts_backward(
-    grad: Tensor,
-    tokens: Tensor,
-    weights: Tensor | None,
-    up: Tensor,
-    down: Tensor,
-    down_bias: Tensor | None,
-    hidden: Tensor,
-    order: Tensor,
-    slots: Tensor,
-    offsets: Tensor,
-    activation: str,
-    gated: bool,
-    up_has_bias: bool,
-    needs_tokens: bool,
-    needs_weights: bool,
-    needs_params: bool,
-    kernel: str,
-) -> Any:
-    """Return the six gradients of `experts`, as `experts.experts_backward_reference` does.
+def experts_backward(*args: Any) -> Any:
+    """Do what `experts_backward_reference` does, in float32, float16 or bfloat16.
 
-    Args:
-        grad: [T, O], any strides and float dtype.
-        tokens: [T, D] float32, bfloat16 or float16, like the other values.
-        weights: [T, K] float32, or None for ones.
-        up: [E, H, D], any strides.
-        down: [E, O, F], any strides.
-        down_bias: [E, O] or None.
-        hidden: [R, H], what the forward saved.
-        order: [R] int32, flat route of each row, -1 where unused.
-        slots: [T, K] int32, row of each route, -1 where dropped.
-        offsets: [E] int32, end of each expert's rows.
-        activation: A name of `elementwise.FUSED`.
-        gated: As in the forward, like the next.
-        up_has_bias: Whether the first projection has a bias.
-        needs_tokens: Compute the gradient of the tokens.
-        needs_weights: Compute the gradient of the combine weights.
-        needs_params: Compute the gradients of projections and biases.
-        kernel: What the plan asks for, a name of `lowering.KERNELS`.
-
-    Returns:
-        Gradients of tokens, weights, up, up_bias, down and down_bias, or `NotImplemented`. Kept
-        between the kernels: [R, H], [R, F] with `needs_params`, and [R, D] if K > 1.
+    Kept between the kernels: [R, H], [R, F] with `needs_params`, and [R, D] if K > 1.
 
     Source:
         The router's gradient without the experts' outputs, and the order of the epilogue: SonicMoE
         (Guo et al. 2025) section 3. Gather and scatter inside the matmuls: ScatterMoE (Tan et al.
         2024) section 3.
     """
-    if (
-        kernel in ("reference", "grouped_mm")
-        or activation not in FUSED
-        or not serves(tokens, up, down, down_bias, hidden)
-        or not (up.numel() and down.numel())
-        or (weights is not None and weights.dtype != torch.float32)
-    ):
+    call = BackwardCall(*args)
+    if not _serves(call):
         return NotImplemented
-    top_k = slots.shape[1]
-    grad = grad.to(tokens.dtype).contiguous()
-    tokens = tokens.contiguous()
-    weights = None if weights is None else weights.contiguous()
-    grad_hidden, activated, shares = _down_backward(
-        grad,
-        weights,
-        down,
-        hidden.contiguous(),
-        order,
-        offsets,
-        top_k,
-        FUSED.index(activation),
-        gated,
-        with_activated=needs_params,
-        with_shares=needs_weights and weights is not None,
-    )
+    call = call._replace(grad=call.grad.to(call.tokens.dtype))
+    call = BackwardCall(*contiguous(*call[:3]), *call[3:])  # strides of parameters are kept
+    grad, tokens, order, offsets = call.grad, call.tokens, call.order, call.offsets
+    top_k = call.slots.shape[1]
+    grad_hidden, activated, shares = _down_backward(call)
     grad_tokens, grad_weights, grad_up, grad_up_bias, grad_down, grad_down_bias = (
         tokens.new_empty(0)
         for _ in range(6)  # outputs of an op may not be one tensor
     )
     if shares is not None:
-        grad_weights = combine_gradient(shares, slots, grad, down_bias, offsets)
+        grad_weights = combine_gradient(shares, call.slots, grad, call.down_bias, offsets)
     if activated is not None:
         grad_down = weight_gradient(grad, activated, order, offsets, top_k, gathered="left")
         grad_up = weight_gradient(grad_hidden, tokens, order, offsets, top_k, gathered="right")
-        if down_bias is not None:
-            grad_down_bias = bias_gradient(grad, weights, order, offsets, top_k, gathered=True)
-        if up_has_bias:
+        if call.down_bias is not None:
+            grad_down_bias = bias_gradient(grad, call.weights, order, offsets, top_k, gathered=True)
+        if call.up_has_bias:
             grad_up_bias = bias_gradient(grad_hidden, None, order, offsets, top_k, gathered=False)
-    if needs_tokens:
-        grad_tokens = _up_backward(grad_hidden, up, order, slots, offsets)
+    if call.needs_tokens:
+        grad_tokens = _up_backward(grad_hidden, call.up, order, call.slots, offsets)
     return grad_tokens, grad_weights, grad_up, grad_up_bias, grad_down, grad_down_bias
 
 
-def _down_backward(
-    grad: Tensor,
-    weights: Tensor | None,
-    down: Tensor,
-    hidden: Tensor,
-    order: Tensor,
-    offsets: Tensor,
-    top_k: int,
-    activation: int,
-    gated: bool,
-    *,
-    with_activated: bool,
-    with_shares: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return grad_hidden [R, H], and if asked weighted activated [R, F] and float32 shares [R, B].
+def _serves(call: BackwardCall) -> bool:
+    return (
+        call.kernel not in ("reference", "grouped_mm")
+        and call.activation in FUSED
+        and serves(call.tokens, call.up, call.down, call.down_bias, call.hidden)
+        and call.up.numel() > 0
+        and call.down.numel() > 0
+        and (call.weights is None or call.weights.dtype == torch.float32)
+    )
 
-    Unused rows of all three are left as they are: nobody reads them.
+
+def _down_backward(call: BackwardCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return grad_hidden [R, H], and if needed weighted activated [R, F] and shares [R, B].
+
+    Unused rows of all three are left as they are: nothing reads them.
     """
-    rows, (experts, depth, width) = order.shape[0], down.shape
+    grad, hidden, down = call.grad, call.hidden.contiguous(), call.down
+    rows, (experts, depth, width) = call.order.shape[0], down.shape
     config = down_backward_tile(rows, experts, width, depth, grad.dtype, grad.device)
     blocks = triton.cdiv(width, config.bn)
     grad_hidden = torch.empty_like(hidden)
-    activated = hidden.new_empty(rows, width) if with_activated else None
-    shares = hidden.new_empty(rows, blocks, dtype=torch.float32) if with_shares else None
+    activated = hidden.new_empty(rows, width) if call.needs_params else None
+    shares = None
+    if call.needs_weights and call.weights is not None:
+        shares = hidden.new_empty(rows, blocks, dtype=torch.float32)
     if rows:
         down_backward_kernel[(row_tiles(rows, experts, config.bm) * blocks,)](
             grad,
-            weights,
+            call.weights,
             down,
             hidden,
-            order,
-            offsets,
+            call.order,
+            call.offsets,
             grad_hidden,
             activated,
             shares,
             *down.stride(),
-            K=top_k,
+            K=call.slots.shape[1],
             OUTPUT=depth,
             F=width,
             E=experts,
             EP=triton.next_power_of_2(experts),
-            ACT=activation,
-            GATED=gated,
+            ACT=FUSED.index(call.activation),
+            GATED=call.gated,
             PRECISION=dot_precision(grad.dtype),
-            BM=config.bm,
-            BN=config.bn,
-            BK=config.bk,
-            GROUP=config.group,
-            num_warps=config.warps,
-            num_stages=config.stages,
+            **config.launch_options(),
         )
     return grad_hidden, activated, shares
 
@@ -284,19 +226,9 @@ def _finish(
 ):
     """Store what follows from the activated values' gradient; return each row's share.
 
-    In pieces of 32 columns: the registers do not hold every value of a whole tile.
-
-    Args:
-        delta: [BM, BN] float32, gradient of the activated values, without the combine weight.
-        weight: [BM], combine weights.
-        hidden: Pointer to the tile's first row, like the next two.
-        grad_hidden: Where the hidden values' gradient goes.
-        activated: Where the weighted activated values go, or None.
-        height: Number of the tile's rows that are the expert's own.
-        column: First column of F.
-        F: Expert width.
-        ACT: Place of the activation in `elementwise.FUSED`.
-        GATED: The gate is the first half of `hidden`.
+    `delta` [BM, BN] is that gradient without the combine weight; `hidden`, `grad_hidden` and
+    `activated` point to the tile's first row, of which `height` rows belong to the expert. Goes in
+    pieces of 32 columns: the registers do not hold every value of a whole tile.
     """
     BM: tl.constexpr = delta.shape[0]
     BN: tl.constexpr = delta.shape[1]

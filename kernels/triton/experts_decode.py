@@ -15,11 +15,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import triton
 import triton.language as tl
 from moeify.kernels.elementwise import FUSED
+from moeify.kernels.experts import ExpertsCall
+from moeify.kernels.operands import contiguous
 from moeify.kernels.triton.tiles import activate, serves
 
 MOST_ROUTES = 64
@@ -94,7 +95,7 @@ def output_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Compute a block of one token's output: the weighed sum over its routes."""
+    """Compute a block of one token's output: the weighted sum over its routes."""
     token = tl.program_id(0)
     column = tl.program_id(1) * BN + tl.arange(0, BN)
     column_ok = column < N
@@ -140,74 +141,42 @@ def _matrix_vector(w, w_mask, stride_k, x, WIDTH: tl.constexpr, BN: tl.constexpr
     return tl.sum(total, axis=1)
 
 
-def experts_decode(
-    tokens: Tensor,
-    weights: Tensor | None,
-    up: Tensor,
-    up_bias: Tensor | None,
-    down: Tensor,
-    down_bias: Tensor | None,
-    order: Tensor,
-    slots: Tensor,
-    offsets: Tensor,
-    activation: str,
-    gated: bool,
-    save: bool,
-    kernel: str,
-) -> Any:
-    """Send few tokens through their experts, as `experts_reference` does.
-
-    Args:
-        tokens: [T, D] float32, float16 or bfloat16.
-        weights: [T, K] combine weights, or None for ones.
-        up: [E, H, D] in the dtype of `tokens`, any strides.
-        up_bias: [E, H] or None.
-        down: [E, O, F], any strides.
-        down_bias: [E, O] or None.
-        order: [R] int32; only its length is used.
-        slots: [T, K] int32, row of each route, -1 where dropped.
-        offsets: [E] int32, end of each expert's rows.
-        activation: A name of `elementwise.FUSED`.
-        gated: Compute `act(gate) * up`.
-        save: Served only if false.
-        kernel: As in the reference.
-
-    Returns:
-        out [T, O] and an empty hidden [0, H]; NotImplemented with `save`, for more than
-        `MOST_ROUTES` routes, for other dtypes and for projections without elements.
+def experts_decode(*args: Any) -> Any:
+    """Do what `experts_reference` does without `save`, for at most `MOST_ROUTES` routes.
 
     Source:
         ScatterMoE (Tan et al. 2024) section 3, reduced to one row per program.
     """
-    routes = order.shape[0]
-    if save or routes > MOST_ROUTES or 0 in (*up.shape, *down.shape):
+    call = ExpertsCall(*args)
+    tokens, up, down = call.tokens, call.up, call.down
+    routes = call.order.shape[0]
+    if call.save or routes > MOST_ROUTES or 0 in (*up.shape, *down.shape):
         return NotImplemented
-    if not serves(tokens, up, up_bias, down, down_bias):
+    if not serves(tokens, up, call.up_bias, down, call.down_bias):
         return NotImplemented
-    (experts, h, d), (_, o, f), top_k = up.shape, down.shape, slots.shape[1]
+    (experts, h, d), (_, o, f), top_k = up.shape, down.shape, call.slots.shape[1]
     hidden = tokens.new_empty(0, h)
     out = tokens.new_empty(tokens.shape[0], o)
     if not routes:
         return out, hidden
     activated = torch.empty(routes, f, dtype=torch.float32, device=tokens.device)
-    slots = slots.contiguous()
-    padded = triton.next_power_of_2(experts)
+    tokens, up_bias, down_bias, weights, slots = contiguous(
+        tokens, call.up_bias, call.down_bias, call.weights, call.slots
+    )
+    shared = {"E": experts, "EP": triton.next_power_of_2(experts), "TOP_K": top_k, "F": f}
     bn, bk = weight_block(16, d, tokens.dtype)
     activate_kernel[(routes, triton.cdiv(h, bn))](
-        tokens.contiguous(),
+        tokens,
         up,
-        None if up_bias is None else up_bias.contiguous(),
+        up_bias,
         slots,
-        offsets,
+        call.offsets,
         activated,
         *up.stride(),
-        E=experts,
-        EP=padded,
-        TOP_K=top_k,
+        **shared,
         D=d,
-        F=f,
-        ACT=FUSED.index(activation),
-        GATED=gated,
+        ACT=FUSED.index(call.activation),
+        GATED=call.gated,
         BN=bn,
         BK=bk,
     )
@@ -215,16 +184,13 @@ def experts_decode(
     output_kernel[(tokens.shape[0], triton.cdiv(o, bn))](
         activated,
         down,
-        None if down_bias is None else down_bias.contiguous(),
-        None if weights is None else weights.contiguous(),
+        down_bias,
+        weights,
         slots,
-        offsets,
+        call.offsets,
         out,
         *down.stride(),
-        E=experts,
-        EP=padded,
-        TOP_K=top_k,
-        F=f,
+        **shared,
         N=o,
         BN=bn,
         BK=bk,

@@ -2,7 +2,7 @@
 
 A program owns one tile of one expert's gradient and walks over that expert's rows, so that experts
 without rows get zeros from the same code and the order of summation is fixed. One of the factors
-lies in token order and is gathered on the way in.
+is in token order and is gathered on the way in.
 
 Shapes: T tokens, N output width, M input width, O output width of the experts, E experts, K top-k,
 R = T * K rows, B blocks of the experts' width.
@@ -24,18 +24,10 @@ from moeify.kernels.triton.tiles import dot_precision, order_tile
 def weight_gradient(
     left: Tensor, right: Tensor, order: Tensor, offsets: Tensor, top_k: int, gathered: str
 ) -> Tensor:
-    """Return `left.T @ right` over the rows of each expert.
+    """Return [E, N, M]: `left.T @ right` over the rows of each expert, accumulated in float32.
 
-    Args:
-        left: [R, N], or [T, N] if gathered, contiguous.
-        right: [R, M], or [T, M] if gathered, contiguous, in the dtype of `left`.
-        order: [R] int32, flat route `t * K + j` of each row; rows with -1 add nothing.
-        offsets: [E] int32, end of each expert's rows.
-        top_k: K.
-        gathered: Which factor lies in token order: "left" or "right".
-
-    Returns:
-        [E, N, M] in the dtype of `left`, accumulated in float32; zeros for experts without rows.
+    `gathered` names the factor that is in token order, "left" or "right": [T, N] or [T, M], where
+    the other one has R rows. Both are contiguous.
 
     Source:
         MegaBlocks (Gale et al. 2022) section 5.1: the transposed products of the backward.
@@ -68,18 +60,9 @@ def bias_gradient(
     top_k: int,
     gathered: bool,
 ) -> Tensor:
-    """Return the sum of each expert's rows, each times its combine weight.
+    """Return [E, N]: the sum of each expert's rows, each times its combine weight, if given.
 
-    Args:
-        grad: [R, N], or [T, N] if gathered, contiguous.
-        weights: [T, K] float32 and contiguous, or None for ones.
-        order: [R] int32, flat route of each row; rows with -1 add nothing.
-        offsets: [E] int32.
-        top_k: K.
-        gathered: `grad` lies in token order.
-
-    Returns:
-        [E, N] in the dtype of `grad`, accumulated in float32; zeros for experts without rows.
+    `grad` [R, N] is contiguous; if gathered it is in token order, [T, N].
     """
     experts, width = offsets.shape[0], grad.shape[1]
     out = grad.new_empty(experts, width)
@@ -101,17 +84,9 @@ def bias_gradient(
 def combine_gradient(
     shares: Tensor, slots: Tensor, grad: Tensor, down_bias: Tensor | None, offsets: Tensor
 ) -> Tensor:
-    """Return the gradient of the combine weights.
+    """Return the gradient [T, K] of the combine weights, summed in a fixed order.
 
-    Args:
-        shares: [R, B] float32, addends of `<grad W_down, activated>` by row.
-        slots: [T, K] int32, row of each route, -1 where dropped.
-        grad: [T, O], gradient of the output, contiguous.
-        down_bias: [E, O] or None.
-        offsets: [E] int32.
-
-    Returns:
-        [T, K] float32, summed in a fixed order; zeros for dropped routes.
+    `shares` [R, B] are the addends of `<grad W_down, activated>` by row.
 
     Source:
         SonicMoE (Guo et al. 2025) section 3.
@@ -141,7 +116,7 @@ def combine_gradient(
 def weight_tile(
     rows: int, experts: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, int]:
-    """Return tile sizes and launch options; the step over rows follows the rows per expert."""
+    """Return tile sizes, warps and stages; the step over rows follows the rows per expert."""
     step = bucket(rows, experts)
     if dtype == torch.float32:
         return {"BN": 64, "BM": 64, "BR": min(step, 32), "num_warps": 8, "num_stages": 3}

@@ -1,4 +1,4 @@
-"""`moeify::gate` in Triton: one kernel over the tokens, one that adds up what its blocks found.
+"""`moeify::gate` in Triton: one kernel over the tokens, one that sums the results of its blocks.
 
 A program owns a block of tokens: it projects them on the router, and while the logits are in
 registers takes scores, choice and its share of the losses from them. Blocks write partial sums,
@@ -22,8 +22,8 @@ from torch import Tensor
 import triton
 import triton.language as tl
 from moeify.kernels.gate import BALANCES, LOGIT_NOISES, SCORES
+from moeify.kernels.operands import FLOATS, contiguous
 from moeify.kernels.triton.arithmetic import (
-    DTYPES,
     dot,
     float32_precision,
     on_tensor_cores,
@@ -196,32 +196,25 @@ def gate(
     balance: str,
     surrogate: bool,
 ) -> Any:
-    """Do what `gate_reference` does, for up to 512 experts in float32, float16 or bfloat16.
-
-    Args, Returns, Source: as of `moeify.kernels.gate.gate_reference`.
-    """
+    """Do what `gate_reference` does, for up to 512 experts in float32, float16 or bfloat16."""
     rows, width = tokens.shape
     experts = weight.shape[0]
     known = score in SCORES and noise in LOGIT_NOISES and balance in BALANCES
-    served = tokens.dtype in DTYPES and weight.dtype in DTYPES and 1 <= top_k <= experts
+    served = tokens.dtype in FLOATS and weight.dtype in FLOATS and 1 <= top_k <= experts
     if not known or not served or experts > MAX_EXPERTS:
         return NotImplemented
     noise = "none" if logit_noise is None else noise
     left = tokens.dtype if input_noise is None else torch.float32
     sizes = gate_sizes(rows, experts, left, weight.dtype)
-    padded = sizes["BLOCK_E"]
-    blocks = triton.cdiv(rows, sizes["BLOCK_T"])
+    blocks, padded = triton.cdiv(rows, sizes["BLOCK_T"]), sizes["BLOCK_E"]
     new, f32, i32 = tokens.new_empty, torch.float32, torch.int32
     scores, ids = new(rows, top_k, dtype=f32), new(rows, top_k, dtype=i32)
-    logits, counts = new(rows, experts, dtype=f32), new(experts, dtype=i32)
-    aux_loss, z_loss, entropy = (new((), dtype=f32) for _ in range(3))
+    logits = new(rows, experts, dtype=f32)
     block_counts = new(blocks, 2, padded, dtype=i32)
     block_shares, block_sums = new(blocks, padded, dtype=f32), new(blocks, 2, dtype=f32)
     if blocks:
         gate_kernel[(blocks,)](
-            *(None if x is None else x.contiguous() for x in (tokens, weight, selection_bias)),
-            None if input_noise is None else input_noise.contiguous(),
-            None if logit_noise is None else logit_noise.contiguous(),
+            *contiguous(tokens, weight, selection_bias, input_noise, logit_noise),
             scores,
             ids,
             logits,
@@ -238,21 +231,36 @@ def gate(
             PRECISION=float32_precision(),
             **sizes,
         )
+    counted = top_k if balance == "all" else 1
+    sums = _sums(block_counts, block_shares, block_sums, rows, experts, counted)
+    return scores, ids, logits, *sums
+
+
+def _sums(
+    block_counts: Tensor,
+    block_shares: Tensor,
+    block_sums: Tensor,
+    rows: int,
+    experts: int,
+    counted: int,
+) -> tuple[Tensor, ...]:
+    """Add up what the blocks found: counts [E], balance loss, z-loss and entropy."""
+    blocks, padded = block_shares.shape
+    counts = block_counts.new_empty(experts)
+    losses = [block_shares.new_empty(()) for _ in range(3)]
     gate_sums_kernel[(1,)](
         block_counts,
         block_shares,
         block_sums,
         counts,
-        aux_loss,
-        z_loss,
-        entropy,
+        *losses,
         rows,
         blocks,
         experts,
-        COUNTED=top_k if balance == "all" else 1,
+        COUNTED=counted,
         **sum_sizes(padded),
     )
-    return scores, ids, logits, counts, aux_loss, z_loss, entropy
+    return counts, *losses
 
 
 def gate_sizes(rows: int, experts: int, left: torch.dtype, right: torch.dtype) -> dict[str, int]:

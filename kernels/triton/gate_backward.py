@@ -1,9 +1,8 @@
 """`moeify::gate_backward` in Triton: the gradient of the logits, then two matrix products.
 
-The gradient of the logits is [T, E] in float32, and everything else is tiled. The products are not
-left to cuBLAS: it would need copies of the tokens and of their gradient in float32, [T, D] each,
-where these kernels read and write the model's dtype, and multiply as exactly
-(`arithmetic_triton.dot`).
+The gradient of the logits is [T, E] in float32, and all else is tiled. The products are not left to
+cuBLAS: it would need copies of the tokens and of their gradient in float32, [T, D] each,
+where these kernels read and write the model's dtype, and multiply as exactly (`arithmetic.dot`).
 The weight's gradient sums over all tokens; it is split into parts of them, added in a fixed order.
 
 Shapes: T tokens, D model width, E experts, K top-k, S parts of the tokens.
@@ -21,8 +20,8 @@ from torch import Tensor
 import triton
 import triton.language as tl
 from moeify.kernels.gate import BALANCES, EPSILON, SCORES
+from moeify.kernels.operands import FLOATS, contiguous
 from moeify.kernels.triton.arithmetic import (
-    DTYPES,
     dot,
     float32_precision,
     on_tensor_cores,
@@ -202,18 +201,14 @@ def gate_backward(
     balance: str,
     surrogate: bool,
 ) -> Any:
-    """Do what `gate_backward_reference` does, for what `gate.gate` serves.
-
-    Args, Returns: as of `moeify.kernels.gate.gate_backward_reference`.
-    """
+    """Do what `gate_backward_reference` does, for what `gate.gate` serves."""
     rows, experts, top_k = tokens.shape[0], weight.shape[0], ids.shape[1]
     known = score in SCORES and balance in BALANCES and experts <= MAX_EXPERTS
-    if not known or not {tokens.dtype, weight.dtype} <= set(DTYPES):
+    if not known or not {tokens.dtype, weight.dtype} <= set(FLOATS):
         return NotImplemented
     if not rows:
         return torch.empty_like(tokens), torch.zeros_like(weight)
-    tokens, weight, ids = tokens.contiguous(), weight.contiguous(), ids.contiguous()
-    input_noise = None if input_noise is None else input_noise.contiguous()
+    tokens, weight, ids, input_noise = contiguous(tokens, weight, ids, input_noise)
     totals = None
     if grad_aux is not None:
         _, totals = count(ids, experts, choices=None if balance == "all" else 1)
@@ -221,8 +216,7 @@ def gate_backward(
     true_grad = torch.empty_like(logits) if surrogate and grad_scores is not None else None
     sizes = logits_sizes(experts)
     grad_logits_kernel[(triton.cdiv(rows, sizes["BLOCK_T"]),)](
-        None if grad_scores is None else grad_scores.contiguous(),
-        None if grad_logits is None else grad_logits.contiguous(),
+        *contiguous(grad_scores, grad_logits),
         grad_aux,
         grad_z,
         logits.contiguous(),

@@ -62,7 +62,7 @@ def product_kernel(
     BK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Multiply each expert's rows [R, K] by its weight [N, K], add its bias, weigh the rows.
+    """Multiply each expert's rows [R, K] by its weight [N, K], add its bias, weight the rows.
 
     `row_weights` [R] by route and `order` [R] are None for the plain product. SCATTER stores row
     `order[r]` (top-1: the token) in place of row r; ZERO_TAIL zeros the unused rows.
@@ -157,19 +157,9 @@ def gradient_kernel(
 
 
 def grouped_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Any:
-    """Return `rows @ weight[e].T + bias[e]` per expert, as `grouped_linear_reference` does.
+    """Do what `grouped_linear_reference` does, in float32, float16 or bfloat16.
 
-    Offsets that decrease or pass the last row are not noticed: looking would wait for the device.
-
-    Args:
-        rows: [R, K] float32, float16 or bfloat16.
-        weight: [E, N, K] in the dtype of `rows`, any strides.
-        bias: [E, N] in the dtype of `rows`, or None.
-        offsets: [E] int32, end of each expert's rows.
-
-    Returns:
-        [R, N], zeros from row `offsets[-1]` on; NotImplemented for other dtypes and
-        for offsets that do not fit the weight.
+    Offsets that decrease or pass the last row are not detected: checking would wait for the device.
 
     Source:
         MegaBlocks (Gale et al. 2022) section 5.1, with tiles found from the offsets.
@@ -183,17 +173,7 @@ def grouped_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: T
 
 
 def grouped_linear_backward(grad: Tensor, rows: Tensor, offsets: Tensor, with_bias: bool) -> Any:
-    """Return the parameter gradients, as `grouped_linear_backward_reference` does.
-
-    Args:
-        grad: [R, N] float32, float16 or bfloat16, any strides.
-        rows: [R, K] in the dtype of `grad`.
-        offsets: [E] int32.
-        with_bias: Whether to compute the bias' gradient.
-
-    Returns:
-        [E, N, K] and [E, N] (or [0] without bias), zeros for experts without rows; NotImplemented
-        for other dtypes and for K = 0.
+    """Do what `grouped_linear_backward_reference` does, in float32, float16 or bfloat16.
 
     Source:
         MegaBlocks (Gale et al. 2022) section 5.1: the transposed products of the backward.
@@ -205,8 +185,9 @@ def grouped_linear_backward(grad: Tensor, rows: Tensor, offsets: Tensor, with_bi
     grad_bias = grad.new_empty((experts, n) if with_bias else (0,))
     if not grad_weight.numel():
         return grad_weight, grad_bias.zero_()
-    bn, bk, bm, warps, stages = gradient_tile(rows.shape[0], experts, grad)
-    gradient_kernel[(triton.cdiv(n, bn) * triton.cdiv(k, bk), experts)](
+    tile = gradient_tile(rows.shape[0], experts, grad)
+    tiles = triton.cdiv(n, tile["BN"]) * triton.cdiv(k, tile["BK"])
+    gradient_kernel[(tiles, experts)](
         grad.contiguous(),
         rows.contiguous(),
         offsets,
@@ -215,11 +196,7 @@ def grouped_linear_backward(grad: Tensor, rows: Tensor, offsets: Tensor, with_bi
         K=k,
         N=n,
         PRECISION=dot_precision(grad.dtype),
-        BM=bm,
-        BN=bn,
-        BK=bk,
-        num_warps=warps,
-        num_stages=stages,
+        **tile,
     )
     return grad_weight, grad_bias
 
@@ -257,12 +234,7 @@ def product(
         SCATTER=scatter,
         ZERO_TAIL=order is None,
         PRECISION=dot_precision(rows.dtype),
-        BM=config.bm,
-        BN=config.bn,
-        BK=config.bk,
-        GROUP=config.group,
-        num_warps=config.warps,
-        num_stages=config.stages,
+        **config.launch_options(),
     )
 
 
@@ -272,10 +244,11 @@ def persistent_grid(tiles: int, config: TileConfig, rows: Tensor) -> int:
     return min(tiles, processors(rows.device) * resident)
 
 
-def gradient_tile(rows: int, experts: int, grad: Tensor) -> tuple[int, int, int, int, int]:
-    """Return BN, BK, BM, warps and stages of `gradient_kernel`."""
+def gradient_tile(rows: int, experts: int, grad: Tensor) -> dict[str, int]:
+    """Return tile sizes, warps and stages of `gradient_kernel`."""
     wide = grad.dtype == torch.float32
     side, step, stages = (64, 32, 3) if wide else (128, 64, 4)
     step = min(bucket(rows, experts), step)
     needed = 2 * side * step * grad.element_size()
-    return side, side, step, 8, fitting_stages(stages, needed, shared_memory(grad.device))
+    stages = fitting_stages(stages, needed, shared_memory(grad.device))
+    return {"BM": step, "BN": side, "BK": side, "num_warps": 8, "num_stages": stages}

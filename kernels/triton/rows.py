@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from moeify.kernels.combine_weights import COMBINES
 from moeify.kernels.gate import EPSILON
-from moeify.kernels.triton.arithmetic import DTYPES
+from moeify.kernels.operands import FLOATS, contiguous
 
 _EPSILON = tl.constexpr(EPSILON)
 
@@ -181,19 +181,15 @@ def combine_weights_backward_kernel(
 
 
 def dispatch(tokens: Tensor, order: Tensor, slots: Tensor) -> Any:
-    """Do what `dispatch_reference` does, in float32, float16 or bfloat16.
-
-    Args, Returns, Source: as of `moeify.kernels.dispatch.dispatch_reference`.
-    """
-    if tokens.dtype not in DTYPES:
+    """Do what `dispatch_reference` does, in float32, float16 or bfloat16."""
+    if tokens.dtype not in FLOATS:
         return NotImplemented
     rows, width = order.shape[0], tokens.shape[1]
     out = tokens.new_empty(rows, width)
     if out.numel():
         block_r, block_d = row_block(width)
         dispatch_kernel[(triton.cdiv(rows, block_r), triton.cdiv(width, block_d))](
-            tokens.contiguous(),
-            order.contiguous(),
+            *contiguous(tokens, order),
             out,
             rows,
             width,
@@ -205,20 +201,15 @@ def dispatch(tokens: Tensor, order: Tensor, slots: Tensor) -> Any:
 
 
 def combine(hidden: Tensor, weights: Tensor | None, order: Tensor, slots: Tensor) -> Any:
-    """Do what `combine_reference` does, in float32, float16 or bfloat16.
-
-    Args, Returns, Source: as of `moeify.kernels.combine.combine_reference`.
-    """
-    if hidden.dtype not in DTYPES or (weights is not None and weights.dtype not in DTYPES):
+    """Do what `combine_reference` does, in float32, float16 or bfloat16."""
+    if hidden.dtype not in FLOATS or (weights is not None and weights.dtype not in FLOATS):
         return NotImplemented
     (rows, top_k), width = slots.shape, hidden.shape[1]
     out = hidden.new_empty(rows, width)
     if out.numel():
         block_t, block_d = row_block(width)
         combine_kernel[(triton.cdiv(rows, block_t), triton.cdiv(width, block_d))](
-            hidden.contiguous(),
-            None if weights is None else weights.contiguous(),
-            slots.contiguous(),
+            *contiguous(hidden, weights, slots),
             out,
             rows,
             width,
@@ -232,12 +223,8 @@ def combine(hidden: Tensor, weights: Tensor | None, order: Tensor, slots: Tensor
 def combine_backward(
     grad: Tensor, hidden: Tensor, weights: Tensor, order: Tensor, slots: Tensor
 ) -> Any:
-    """Do what `combine_backward_reference` does, in float32, float16 or bfloat16.
-
-    Args, Returns: as of `moeify.kernels.combine.combine_backward_reference`.
-    """
-    served = {grad.dtype, hidden.dtype, weights.dtype} <= set(DTYPES)
-    if not served:
+    """Do what `combine_backward_reference` does, in float32, float16 or bfloat16."""
+    if not {grad.dtype, hidden.dtype, weights.dtype} <= set(FLOATS):
         return NotImplemented
     width = hidden.shape[1]
     grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
@@ -246,11 +233,7 @@ def combine_backward(
     if most:
         block_r, block_d = row_block(width)
         combine_backward_kernel[(triton.cdiv(most, block_r),)](
-            grad.contiguous(),
-            hidden.contiguous(),
-            weights.contiguous(),
-            order.contiguous(),
-            slots.contiguous(),
+            *contiguous(grad, hidden, weights, order, slots),
             grad_hidden,
             grad_weights,
             slots.numel(),
@@ -264,10 +247,7 @@ def combine_backward(
 
 
 def combine_weights(scores: Tensor, slots: Tensor, combine: str) -> Any:
-    """Do what `combine_weights_reference` does, in float32.
-
-    Args, Returns, Source: as of `moeify.kernels.combine_weights.combine_weights_reference`.
-    """
+    """Do what `combine_weights_reference` does, in float32."""
     if combine not in COMBINES or scores.dtype != torch.float32:
         return NotImplemented
     out = torch.empty_like(scores, memory_format=torch.contiguous_format)
@@ -275,8 +255,7 @@ def combine_weights(scores: Tensor, slots: Tensor, combine: str) -> Any:
         rows, top_k = scores.shape
         block_t, block_k = choice_block(top_k)
         combine_weights_kernel[(triton.cdiv(rows, block_t),)](
-            scores.contiguous(),
-            slots.contiguous(),
+            *contiguous(scores, slots),
             out,
             rows,
             TOP_K=top_k,
@@ -288,10 +267,7 @@ def combine_weights(scores: Tensor, slots: Tensor, combine: str) -> Any:
 
 
 def combine_weights_backward(grad: Tensor, scores: Tensor, slots: Tensor, combine: str) -> Any:
-    """Do what `combine_weights_backward_reference` does, in float32.
-
-    Args, Returns: as of `moeify.kernels.combine_weights.combine_weights_backward_reference`.
-    """
+    """Do what `combine_weights_backward_reference` does, in float32."""
     if combine not in COMBINES or {grad.dtype, scores.dtype} != {torch.float32}:
         return NotImplemented
     out = torch.empty_like(scores, memory_format=torch.contiguous_format)
@@ -299,9 +275,7 @@ def combine_weights_backward(grad: Tensor, scores: Tensor, slots: Tensor, combin
         rows, top_k = scores.shape
         block_t, block_k = choice_block(top_k)
         combine_weights_backward_kernel[(triton.cdiv(rows, block_t),)](
-            grad.contiguous(),
-            scores.contiguous(),
-            slots.contiguous(),
+            *contiguous(grad, scores, slots),
             out,
             rows,
             TOP_K=top_k,

@@ -36,23 +36,14 @@ Key = tuple[str, str, int, int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class TileConfig:
-    """How a grouped kernel cuts its work.
+    """How a grouped kernel cuts its work."""
 
-    Args:
-        bm: Rows of a tile.
-        bn: Columns of a tile.
-        bk: Step in depth.
-        warps: Warps per program.
-        stages: Loads in flight.
-        group: Row tiles that share a column tile before the next one starts.
-    """
-
-    bm: int
-    bn: int
-    bk: int
-    warps: int
-    stages: int
-    group: int
+    bm: int  # rows of a tile
+    bn: int  # columns of a tile
+    bk: int  # step in depth
+    warps: int  # per program
+    stages: int  # loads in flight
+    group: int  # row tiles that share a column tile before the next one starts
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -64,15 +55,23 @@ class TileConfig:
             if value & (value - 1):
                 raise ValueError(f"{name}: {value} is not a power of two")
         if min(self.bm, self.bn, self.bk) < 16:
-            raise ValueError(f"a tile of {self.bm} x {self.bn} x {self.bk}; each is 16 at least")
+            raise ValueError(
+                f"a tile of {self.bm} x {self.bn} x {self.bk}: each must be at least 16"
+            )
+
+    def launch_options(self) -> dict[str, int]:
+        """Return the arguments of a launch that the configuration decides."""
+        return {
+            "BM": self.bm,
+            "BN": self.bn,
+            "BK": self.bk,
+            "GROUP": self.group,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
 
     def programs(self, itemsize: int, shared: int) -> int:
-        """Return about how many programs a multiprocessor holds at once.
-
-        Args:
-            itemsize: Bytes of an element of the factors.
-            shared: Bytes of the multiprocessor's shared memory.
-        """
+        """Return about how many programs fit a multiprocessor with `shared` bytes of memory."""
         threads = 32 * self.warps
         registers = min(255, 80 + 2 * self.bm * self.bn // threads)
         needed = self.stages * (self.bm + self.bn) * self.bk * itemsize
@@ -80,7 +79,7 @@ class TileConfig:
 
 
 def shared_memory(device: torch.device) -> int:
-    """Return the bytes of shared memory of a multiprocessor; Hopper's where there is none."""
+    """Return the bytes of shared memory of a multiprocessor; Hopper's for other devices."""
     if device.type != "cuda":
         return _HOPPER_SHARED
     size: int = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
@@ -88,7 +87,7 @@ def shared_memory(device: torch.device) -> int:
 
 
 def fitting_stages(most: int, step: int, shared: int) -> int:
-    """Return how many loads of `step` bytes go into three quarters of `shared`, 1 to `most`."""
+    """Return how many loads of `step` bytes fit three quarters of `shared`, 1 to `most`."""
     return max(1, min(most, shared * 3 // 4 // step))
 
 
@@ -110,17 +109,8 @@ def choose(
 ) -> TileConfig:
     """Return the tile sizes of a grouped product [rows, k] x [experts, n, k].
 
-    Args:
-        rows: Rows of all experts.
-        experts: Number of experts.
-        n: Output width.
-        k: Input width.
-        dtype: float32, float16 or bfloat16.
-        device: Where it runs; a device that is not CUDA gets the heuristic.
-        lean: Leave registers to a long epilogue: at most 64 accumulators a thread, not 128.
-
-    Raises:
-        ValueError: `tile_table.json` is not as documented above.
+    `lean` leaves registers to a long epilogue: at most 64 accumulators a thread, not 128. A device
+    that is not CUDA gets the heuristic.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     shape = (bucket(rows, experts), n, k)
@@ -131,7 +121,7 @@ def parse_table(text: str) -> dict[Key, TileConfig]:
     """Return the measured configurations of a table by device, dtype, bucket, n and k.
 
     Raises:
-        ValueError: An entry has other keys, or a value that cannot be.
+        ValueError: An entry has other keys, or a value that is not allowed.
     """
     document = json.loads(text)
     if not isinstance(document, dict) or not isinstance(document.get("entries"), list):
@@ -143,7 +133,7 @@ def parse_table(text: str) -> dict[Key, TileConfig]:
         except ValueError as error:
             raise ValueError(f"tile table: entry {number}: {error}") from None
         if key in table:
-            raise ValueError(f"tile table: entry {number}: {key} is there twice")
+            raise ValueError(f"tile table: entry {number}: {key} appears twice")
         table[key] = config
     return table
 
@@ -157,7 +147,7 @@ def _parse_entry(entry: Any) -> tuple[Key, TileConfig]:
         if type(entry[name]) is not kind:
             raise ValueError(f"{name}: {entry[name]!r} is not of type {kind.__name__}")
     if entry["dtype"] not in _DTYPES:
-        raise ValueError(f"dtype: {entry['dtype']!r} is none of {', '.join(_DTYPES)}")
+        raise ValueError(f"dtype: {entry['dtype']!r} is not one of {', '.join(_DTYPES)}")
     if entry["bucket"] != bucket(entry["bucket"], 1):
         raise ValueError(f"bucket: {entry['bucket']} is not a bucket")
     key = (entry["device"], entry["dtype"], entry["bucket"], entry["n"], entry["k"])

@@ -18,6 +18,8 @@ from torch import Tensor
 import triton
 import triton.language as tl
 from moeify.kernels.elementwise import FUSED
+from moeify.kernels.operands import FLOATS
+from moeify.kernels.triton.arithmetic import float32_precision
 
 GELU: tl.constexpr = tl.constexpr(FUSED.index("gelu"))
 GELU_TANH: tl.constexpr = tl.constexpr(FUSED.index("gelu_tanh"))
@@ -26,12 +28,10 @@ SILU: tl.constexpr = tl.constexpr(FUSED.index("silu"))
 RELU: tl.constexpr = tl.constexpr(FUSED.index("relu"))
 RELU2: tl.constexpr = tl.constexpr(FUSED.index("relu2"))
 
-SERVED = (torch.float32, torch.float16, torch.bfloat16)
-
 
 def serves(first: Tensor, *others: Tensor | None) -> bool:
     """Tell whether the kernels compute with the dtype of `first` and all others have it too."""
-    return first.dtype in SERVED and all(x is None or x.dtype == first.dtype for x in others)
+    return first.dtype in FLOATS and all(x is None or x.dtype == first.dtype for x in others)
 
 
 def row_tiles(rows: int, experts: int, block: int) -> int:
@@ -41,8 +41,7 @@ def row_tiles(rows: int, experts: int, block: int) -> int:
 
 def dot_precision(dtype: torch.dtype) -> str:
     """Return the `input_precision` of products of `dtype`."""
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return "tf32" if tf32 else "ieee"
+    return float32_precision() if dtype == torch.float32 else "ieee"
 
 
 def processors(device: torch.device) -> int:
@@ -57,14 +56,8 @@ def processors(device: torch.device) -> int:
 def find_tile(tile, offsets, E, EP: tl.constexpr, BM: tl.constexpr):
     """Return the expert of a row tile, its first row, and the end of that expert's rows.
 
-    Args:
-        tile: Number of the tile, counted through all experts.
-        offsets: Pointer to [E] int32, end of each expert's rows.
-        E: Number of experts.
-        EP: The next power of two.
-        BM: Rows of a tile.
-
-    Beyond the last tile the expert is -1 and the first row counts on from the last expert's end.
+    Tiles are numbered through all experts. Beyond the last one the expert is -1 and the first row
+    counts on from the last expert's end. EP is the power of two that covers E.
     """
     lane = tl.arange(0, EP)
     ends = tl.load(offsets + lane, mask=lane < E, other=0)
@@ -108,19 +101,10 @@ def multiply(
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Return `x @ w.T` [BM, BN] in float32.
+    """Return `x @ w.T` [BM, BN] in float32, BK of the WIDTH at a time.
 
-    Args:
-        x: [BM] pointers to contiguous rows.
-        x_mask: [BM], which rows to read; zeros for others.
-        w: [BN] pointers to the weight's rows.
-        w_mask: [BN], which of them to read.
-        stride_wk: Elements between neighbours in a weight's row.
-        WIDTH: Length of the rows.
-        BM: Number of rows.
-        BN: Number of columns.
-        BK: Step in depth.
-        PRECISION: `input_precision` of the product.
+    `x` [BM] points to contiguous rows, `w` [BN] to the weight's rows, whose elements are
+    `stride_wk` apart; masked rows count as zeros.
     """
     depth = tl.arange(0, BK)
     x_tile = x[:, None] + depth[None, :]

@@ -1,4 +1,4 @@
-"""What goes into chosen MLPs when the dense model runs on its example inputs.
+"""The inputs of chosen MLPs when the dense model runs on its example inputs.
 
 Shapes: T tokens, D model width.
 """
@@ -20,22 +20,16 @@ from moeify.plan.layer_plan import LayerPlan
 from moeify.sites.discovery import Discovery, find_site
 
 MOST = 8192
-"""Most tokens that are kept, evenly spread."""
+"""Upper bound of the tokens that are kept, evenly spread."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Calibration:
-    """The inputs of one MLP.
+    """The inputs of one MLP."""
 
-    Attributes:
-        rows: [T, D] float32, on the CPU; padding left out where an attention mask says what it is.
-        batch: [T] int64, the row of the batch that each belongs to.
-        batches: Rows of the batch.
-    """
-
-    rows: Tensor
-    batch: Tensor
-    batches: int
+    rows: Tensor  # [T, D] float32, on the CPU, without what an attention mask marks as padding
+    batch: Tensor  # [T] int64, the row of the batch that each belongs to
+    batches: int  # rows of the batch
 
 
 def mlp_inputs(
@@ -44,16 +38,9 @@ def mlp_inputs(
     layers: Iterable[LayerPlan],
     example_inputs: ExampleInputs,
 ) -> dict[str, Calibration]:
-    """Run the dense model once, in evaluation mode, and keep what goes into chosen MLPs.
+    """Run the dense model once, in evaluation mode; return the inputs of MLPs by layer name.
 
-    Args:
-        model: Left exactly as it was.
-        discovery: Where its MLPs are.
-        layers: The resolved layers; nothing is run if none looks at it, or on `meta`.
-        example_inputs: As for `moeify`.
-
-    Returns:
-        The inputs by layer name.
+    The model is left as it was. It is not run if no layer needs activations, or on `meta`.
 
     Raises:
         CaptureError: The model does not run, or an MLP did not.
@@ -67,7 +54,7 @@ def mlp_inputs(
     with preserved(model), torch.no_grad():
         for module in model.modules():
             module.__dict__["training"] = False
-            compat.disable_fused_encoder(module)  # it goes around its projections
+            compat.disable_fused_encoder(module)  # it bypasses the projections
         for layer in wanted:
             found = find_site(discovery, layer)
             path, argument, channel = layer.site.name, "", -1
@@ -76,7 +63,7 @@ def mlp_inputs(
                 path = place.module if place.install == "T1" else place.taps[0]
                 argument = place.argument if place.install == "T1" else ""
                 channel = found.region.ups[0].channel
-            hook = _keep(seen[layer.name], argument, channel)
+            hook = _recorder(seen[layer.name], argument, channel)
             target = model.get_submodule(path)
             handles.append(target.register_forward_pre_hook(hook, with_kwargs=True))
         try:
@@ -95,7 +82,7 @@ def mlp_inputs(
     return {name: _calibration(rows, batches, mask) for name, rows in seen.items()}
 
 
-def _keep(kept: list[Tensor], argument: str, channel: int) -> Callable[..., None]:
+def _recorder(kept: list[Tensor], argument: str, channel: int) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         x = kwargs[argument] if argument and argument in kwargs else args[0]
         kept.append(x.detach().movedim(channel, -1).flatten(0, -2).float().cpu())

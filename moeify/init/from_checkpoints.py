@@ -24,7 +24,7 @@ from moeify.storage.tensor_source import TensorSource
 _OPEN: WeakKeyDictionary[nn.Module, dict[tuple[str, ...], tuple[DenseTensors, ...]]] = (
     WeakKeyDictionary()
 )
-"""The checkpoints that were opened for a model: its experts are built one at a time."""
+"""The open checkpoints of a model, kept because its experts are built one at a time."""
 
 _SAME = (
     "model_type",
@@ -35,22 +35,16 @@ _SAME = (
     "num_key_value_heads",
     "rope_theta",
 )
-"""What must be alike in configs: what the shapes of tensors do not tell."""
+"""Keys that must be equal in configs: what the shapes of tensors do not show."""
 
 
 def sources_for(model: nn.Module, layer: LayerPlan) -> tuple[DenseTensors, ...]:
     """Open the checkpoints of a layer with `init: {experts: models}`.
 
-    Args:
-        model: The dense model, or one on `meta`, for names and shapes.
-        layer: Its `init.from_`, relative to its `folder`.
-
-    Returns:
-        One source for each folder.
+    The model, which may be on `meta`, gives names and shapes.
 
     Raises:
-        CheckpointError: A folder is none, or holds another architecture; the message names the
-            folder and the tensor.
+        CheckpointError: A folder does not exist, or holds another architecture.
     """
     folders = tuple(os.path.join(layer.folder, folder) for folder in layer.init.from_)
     known = _OPEN.setdefault(model, {})
@@ -62,18 +56,18 @@ def sources_for(model: nn.Module, layer: LayerPlan) -> tuple[DenseTensors, ...]:
 def _opened(folder: str, model: nn.Module) -> DenseTensors:
     if not os.path.isdir(folder):
         raise CheckpointError(
-            f"{folder}: is no folder; `from` names local folders, relative to the plan's file or, "
+            f"{folder}: is not a folder; `from` names local folders, relative to the plan's file or, "
             "without one, to the working directory"
         )
     _check_config(folder, model)
     source = open_dense_folder(folder, model)
     for name, parameter in model.named_parameters():
         if name in source.missing:
-            raise CheckpointError(f"{folder}: lacks {name} of this {_kind(model)}")
+            raise CheckpointError(f"{folder}: {name} of this {_kind(model)} is missing")
         found = source.specs[source.aliases.get(name, name)]
         if found.shape != tuple(parameter.shape):
             raise CheckpointError(
-                f"{folder}: {name} has the shape {list(found.shape)}, and "
+                f"{folder}: {name} has the shape {list(found.shape)}, but "
                 f"{list(parameter.shape)} in this {_kind(model)}: another architecture"
             )
     return source
@@ -89,11 +83,11 @@ def _check_config(folder: str, model: nn.Module) -> None:
         return
     theirs, ours = parse_json(path.read_bytes(), str(path)), config.to_dict()
     if not isinstance(theirs, dict):
-        raise CheckpointError(f"{path}: is no mapping")
+        raise CheckpointError(f"{path}: is not a mapping")
     for key in _SAME:
         if key in theirs and key in ours and theirs[key] != ours[key]:
             raise CheckpointError(
-                f"{path}: {key} is {theirs[key]!r:.80}, and {ours[key]!r:.80} in this "
+                f"{path}: {key} is {theirs[key]!r:.80}, but {ours[key]!r:.80} in this "
                 f"{_kind(model)}: another architecture"
             )
 
@@ -109,15 +103,8 @@ def averaged(
 ) -> Tensor:
     """Return rows of a tensor, averaged over checkpoints.
 
-    Args:
-        sources: The checkpoints, at least one.
-        name: The tensor's name in the dense model.
-        start: First row along the first dimension.
-        stop: Row after the last; None for all.
-
-    Returns:
-        The mean, summed in float32 (or float64), in the dtype of the first checkpoint. A tensor
-        of integers is the first checkpoint's.
+    Summed in float32 (or float64), in the dtype of the first checkpoint. Integers are not averaged:
+    they are those of the first checkpoint.
 
     Source:
         Branch-Train-MiX (Sukhbaatar et al. 2024), section 3.2.
@@ -134,11 +121,7 @@ def averaged(
 
 
 class Averaged:
-    """The average of checkpoints, as a `TensorSource`.
-
-    Args:
-        sources: The checkpoints, of one architecture.
-    """
+    """The average of checkpoints of one architecture, as a `TensorSource`."""
 
     def __init__(self, sources: Sequence[TensorSource]) -> None:
         self._sources = tuple(sources)
@@ -151,12 +134,7 @@ class Averaged:
 
 
 def rest_of(model: nn.Module, layers: Iterable[LayerPlan], source: TensorSource) -> TensorSource:
-    """Return where everything but the experts of a plan comes from.
-
-    Args:
-        model: The dense model; may be on `meta`.
-        layers: The resolved layers.
-        source: The model's own tensors.
+    """Return the source of all tensors but the experts': the plan's average, or `source`.
 
     Raises:
         CheckpointError: A checkpoint of the plan does not fit.
@@ -169,13 +147,10 @@ def rest_of(model: nn.Module, layers: Iterable[LayerPlan], source: TensorSource)
 
 @contextmanager
 def averaging(model: nn.Module, layers: Iterable[LayerPlan]) -> Iterator[None]:
-    """Make a dense model's tensors the average of the plan's checkpoints; undone by an error.
+    """Set a dense model's tensors to the average of the plan's checkpoints; undo it on an error.
 
-    With `rest: keep`, without checkpoints, and on `meta`, nothing happens.
-
-    Args:
-        model: Changed in place; needs memory for a second copy while it lasts.
-        layers: The resolved layers, those with `init: {experts: models}` among them.
+    Needs memory for a second copy inside. With `rest: keep`, without checkpoints, and on `meta`,
+    nothing changes.
 
     Raises:
         CheckpointError: A checkpoint cannot be read, or does not fit.
@@ -189,9 +164,9 @@ def averaging(model: nn.Module, layers: Iterable[LayerPlan]) -> Iterator[None]:
     try:
         sources = sources_for(model, layer)
         with torch.no_grad():
-            lacking = {name for source in sources for name in source.missing}  # buffers
+            missing = {name for source in sources for name in source.missing}  # buffers
             for name, tensor in tensors.items() if layer.init.rest == "average" else ():
-                if name in lacking:
+                if name in missing:
                     continue
                 before[name] = tensor.detach().clone()
                 tensor.copy_(averaged(sources, name).to(tensor.device))
@@ -202,7 +177,7 @@ def averaging(model: nn.Module, layers: Iterable[LayerPlan]) -> Iterator[None]:
                 tensors[name].copy_(old)
         raise
     finally:
-        _OPEN.pop(model, None)  # files are read no more
+        _OPEN.pop(model, None)  # closes the files
 
 
 def state_of(model: nn.Module) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""Experts back into one: the reverse of `expert_init`, tensor by tensor.
+"""Merge experts into one MLP: the reverse of `strategies.init_experts`, tensor by tensor.
 
 Shapes: D model width, F expert width, E experts, G slices per copy; `wide` is F, or 2F if gated.
 """
@@ -13,7 +13,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Tell whether two tensors hold the same bits, NaN included; on `meta` only forms count."""
+    """Tell whether two tensors hold the same bits, NaN included; on `meta` compare shapes only."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     if a.is_meta or b.is_meta:
@@ -28,14 +28,7 @@ def widened(tensor: Tensor) -> Tensor:
 
 
 def merged(stacked: Tensor) -> tuple[Tensor, bool]:
-    """Make one tensor of E.
-
-    Args:
-        stacked: [E, ...].
-
-    Returns:
-        [...]: what all of them are, bit for bit, or else their mean; and whether they are alike.
-    """
+    """Return the mean of stacked tensors [E, ...], and whether all are equal, bit for bit."""
     first, *others = stacked.detach().unbind(0)
     if all(same_bits(first, other) for other in others):
         return first, True
@@ -48,16 +41,7 @@ def merged(stacked: Tensor) -> tuple[Tensor, bool]:
 
 
 def joined_rows(tensor: Tensor, slices: int, *, gated: bool) -> Tensor:
-    """Join the slices of first projections or their biases.
-
-    Args:
-        tensor: [E, wide, ...].
-        slices: G.
-        gated: Whether `wide` holds two halves.
-
-    Returns:
-        [E / G, wide * G, ...].
-    """
+    """Join the slices of first projections or biases: [E, wide, ...] to [E / G, wide * G, ...]."""
     halves = 2 if gated else 1
     experts, wide, *rest = tensor.shape
     parts = tensor.view(experts // slices, slices, halves, wide // halves, *rest)
@@ -65,15 +49,9 @@ def joined_rows(tensor: Tensor, slices: int, *, gated: bool) -> Tensor:
 
 
 def joined_columns(down: Tensor, slices: int, *, scaled: bool = True) -> Tensor:
-    """Join the slices of last projections and undo their factor G.
+    """Join the slices of last projections, [E, D, F] to [E / G, D, F * G].
 
-    Args:
-        down: [E, D, F].
-        slices: G.
-        scaled: Whether they have that factor.
-
-    Returns:
-        [E / G, D, F * G].
+    `scaled` undoes the factor G that granular slices have.
     """
     experts, width, hidden = down.shape
     parts = down.view(experts // slices, slices, width, hidden).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""Router rows that know what they look for: from clusters of neurons, or from what MLPs read.
+"""Router weights from clusters of neurons, or from the inputs of MLPs.
 
 Shapes: T tokens, D model width, F hidden width, E experts, w = F / E.
 """
@@ -15,21 +15,14 @@ from moeify.init.split import balanced_clusters
 from moeify.init.strategies import MlpWeights
 
 RIDGE = 0.1
-"""Of the regression of excitations on inputs, relative to the inputs' mean square."""
+"""Penalty of the regression of excitations on inputs, relative to the inputs' mean square."""
 
 
 def cluster_rows(dense: MlpWeights, groups: Tensor, std: float) -> Tensor:
     """Return rows along the mean first projection of each group of neurons.
 
-    A token then scores by how much it excites the group on average.
-
-    Args:
-        dense: The weights of the dense MLP; of a gated one the gate counts.
-        groups: [E, w] int64.
-        std: Rows are as long as those of N(0, std^2) are on average: std * sqrt(D).
-
-    Returns:
-        [E, D] float32.
+    A token's score is then how much it excites the group on average; of a gated MLP the gate
+    decides. Rows [E, D] are as long as those of N(0, std^2) are on average, std * sqrt(D).
 
     Source:
         "Similarity selection" of MoEfication (Zhang et al. 2022), section 3.3.
@@ -40,18 +33,9 @@ def cluster_rows(dense: MlpWeights, groups: Tensor, std: float) -> Tensor:
 
 
 def excitation_rows(calibration: Calibration, hidden: Tensor, groups: Tensor, std: float) -> Tensor:
-    """Return rows that tell from a token how much it excites each group of neurons.
+    """Return rows [E, D] that predict from a token how much it excites each group of neurons.
 
-    A ridge regression, from the tokens, of the summed size of a group's hidden values.
-
-    Args:
-        calibration: The MLP's inputs.
-        hidden: [T, F], what they become between the projections.
-        groups: [E, w] int64.
-        std: See `_scaled`.
-
-    Returns:
-        [E, D] float32.
+    A ridge regression from the tokens to the sum of a group's absolute hidden values [T, F].
     """
     x = calibration.rows - calibration.rows.mean(0)
     size = hidden.float().abs()[:, groups].sum(2)  # [T, E]
@@ -64,19 +48,10 @@ def excitation_rows(calibration: Calibration, hidden: Tensor, groups: Tensor, st
 def hidden_rows(
     calibration: Calibration, experts: int, seed: int, name: str, std: float, *, prompts: bool
 ) -> Tensor:
-    """Return rows that point to groups of the MLP's inputs: each the mean of its own.
+    """Return rows [E, D] that are the means of E groups of the MLP's inputs.
 
-    Args:
-        calibration: The MLP's inputs.
-        experts: E.
-        seed: Of the clusters.
-        name: The site's name.
-        std: See `_scaled`.
-        prompts: The groups are the rows of the batch, dealt to the experts in order; else
-            balanced clusters of the tokens, by direction.
-
-    Returns:
-        [E, D] float32.
+    With `prompts` the groups are the rows of the batch, divided among the experts in order; else
+    balanced clusters of the tokens, by direction.
 
     Raises:
         MoeifyError: The example inputs do not divide over the experts, or are too few.
@@ -88,8 +63,8 @@ def hidden_rows(
     if prompts:
         if calibration.batches % experts:
             raise MoeifyError(
-                f"{name}: `router: prompts` deals the rows of the example inputs to {experts} "
-                f"experts, and there are {calibration.batches}: use a multiple of {experts}"
+                f"{name}: `router: prompts` divides the rows of the example inputs among {experts} "
+                f"experts, but there are {calibration.batches}: use a multiple of {experts}"
             )
         labels = batch * experts // calibration.batches
     else:
@@ -97,7 +72,7 @@ def hidden_rows(
         if not count:
             raise MoeifyError(
                 f"{name}: `router: hidden` clusters the tokens of the example inputs in {experts} "
-                f"groups, and there are {len(x)}: use more"
+                f"groups, but there are {len(x)}: use more"
             )
         x = x[:count]
         labels = balanced_clusters(x, experts, seed, name + " router")
@@ -110,10 +85,10 @@ def hidden_rows(
 
 
 def _scaled(rows: Tensor, x: Tensor, std: float) -> Tensor:
-    """Centre rows and spread their logits as those of a random router.
+    """Centre rows and scale them so that their logits spread like those of a random router.
 
-    A common part changes no softmax. The standard deviation of the logits over tokens and experts
-    becomes what rows of N(0, std^2) give: std times the root of the tokens' mean square norm.
+    A part common to all rows changes no softmax. The standard deviation of the logits over tokens
+    and experts becomes that of rows from N(0, std^2): std times the tokens' root mean square norm.
     """
     rows = rows - rows.mean(0)
     logits = x @ rows.T

@@ -1,8 +1,8 @@
-"""One dense MLP dealt out to experts: balanced groups of hidden neurons, each a slice of the MLP.
+"""One dense MLP split into experts: balanced groups of hidden neurons, each a slice of the MLP.
 
-The slices of all experts add up to the MLP. Neurons that work together belong together, so that
+The slices of all experts add up to the MLP. Neurons that are active together are grouped, so that
 few slices give most of the output: groups are balanced clusters of the neurons' weights, or of the
-tokens on which they are active. The second is a balanced partition of the graph of co-activations:
+tokens on which they are active. The latter is a balanced partition of the graph of co-activations:
 among groups of equal size, k-means on the columns of A keeps the most weight of A'A inside them.
 
 Shapes: D model width, F hidden width, E experts, w = F / E, T tokens; `wide` is F, or 2F if gated.
@@ -24,26 +24,19 @@ from moeify.init.strategies import MlpWeights, cut, generator_for
 from moeify.plan.specs import InitSpec
 
 ROUNDS = 30
-"""Most rounds of assigning and averaging."""
+"""Upper bound of the rounds of assigning and averaging."""
 
 _FOUND: OrderedDict[str, Tensor] = OrderedDict()
-"""The last labels by a digest of what they were made from: experts are built one at a time."""
+"""The latest labels by a digest of their inputs, kept because experts are built one at a time."""
 
 
 def neuron_groups(
     dense: MlpWeights, experts: int, spec: InitSpec, name: str, hidden: Tensor | None = None
 ) -> Tensor:
-    """Deal the hidden neurons of an MLP to its experts.
+    """Return the hidden neurons of each expert, [E, w] int64, ascending, on the CPU (or `meta`).
 
-    Args:
-        dense: The weights of the dense MLP; on `meta` any groups do.
-        experts: E, a divisor of F.
-        spec: Says how, in `clusters`, and the seed.
-        name: The site's name, which seeds what is drawn.
-        hidden: [T, F], the hidden values of some tokens; needed by `coactivation`.
-
-    Returns:
-        [E, w] int64, ascending in each group, on the CPU (or on `meta`).
+    `hidden` [T, F] are the hidden values of some tokens, needed by `coactivation`. The site's name
+    is part of the seed.
 
     Raises:
         MoeifyError: `coactivation` without hidden values, or scikit-learn is missing.
@@ -76,33 +69,16 @@ def neuron_groups(
 
 
 def active(hidden: Tensor, experts: int) -> Tensor:
-    """Mark the neurons that matter to each token: the 2F / E largest, but no zeros.
-
-    Args:
-        hidden: [T, F].
-        experts: E.
-
-    Returns:
-        [T, F] float32, of 0 and 1.
-    """
+    """Return [T, F] float32: 1 for the 2F / E largest hidden values of a token, if not zero."""
     size = hidden.float().abs()
     count = max(1, min(size.shape[1], 2 * size.shape[1] // experts))
-    least = size.topk(count, 1).values[:, -1:]
-    return ((size >= least) & (size > 0)).float()
+    smallest = size.topk(count, 1).values[:, -1:]
+    return ((size >= smallest) & (size > 0)).float()
 
 
 def split_experts(dense: MlpWeights, groups: Tensor, share: range, top_k: int) -> MlpWeights:
-    """Return the slices of some experts, stacked.
-
-    Args:
-        dense: The weights of the dense MLP, without inner parameters.
-        groups: [E, w], the neurons of each expert.
-        share: The experts that are wanted.
-        top_k: Experts per token. The output bias is added as often: each gets that part of it.
-
-    Returns:
-        Tensors with a leading len(share).
-    """
+    """Return the slices of the experts in `share`, stacked, for groups [E, w] of neurons."""
+    # A token adds the output bias of each of its experts, so each has a part of it.
     slices = cut(dense, groups[list(share)].to(dense.up.device))
     bias = slices.down_bias
     return replace(slices, down_bias=None if bias is None else bias / top_k)
@@ -112,17 +88,9 @@ def balanced_clusters(points: Tensor, groups: int, seed: int, name: str) -> Tens
     """Cluster points into groups of equal size.
 
     k-means in which every assignment keeps the sizes equal: greedy at first, then improved by
-    exchanges between two groups until none helps, which comes within a percent of the exact
-    transport problem and takes N log N instead of cubic time.
-
-    Args:
-        points: [N, d] float32 on the CPU; N a multiple of `groups`.
-        groups: Number of groups.
-        seed: Of the first centres.
-        name: Seeds them too.
-
-    Returns:
-        [N] int64.
+    exchanges between two groups until none helps, which comes within a percent of the optimal
+    transport and takes N log N instead of cubic time. Points [N, d] are float32 on the CPU, N a
+    multiple of `groups`; the labels are [N] int64. Seed and name seed the first centres.
 
     Raises:
         MoeifyError: scikit-learn is missing.
@@ -140,14 +108,14 @@ def balanced_clusters(points: Tensor, groups: int, seed: int, name: str) -> Tens
     centres = torch.from_numpy(
         cluster.kmeans_plusplus(points.numpy(), groups, random_state=start)[0]
     )
-    labels, least = torch.empty(0, dtype=torch.int64), float("inf")
+    labels, lowest = torch.empty(0, dtype=torch.int64), float("inf")
     for _ in range(ROUNDS):
         costs = (centres.square().sum(1) - 2 * points @ centres.T).double()
         found = _assign(costs, labels)
         total = float(costs.gather(1, found[:, None]).sum())
-        if not total < least - 1e-6 * abs(least) and len(labels):
+        if not total < lowest - 1e-6 * abs(lowest) and len(labels):
             break
-        labels, least = found, total
+        labels, lowest = found, total
         sums = torch.zeros_like(centres).index_add_(0, labels, points)
         centres = sums / (len(points) // groups)
     _FOUND[key.hexdigest()] = labels
@@ -157,7 +125,7 @@ def balanced_clusters(points: Tensor, groups: int, seed: int, name: str) -> Tens
 
 
 def _assign(costs: Tensor, labels: Tensor) -> Tensor:
-    """Assign N points to E groups of N / E at little cost [N, E], from `labels` on if there are."""
+    """Assign N points to E groups of N / E at low cost [N, E], starting from `labels` if any."""
     count, groups = costs.shape
     room = count // groups
     labels = labels.clone() if len(labels) else _greedy(costs, room)
@@ -168,7 +136,7 @@ def _assign(costs: Tensor, labels: Tensor) -> Tensor:
 
 
 def _greedy(costs: Tensor, room: int) -> Tensor:
-    """Fill the groups, those points first that would lose most elsewhere."""
+    """Fill the groups, first with the points that would cost the most elsewhere."""
     count, groups = costs.shape
     labels = torch.full((count,), -1)
     left = [room] * groups
@@ -189,14 +157,14 @@ def _greedy(costs: Tensor, room: int) -> Tensor:
 
 
 def _exchange(costs: Tensor, labels: Tensor) -> bool:
-    """Exchange points between every two groups while both together gain; in place."""
+    """Exchange points between every two groups while the total cost falls; in place."""
     moved = False
     for a in range(costs.shape[1]):
         for b in range(a + 1, costs.shape[1]):
             inside = [(labels == group).nonzero().flatten() for group in (a, b)]
             gains = [
-                (costs[who, here] - costs[who, there]).sort(descending=True, stable=True)
-                for who, here, there in zip(inside, (a, b), (b, a), strict=True)
+                (costs[points, old] - costs[points, new]).sort(descending=True, stable=True)
+                for points, old, new in zip(inside, (a, b), (b, a), strict=True)
             ]
             count = int(((gains[0].values + gains[1].values) > 1e-9).sum())
             labels[inside[0][gains[0].indices[:count]]] = b
@@ -206,11 +174,7 @@ def _exchange(costs: Tensor, labels: Tensor) -> bool:
 
 
 def required(module: str) -> ModuleType:
-    """Import a module of an optional package.
-
-    Raises:
-        MoeifyError: It is not installed; the message says how to.
-    """
+    """Import a module of scikit-learn, which is optional."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -1,7 +1,7 @@
-"""How experts and routers start (DESIGN of each strategy in its docstring).
+"""How experts and routers start.
 
-Everything drawn comes from a generator of its own, seeded by the plan's seed and the site's name,
-so that every rank and every layout starts from the same numbers and the global state is untouched.
+Everything drawn comes from a separate generator, seeded by the plan's seed and the site's name, so
+that every rank and every layout starts from the same numbers and the global state is untouched.
 
 Shapes: D model width, F expert width, E experts, G slices per copy; `wide` is F, or 2F if gated.
 """
@@ -20,26 +20,17 @@ from moeify.plan.specs import InitSpec
 
 @dataclass(frozen=True, slots=True)
 class MlpWeights:
-    """The tensors of one dense MLP, oriented `[out, in]`, the gate first.
+    """The tensors of one dense MLP, oriented `[out, in]`, the gate first."""
 
-    Attributes:
-        up: [wide, D].
-        up_bias: [wide] or None.
-        down: [D, F].
-        down_bias: [D] or None.
-        inner: Further parameters, [F] each.
-        gated: Whether `up` holds two halves.
-    """
-
-    up: Tensor
-    up_bias: Tensor | None
-    down: Tensor
-    down_bias: Tensor | None
-    inner: tuple[Tensor, ...]
-    gated: bool
+    up: Tensor  # [wide, D]
+    up_bias: Tensor | None  # [wide]
+    down: Tensor  # [D, F]
+    down_bias: Tensor | None  # [D]
+    inner: tuple[Tensor, ...]  # further parameters, [F] each
+    gated: bool  # whether `up` holds two halves
 
     def named(self) -> dict[str, Tensor]:
-        """Return what there is by the names that `Experts` has for it."""
+        """Return the tensors by their names in `Experts`."""
         first = "gate_up" if self.gated else "up"
         values = {
             f"{first}_proj": self.up,
@@ -65,7 +56,7 @@ def init_router(shape: tuple[int, int], like: Tensor, spec: InitSpec, name: str)
     so that they are chosen together.
 
     Raises:
-        ValueError: `spec.router` looks at weights or activations: `site_weights.router_weight`.
+        ValueError: `spec.router` needs weights or activations: see `weights.router_weight`.
     """
     experts, width = shape
     if like.is_meta:
@@ -73,7 +64,7 @@ def init_router(shape: tuple[int, int], like: Tensor, spec: InitSpec, name: str)
     if spec.router == "zeros":
         return torch.zeros(shape, dtype=like.dtype, device=like.device)
     if spec.router != "normal":
-        raise ValueError(f"{name}: a router of {spec.router} is not drawn")
+        raise ValueError(f"{name}: `router: {spec.router}` needs the model's weights or inputs")
     groups = experts // spec.granularity
     drawn = torch.randn(
         groups, width, generator=generator_for(spec.seed, name, "router"), device="cpu"
@@ -91,31 +82,22 @@ def init_experts(
     scale: float = 1.0,
     share: range | None = None,
 ) -> MlpWeights:
-    """Return stacked weights of experts, each tensor with a leading E.
+    """Return stacked weights of the experts in `share`, each tensor with a leading len(share).
 
     What is drawn for an expert depends on its number alone, so every rank draws its own share.
+    `scale` is a factor on the last projection, weight and bias. Copies may be views of `dense`: do
+    not write to them. The strategies are:
 
-    Args:
-        dense: The weights of the dense MLP; on `meta` only shapes are made.
-        experts: E.
-        spec: The strategy and its numbers.
-        name: The site's name, which seeds what is drawn.
-        scale: Factor on what the last projection gives (weight and bias).
-        share: The experts that are wanted; None for all E.
-
-    Returns:
-        `copy`: E copies (sparse upcycling, Komatsuzaki et al. 2022).
-        `noise`: copies plus N(0, (noise_std * std(w))^2) on every weight matrix.
-        `drop`: copies in which a part `drop_ratio` of the hidden neurons is drawn anew per expert,
-        the same neurons in gate, up and down, from N(mean, std^2) of the replaced slice
-        (Drop-Upcycling, Nakamura et al. 2025).
-        `random`: N(0, std(w)^2) for weights, zero biases, ones for inner parameters.
-        `granular`: E / G copies in G slices each; the last projection times G, because the G
-        slices of a copy share its weight (fine-grained upcycling, He et al. 2024, with the whole
-        scale in the last projection, which is exact for gated MLPs too).
-        `models` and `split` come from elsewhere (`site_weights`); the first on `meta` from here.
-
-        Copies may be views of `dense`: they are not to be written to.
+    - `copy`: E copies (sparse upcycling, Komatsuzaki et al. 2022).
+    - `noise`: copies plus N(0, (noise_std * std(w))^2) on every weight matrix.
+    - `drop`: copies in which a part `drop_ratio` of the hidden neurons is drawn anew per expert,
+      the same neurons in gate, up and down, from N(mean, std^2) of the replaced slice
+      (Drop-Upcycling, Nakamura et al. 2025).
+    - `random`: N(0, std(w)^2) for weights, zero biases, ones for inner parameters.
+    - `granular`: E / G copies in G slices each; the last projection times G, because the G slices
+      of a copy share its combine weight (fine-grained upcycling, He et al. 2024, with the whole
+      scale in the last projection, which is exact for gated MLPs too).
+    - `models` and `split` are made in `weights`; here only the first, on `meta`.
     """
     share = range(experts) if share is None else share
     if spec.experts == "granular":
@@ -136,7 +118,7 @@ def scaled(weights: MlpWeights, scale: float) -> MlpWeights:
 
 
 def stacked(each: Sequence[MlpWeights]) -> MlpWeights:
-    """Stack the weights of several MLPs of one form: each tensor gets a leading axis."""
+    """Stack the weights of several MLPs of one shape along a new first axis."""
     first = each[0]
 
     def stack(name: str) -> Tensor | None:
@@ -149,14 +131,9 @@ def stacked(each: Sequence[MlpWeights]) -> MlpWeights:
 
 
 def cut(dense: MlpWeights, neurons: Tensor) -> MlpWeights:
-    """Cut slices out of an MLP without inner parameters; each keeps the whole output bias.
+    """Return stacked slices of an MLP without inner parameters; each has the whole output bias.
 
-    Args:
-        dense: The weights of the MLP.
-        neurons: [n, w] int64, the hidden neurons of each slice, on the device of the weights.
-
-    Returns:
-        Tensors with a leading n.
+    `neurons` [n, w] int64 are the hidden neurons of each slice, on the device of the weights.
     """
     width, count = dense.down.shape[1], len(neurons)
     rows = torch.cat([neurons, neurons + width], 1) if dense.gated else neurons
@@ -245,8 +222,4 @@ def _random(
         inner.fill_(1.0)
 
 
-_STRATEGIES = {
-    "noise": _add_noise,
-    "drop": _drop,
-    "random": _random,
-}
+_STRATEGIES = {"noise": _add_noise, "drop": _drop, "random": _random}

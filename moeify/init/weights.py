@@ -1,7 +1,7 @@
-"""What the experts and the router of one site start from, given the dense model.
+"""The starting weights of the experts and the router of one site, given the dense model.
 
-Each expert can be made alone, so that a model need not be in memory, nor a rank make what others
-hold.
+Each expert can be made alone, so that the model need not be in memory and a rank makes only its
+own experts.
 
 Shapes: T tokens, D model width, F hidden width, E experts; `wide` is F, or 2F if gated.
 """
@@ -44,14 +44,11 @@ def router_weight(
 ) -> Tensor:
     """Return the weight [E, D] that a layer's router starts from.
 
-    Args:
-        model: The dense model; of the site's parameters those of its MLP are read.
-        layer: The resolved plan of this layer.
-        found: Its site, or None for `expert: linear`.
-        inputs: What goes into the MLP; needed where `layer.init.needs_activations`.
+    Of the dense model only the parameters of this MLP are read. `found` is None for
+    `expert: linear`; `inputs` are needed if `layer.init.needs_activations`.
 
     Raises:
-        MoeifyError: The inputs are needed and missing, or too few.
+        MoeifyError: The inputs are missing, or too few.
     """
     init, like = layer.init, model.get_parameter(layer.site.down.weight)
     shape = (layer.experts, layer.site.d_in)
@@ -91,26 +88,15 @@ def expert_weights(
     share: range | None = None,
     inputs: Calibration | None = None,
 ) -> MlpWeights:
-    """Return the weights that some experts of a layer start from.
+    """Return the stacked weights that the experts in `share` (None for all) start from.
 
-    Each expert can be asked for alone. What is common to all (clusters of neurons, open
-    checkpoints) is found once and remembered.
-
-    Args:
-        model: The dense model; read only. Nothing but the parameters of this site's MLP is read:
-            the rest may be on `meta`. With theirs on `meta` too the result is.
-        layer: The resolved plan of this layer.
-        found: Its site.
-        scale: Factor on the last projection; what the layer's residual wants if None.
-        share: Their numbers; None for all.
-        inputs: What goes into the MLP; needed by `clusters: coactivation`.
-
-    Returns:
-        Stacked weights, each tensor with a leading len(share), in the dtype of the model's. They
-        may be views of the model's tensors: not to be written to.
+    Of the dense model only the parameters of this MLP are read; the rest may be on `meta`, and with
+    the MLP on `meta` the result is too. Weights may be views of the model's: do not write to them.
+    Clusters of neurons and open checkpoints are cached. `scale` is a factor on the last projection,
+    `branch_scale` if None.
 
     Raises:
-        MoeifyError: The inputs are needed and missing.
+        MoeifyError: `inputs` are missing, which `clusters: coactivation` needs.
         CheckpointError: A checkpoint of `init: {experts: models}` does not fit.
         UnsupportedModuleError: The hidden neurons of this MLP do not work independently.
     """
@@ -139,10 +125,7 @@ def _origin(layer: LayerPlan) -> str:
 def _digest_of_start(
     model: nn.Module, layer: LayerPlan, found: FoundSite | None, inputs: Calibration | None = None
 ) -> str:
-    """Identify the clusters of neurons and of tokens that a layer starts from; "" on `meta`.
-
-    Args, Raises: as of `router_weight`.
-    """
+    """Return a digest of the clusters of neurons and tokens that a layer starts from."""
     rows = router_weight(model, layer, found, inputs)
     if rows.is_meta:
         return ""
@@ -159,9 +142,9 @@ def assert_same_starts(
     discovery: Discovery,
     inputs: Mapping[str, Calibration],
 ) -> None:
-    """Compare clusters over all ranks: a last bit that differs may move a neuron to another one.
+    """Compare clusters over all ranks: one different bit may move a neuron to another cluster.
 
-    Those that come from example inputs need the same inputs on all ranks.
+    Clusters from example inputs need the same inputs on all ranks.
 
     Raises:
         PlanError: Ranks differ.
@@ -179,7 +162,7 @@ def assert_same_starts(
 
 
 def branch_scale(layer: LayerPlan) -> float:
-    """Return the factor on what the experts give that makes room for the dense branch."""
+    """Return the factor on the experts' output that makes room for the dense branch."""
     return 0.5 if layer.residual in ("add", "sigmoid") else 1.0
 
 
@@ -215,7 +198,7 @@ def _check_independent(layer: LayerPlan, region: Region, dense: MlpWeights) -> N
             whole = module(rows.flatten(1))[:, :part]
             alone = module(rows[:, :, :part].flatten(1))
             same = torch.allclose(whole, alone, rtol=1e-4, atol=1e-5)
-        except (RuntimeError, TypeError):  # it insists on the whole width
+        except (RuntimeError, TypeError):  # it needs the whole width
             same = False
     if not same:
         what = layer.init.experts
@@ -224,16 +207,7 @@ def _check_independent(layer: LayerPlan, region: Region, dense: MlpWeights) -> N
 
 
 def hidden_values(dense: MlpWeights, region: Region, rows: Tensor) -> Tensor:
-    """Return what a dense MLP has between its projections.
-
-    Args:
-        dense: Its weights, without inner parameters.
-        region: The MLP.
-        rows: [T, D] float32.
-
-    Returns:
-        [T, F] float32, on the CPU.
-    """
+    """Return the hidden values [T, F] of a dense MLP without inner parameters, on the CPU."""
     bias = None if dense.up_bias is None else dense.up_bias.float().cpu()
     with torch.no_grad():
         hidden = nn.functional.linear(rows, dense.up.float().cpu(), bias)
@@ -249,12 +223,7 @@ def hidden_values(dense: MlpWeights, region: Region, rows: Tensor) -> Tensor:
 
 
 def mlp_weights(parameter: Callable[[str], Tensor], region: Region) -> MlpWeights:
-    """Return the dense weights of a site, oriented `[out, in]`, the gate first, detached.
-
-    Args:
-        parameter: Gives a parameter of the dense model by its name.
-        region: The site.
-    """
+    """Return the dense weights of a site, detached; `parameter` returns one by its name."""
     program = region.program
     ups = [_oriented(parameter, up) for up in region.ups]
     biases = [_bias(parameter, up) for up in region.ups]

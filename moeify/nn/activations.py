@@ -1,4 +1,4 @@
-"""Elementwise functions by canonical name, as sites and experts name them."""
+"""Activations by canonical name, as sites and experts name them."""
 
 from __future__ import annotations
 
@@ -9,33 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moeify.kernels.elementwise import FUNCTIONS
+
 Activation = Callable[[Tensor], Tensor]
-
-
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
-def _quick_gelu(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(1.702 * x)
-
-
-def _relu2(x: Tensor) -> Tensor:
-    return F.relu(x).square()
-
-
-def _identity(x: Tensor) -> Tensor:
-    return x
 
 
 # A plain dict: dynamo refuses to read a MappingProxyType after any dict of the frame has changed.
 ACTIVATIONS: Final[Mapping[str, Activation]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": _gelu_tanh,
-    "quick_gelu": _quick_gelu,
-    "silu": F.silu,
-    "relu": F.relu,
-    "relu2": _relu2,
+    **FUNCTIONS,
     "relu6": F.relu6,
     "leaky_relu": F.leaky_relu,
     "elu": F.elu,
@@ -44,20 +25,15 @@ ACTIVATIONS: Final[Mapping[str, Activation]] = {
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
     "hardswish": F.hardswish,
-    "identity": _identity,
 }
 """Canonical name to function; parameters are torch's defaults."""
 
 
 def activation(name: str) -> Activation:
-    """Return the function called `name`.
+    """Return the activation called `name`; raise ValueError for an unknown one.
 
-    Raises:
-        ValueError: The name is unknown; the message lists the known ones.
-
-    Example:
-        >>> activation("relu2")(torch.tensor([-1.0, 3.0])).tolist()
-        [0.0, 9.0]
+    >>> activation("relu2")(torch.tensor([-1.0, 3.0])).tolist()
+    [0.0, 9.0]
     """
     if name not in ACTIVATIONS:
         raise ValueError(f"activation: {name!r} is unknown; use one of {', '.join(ACTIVATIONS)}")

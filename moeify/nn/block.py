@@ -18,14 +18,11 @@ from moeify.nn.activations import activation as activation_named
 
 
 class Tap(nn.Module):
-    """Stands where a first projection stood: remembers its input for the block.
+    """Replaces a first projection: keeps its input for the block.
 
-    What it returns only travels through the activation between, to the block, which ignores it:
-    zeros of the least width on which that activation runs.
-
-    Args:
-        width: Width of the placeholder.
-        channel: Dimension of the width: -1, or 1 for convolutions.
+    What it returns goes through the activation in between to the block, which ignores it: zeros of
+    the smallest width on which that activation runs, in dimension `channel` (-1, or 1 for
+    convolutions).
     """
 
     def __init__(self, width: int, channel: int = -1) -> None:
@@ -34,7 +31,7 @@ class Tap(nn.Module):
         self.input: Tensor | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        """Remember `input` [..., D] and return zeros [..., width]."""
+        """Keep `input` [..., D] and return zeros [..., width]."""
         self.input = input
         shape = list(input.shape)
         shape[self.channel] = self.width
@@ -45,11 +42,7 @@ class Tap(nn.Module):
 
 
 class TapReader(nn.Module):
-    """Gives the block what the tap remembers, and lets go of it.
-
-    Args:
-        tap: The tap in front of this block.
-    """
+    """Passes the input that the tap kept to the block, and releases it."""
 
     def __init__(self, tap: Tap) -> None:
         super().__init__()
@@ -65,12 +58,9 @@ class TapReader(nn.Module):
 
 
 class StoredLinear(nn.Module):
-    """A projection with the dense model's own parameters, in the layout they were stored in.
+    """A projection with the parameters of the dense model, in the layout they are stored in.
 
-    Args:
-        weight: [out, in], [in, out] if transposed, with trailing ones for a convolution.
-        bias: [out] or None.
-        transposed: Whether the weight is stored `[in, out]`.
+    The weight is [out, in], or [in, out] if transposed, with trailing ones for a convolution.
     """
 
     bias: nn.Parameter | None
@@ -101,7 +91,7 @@ class DenseMLP(nn.Module):
         activation: Canonical name; ignored if `inner` is given.
         gated: Whether the hidden value is `act(gate) * linear`.
         swap: Whether the linear half comes first.
-        inner: Module for what is no canonical activation, `inner(hidden, *params)`.
+        inner: Module in place of a canonical activation, `inner(hidden, *params)`.
         params: Parameters of `inner` by name, [F] each.
         dropout: Probability of the dropout before the last projection, in training.
     """
@@ -153,21 +143,13 @@ class DenseMLP(nn.Module):
 
 
 class ResidualMix(nn.Module):
-    """Mixes the experts' output with the dense MLP's.
+    """Mixes the output of the experts with that of the dense MLP.
 
     `coefficient`: `c0 * moe + c1 * mlp` with `c = softmax(W x + b)` (DeepSpeed's Residual-MoE).
     `add`: `moe + mlp` (DeepSpeed-MoE, Rajbhandari et al. 2022, section 4.1).
     `sigmoid`: `moe + sigmoid(w x) * mlp` (the shared expert of Qwen2-MoE).
 
-    Args:
-        kind: One of the three.
-        width: D.
-        device: Device of the coefficient's parameters.
-        dtype: Their dtype.
-
-    Attributes:
-        coefficient: The linear map to the coefficients; zeros at first, so that both branches
-            start with one half. None for `add`.
+    The coefficient's parameters are zeros at first, so that both branches start with one half.
     """
 
     def __init__(
@@ -186,7 +168,7 @@ class ResidualMix(nn.Module):
             linear = nn.Linear(
                 width, outputs, bias=kind == "coefficient", device="meta", dtype=dtype
             )
-            for name, parameter in list(linear.named_parameters()):  # nothing is drawn
+            for name, parameter in list(linear.named_parameters()):  # without drawing
                 zeros = torch.zeros_like(parameter, device=device or "cpu")
                 setattr(linear, name, nn.Parameter(zeros))
             self.coefficient = linear
@@ -206,12 +188,7 @@ class ResidualMix(nn.Module):
 
 
 class LinearExperts(nn.Module):
-    """E square linear maps, for a plan's `expert: linear`.
-
-    Args:
-        weight: [E, D, D].
-        bias: [E, D].
-    """
+    """E square linear maps [E, D, D] with biases [E, D], for a plan's `expert: linear`."""
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""How many tokens an expert takes."""
+"""How many tokens an expert takes at most."""
 
 from __future__ import annotations
 
@@ -7,23 +7,14 @@ from fractions import Fraction
 
 import torch
 
-__all__ = ["expert_capacity"]
-
 
 def expert_capacity(
     tokens: int, *, top_k: int, experts: int, factor: float | None, minimum: int
 ) -> int:
     """Return the rows per expert: `max(minimum, ceil(factor * K * T / E))`, at most T.
 
-    The arithmetic is on integers, with `factor` read as the decimal it prints as, so that
-    1.1 * 10 is 11 and not 12, and a symbolic T stays symbolic.
-
-    Args:
-        tokens: T, an int or a SymInt.
-        top_k: K.
-        experts: E.
-        factor: Capacity factor, or None for dropless: T.
-        minimum: Lower bound.
+    Without a factor (dropless) it is T. The arithmetic is on integers, with `factor` read as the
+    decimal it prints as, so that 1.1 * 10 is 11 and not 12, and a symbolic T stays symbolic.
 
     Source:
         Switch Transformers (Fedus et al. 2021) eq. 3; DeepSpeed MoE for K and the minimum.
@@ -36,7 +27,7 @@ def expert_capacity(
         return tokens
     ratio = Fraction(str(factor)) * top_k / experts
     fair = (tokens * ratio.numerator + ratio.denominator - 1) // ratio.denominator
-    if isinstance(tokens, torch.SymInt):  # export; the compiler traces the built-ins itself
+    if isinstance(tokens, torch.SymInt):  # in export; the compiler traces the built-ins itself
         sym_min: Callable[..., int] = torch.sym_min
         sym_max: Callable[..., int] = torch.sym_max
         return sym_min(sym_max(fair, minimum), tokens)

@@ -1,7 +1,7 @@
 """Experts over the packed, expert-major buffer: stacked MLP weights, or any modules.
 
 Shapes: T tokens, R = T * K rows, D model width, F expert width, E experts. Rows from `offsets[-1]`
-on are unused: they come out as zeros and send back no gradient.
+on are unused: their outputs are zeros and they get no gradient.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Experts(nn.Module):
         bias: Whether the projections have biases.
         up_bias: Bias of the first projection alone; `bias` if None.
         down_bias: Bias of the last projection alone; `bias` if None.
-        inner: Module for what is no canonical activation, called as
+        inner: Module in place of a canonical activation, called as
             `inner(hidden [R, F or 2F], *inner_rows)` and returning [R, F].
         inner_params: Number of further per-expert parameters [E, F], passed to `inner` row by row.
         dropout: Probability of dropping hidden elements in training.
@@ -90,7 +90,7 @@ class Experts(nn.Module):
         if min(experts, d_in, d_ff) < 1:
             raise ValueError(f"experts, d_in, d_ff: {experts}, {d_in}, {d_ff} must be at least 1")
         if not 0 <= dropout <= 1:
-            raise ValueError(f"dropout: {dropout} must lie in [0, 1]")
+            raise ValueError(f"dropout: {dropout} must be in [0, 1]")
         if inner is None:
             activation_named(activation)
             if inner_params:
@@ -145,7 +145,7 @@ class Experts(nn.Module):
             weights: [T, K] combine weights, or None for ones.
             order: [R] int32, flat route of each row.
             slots: [T, K] int32, row of each route.
-            kernel: What runs it, a name of `kernels.lowering.KERNELS`.
+            kernel: What runs it, a name of `kernels.choose.KERNELS`.
 
         Returns:
             [R, d_out], zeros from row `offsets[-1]` on; or [T, d_out].
@@ -161,9 +161,9 @@ class Experts(nn.Module):
 
     @property
     def fused(self) -> bool:
-        """Whether one op can do it all now: no module inside, and no dropout at work."""
-        busy = self.dropout > 0 and self.training
-        return self.inner is None and self.activation in FUSED and not busy
+        """Whether one op can do it all now: no inner module, and no dropout in training."""
+        drops = self.dropout > 0 and self.training
+        return self.inner is None and self.activation in FUSED and not drops
 
     def _fused(
         self,
@@ -174,14 +174,7 @@ class Experts(nn.Module):
         slots: Tensor,
         kernel: str,
     ) -> Tensor:
-        first = "gate_up" if self.gated else "up"
-        tokens, up, up_bias, down, down_bias = autocast_all(
-            tokens,
-            local(getattr(self, f"{first}_proj"), self.sharded),
-            local(getattr(self, f"{first}_bias"), self.sharded),
-            local(self.down_proj, self.sharded),
-            self._down_bias(),
-        )
+        tokens, up, up_bias, down, down_bias = autocast_all(tokens, *self._up(), *self._down())
         out: Tensor = torch.ops.moeify.experts(
             tokens,
             weights,
@@ -200,24 +193,27 @@ class Experts(nn.Module):
         return out
 
     def _rows(self, rows: Tensor, offsets: Tensor) -> Tensor:
-        first = "gate_up" if self.gated else "up"
-        weight, bias = getattr(self, f"{first}_proj"), getattr(self, f"{first}_bias")
-        hidden = _linear(rows, local(weight, self.sharded), local(bias, self.sharded), offsets)
+        hidden = _linear(rows, *self._up(), offsets)
         if self.inner is not None:
             hidden = self.inner(hidden, *self._inner_rows(hidden, offsets))
         else:
             hidden = self._activate(hidden)
         if self.dropout > 0:
             hidden = F.dropout(hidden, self.dropout, self.training)
-        return _linear(hidden, local(self.down_proj, self.sharded), self._down_bias(), offsets)
+        return _linear(hidden, *self._down(), offsets)
 
-    def _down_bias(self) -> Tensor | None:
-        """Return the last bias [E, d_out]; a slice lies among zeros, because slices are summed."""
-        bias: Tensor | None = local(self.down_bias, self.sharded)
-        if bias is None or bias.shape[1] == self.d_out:
-            return bias
-        before = self.slice_index * bias.shape[1]
-        return F.pad(bias, (before, self.d_out - before - bias.shape[1]))
+    def _up(self) -> tuple[Tensor, Tensor | None]:
+        first = "gate_up" if self.gated else "up"
+        weight, bias = getattr(self, f"{first}_proj"), getattr(self, f"{first}_bias")
+        return local(weight, self.sharded), local(bias, self.sharded)
+
+    def _down(self) -> tuple[Tensor, Tensor | None]:
+        """Return the last projection; a slice of its bias is padded, because slices are summed."""
+        weight, bias = local(self.down_proj, self.sharded), local(self.down_bias, self.sharded)
+        if bias is not None and bias.shape[1] != self.d_out:
+            before = self.slice_index * bias.shape[1]
+            bias = F.pad(bias, (before, self.d_out - before - bias.shape[1]))
+        return weight, bias
 
     def extra_repr(self) -> str:
         inner = self.activation if self.inner is None else "inner"
@@ -233,10 +229,6 @@ class Experts(nn.Module):
         gate, up = hidden.chunk(2, dim=1)
         return act(gate) * up
 
-    def _inner_parameters(self) -> list[Tensor]:
-        names = [f"inner_{i}" for i in range(self.inner_params)]
-        return [local(getattr(self, name), self.sharded) for name in names]
-
     def _inner_rows(self, hidden: Tensor, offsets: Tensor) -> list[Tensor]:
         """Return each inner parameter [E, F] spread over the rows: [R, F], zeros where unused.
 
@@ -244,22 +236,22 @@ class Experts(nn.Module):
         order and never reads an unused row.
         """
         ones = hidden.new_ones(hidden.shape[0], 1)
+        names = [f"inner_{i}" for i in range(self.inner_params)]
+        parameters = [local(getattr(self, name), self.sharded) for name in names]
         return [
-            torch.ops.moeify.grouped_linear(
-                ones.to(parameter.dtype), parameter[:, :, None], None, offsets
-            )
-            for parameter in self._inner_parameters()
+            torch.ops.moeify.grouped_linear(ones.to(p.dtype), p[:, :, None], None, offsets)
+            for p in parameters
         ]
 
 
 class ModuleExperts(nn.Module):
     """Experts of any kind: expert e is a module that maps its rows [n, D] to [n, d_out].
 
-    Eager, every expert gets exactly its rows. Their numbers are data, so under `torch.compile`
-    every expert gets `capacity` rows instead, padded with zeros whose results are not used: one
-    graph without breaks. Every expert runs in every forward, also with zero rows, so that its
-    gradients are zeros and not None. If an expert returns a tuple, its first element counts, as
-    in DeepSpeed.
+    In eager mode every expert gets exactly its rows. How many those are is data, so under
+    `torch.compile` every expert gets `capacity` rows instead, padded with zeros whose results are
+    not used: one graph without breaks. Every expert runs in every forward, also with zero rows, so
+    that its gradients are zeros and not None. If an expert returns a tuple, its first element is
+    used, as in DeepSpeed.
 
     Args:
         experts: One module per expert.
@@ -285,7 +277,7 @@ class ModuleExperts(nn.Module):
         Args:
             rows: [R, D].
             offsets: [E] int32, end of each expert's rows.
-            capacity: Upper bound of the rows per expert; R if None. Read by a compiler only.
+            capacity: Upper bound of the rows per expert, R if None; read by `torch.compile` only.
 
         Returns:
             [R, d_out]; zeros from row `offsets[-1]` on.
@@ -301,7 +293,7 @@ class ModuleExperts(nn.Module):
         return torch.cat([*outputs, padding])
 
     def _padded(self, rows: Tensor, offsets: Tensor, capacity: int) -> Tensor:
-        """Give every expert `capacity` rows, of which the first ones are its own."""
+        """Run every expert on `capacity` rows, of which the first ones belong to it."""
         starts = torch.cat([offsets.new_zeros(1), offsets[:-1]])
         place = torch.arange(capacity, device=rows.device)
         own = place < (offsets - starts)[:, None]

@@ -1,7 +1,7 @@
 """Router losses over the tokens of all ranks.
 
 The balance loss is a product of two means over tokens, so the mean of the ranks' losses is not the
-loss of their tokens together: the sums travel instead, in one small all-reduce per layer. Every
+loss of all their tokens: the sums are reduced instead, in one small all-reduce per layer. Every
 rank then has the same loss; averaging gradients over the ranks counts it once.
 
 Shapes: T tokens of this rank, E experts, K top-k.
@@ -13,41 +13,24 @@ import torch
 from torch import Tensor
 
 from moeify.distributed.collectives import sum_over_ranks
-from moeify.kernels.gate import EPSILON
+from moeify.kernels.gate import count_choices, expert_scores, normalized_scores
 from moeify.kernels.precision import without_autocast
 from moeify.kernels.route import Routing
-
-__all__ = ["over_ranks"]
 
 
 def over_ranks(
     routing: Routing, group: str, where: str, top_k: int, score: str, balance: str
 ) -> tuple[Routing, Tensor]:
-    """Return a routing with losses, counts and statistics over a group of ranks.
+    """Return a routing with losses, counts and statistics over the ranks of a group.
 
-    Args:
-        routing: Of this rank's tokens.
-        group: Name of the group whose ranks hold different tokens.
-        where: The layer, for messages.
-        top_k: K.
-        score: "softmax" or "sigmoid".
-        balance: "all" or "first"; see `kernels.gate`.
-
-    Returns:
-        The routing, and the number of tokens of all ranks, an int64 scalar.
-
-    Source:
-        As `kernels.gate`, with means over the tokens of all ranks.
+    The formulas are those of `kernels.gate`, with means over the tokens of all ranks. Also returned
+    is their number, an int64 scalar.
     """
     logits, experts = routing.logits, routing.logits.shape[1]
     with without_autocast(logits):
-        if score == "softmax":
-            share = logits.softmax(1)
-        else:
-            scores = logits.sigmoid()
-            share = scores / (scores.sum(1, keepdim=True) + EPSILON)
+        share = normalized_scores(expert_scores(logits, score), score)
         counts = routing.counts
-        counted = counts if balance == "all" else _counts(routing.ids[:, :1], experts)
+        counted = counts if balance == "all" else count_choices(routing.ids[:, :1], experts)
         own = logits.new_full((1,), logits.shape[0], dtype=torch.float64)
         parts = [
             share.sum(0),
@@ -74,9 +57,3 @@ def over_ranks(
             counts=counts.detach().to(routing.counts.dtype),
         )
     return found, tokens.detach().sum().to(torch.int64)
-
-
-def _counts(ids: Tensor, experts: int) -> Tensor:
-    flat = ids.flatten().long()
-    zeros = torch.zeros(experts, dtype=torch.int64, device=ids.device)
-    return zeros.scatter_add_(0, flat, torch.ones_like(flat))

@@ -31,7 +31,7 @@ class MoE(nn.Module):
         hidden_size: Model width.
         expert: The module to copy; maps [n, hidden_size] to [n, hidden_size], also for n = 0.
         num_experts: Number of experts; all start equal.
-        ep_size: Ranks that share the experts; only 1 by hand.
+        ep_size: Ranks that share the experts; only 1 here.
         k: Experts per token.
         capacity_factor: Capacity per expert in training, times `k * tokens / num_experts`.
         eval_capacity_factor: The same in evaluation.
@@ -76,13 +76,14 @@ class MoE(nn.Module):
         if num_experts < 1:
             raise ValueError(f"num_experts: {num_experts} is not at least 1")
         if not 1 <= k <= num_experts:
-            raise ValueError(f"k: {k} must lie between 1 and num_experts={num_experts}")
+            raise ValueError(f"k: {k} must be between 1 and num_experts={num_experts}")
         if ep_size != 1:
             raise ValueError(
-                f"ep_size: {ep_size} does not fit this layer, which is single-group; convert the "
-                "model with a plan (`parallel: {expert: ...}`) to spread experts over ranks"
+                f"ep_size: {ep_size} must be 1 for a layer built by hand; convert the model with a "
+                "plan (`parallel: {expert: ...}`) to shard experts over ranks"
             )
         like = next(expert.parameters(), None)
+        device, dtype = (None, None) if like is None else (like.device, like.dtype)
         self.hidden_size, self.num_experts, self.k = hidden_size, num_experts, k
         self.use_residual = use_residual
         self.router = Router(
@@ -96,19 +97,14 @@ class MoE(nn.Module):
             min_capacity=min_capacity,
             drop=_drop(k, use_rts),
             balance="first" if k == 2 else "all",
-            device=None if like is None else like.device,
+            device=device,
         )
         self.experts = ModuleExperts(copy.deepcopy(expert) for _ in range(num_experts))
         self.mlp: nn.Module | None = None
         self.coefficient: nn.Linear | None = None
         if use_residual:
             self.mlp = copy.deepcopy(expert)
-            self.coefficient = nn.Linear(
-                hidden_size,
-                2,
-                device=None if like is None else like.device,
-                dtype=None if like is None else like.dtype,
-            )
+            self.coefficient = nn.Linear(hidden_size, 2, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Run the layer.
@@ -131,8 +127,8 @@ class MoE(nn.Module):
         routing = self.router(tokens)
         rows = torch.ops.moeify.dispatch(tokens, routing.order, routing.slots)
         hidden = self.experts(rows, routing.offsets, self.router.capacity(tokens.shape[0]))
-        y = torch.ops.moeify.combine(hidden, routing.weights, routing.order, routing.slots)
-        out = y.view(*x.shape[:-1], y.shape[-1])
+        out = torch.ops.moeify.combine(hidden, routing.weights, routing.order, routing.slots)
+        out = out.view(*x.shape[:-1], out.shape[-1])
         if self.mlp is not None and self.coefficient is not None:
             dense = self.mlp(x)
             dense = dense[0] if isinstance(dense, tuple) else dense
@@ -142,21 +138,13 @@ class MoE(nn.Module):
 
 
 def _noise(policy: str | None, k: int) -> str:
-    """Return the router's noise for DeepSpeed's policy and k.
-
-    Raises:
-        ValueError: An unknown policy, or RSample with k > 1.
-    """
+    """Return the router's noise for DeepSpeed's policy and k."""
     if policy not in NOISY_GATE_POLICIES:
         raise ValueError(f"noisy_gate_policy: {policy!r} is unknown; use None, 'Jitter', 'RSample'")
     if policy == "RSample" and k != 1:
         raise ValueError(f"noisy_gate_policy: 'RSample' needs k=1, not k={k}")
-    kinds = [
-        *(["jitter"] if policy == "Jitter" else []),
-        *(["rsample"] if policy == "RSample" else []),
-        *(["gumbel"] if k == 2 else []),
-    ]
-    return "+".join(kinds) or "none"
+    kinds = [] if policy is None else [policy.lower()]
+    return "+".join([*kinds, "gumbel"] if k == 2 else kinds) or "none"
 
 
 def _drop(k: int, use_rts: bool) -> str:

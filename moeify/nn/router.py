@@ -1,8 +1,8 @@
-"""The router: a weight, the routing options, and what it remembers of its last forward.
+"""The router: a weight, the routing options, and the losses and statistics of its last forward.
 
-Everything random is drawn here and handed to deterministic ops. What a forward leaves behind
-(losses, statistics, load counts for bias updates) is written by real forwards only, never while
-activation checkpointing recomputes one, so each loss counts once and a recomputation routes alike.
+Everything random is drawn here and passed to deterministic ops. Losses, statistics and load counts
+for bias updates are written by real forwards only, never while activation checkpointing recomputes
+one, so each loss counts once and a recomputation routes alike.
 
 Shapes: T tokens, D model width, E experts, K top-k.
 """
@@ -28,31 +28,23 @@ record_under_compiled_checkpointing()
 
 NOISES = ("none", "jitter", "rsample", "gumbel", "jitter+gumbel")
 
-
 _NO_FORWARD: Mapping[str, Any] = {
     "last_aux_loss": None, "last_stats": None, "last_logits": (), "loss_taken": True, "_call": 0,
 }  # fmt: skip
-"""What belongs to the last forward, as it is before there was one."""
+"""The state of the last forward, before there was one."""
 
 
 class RouterStats(TypedDict):
-    """Statistics of one forward, without gradient.
+    """Statistics of one forward, without gradient."""
 
-    Attributes:
-        counts: [E] int32, routes per expert before dropping.
-        dropped: [] float, fraction of the routes that were dropped.
-        entropy: [] float, mean entropy of the scores, in nats.
-        tokens: Number of tokens; a tensor if they were counted over ranks.
-    """
-
-    counts: Tensor
-    dropped: Tensor
-    entropy: Tensor
-    tokens: int | Tensor
+    counts: Tensor  # [E] int32, routes per expert before dropping
+    dropped: Tensor  # [] float, fraction of the routes that were dropped
+    entropy: Tensor  # [] float, mean entropy of the scores, in nats
+    tokens: int | Tensor  # a tensor if they were counted over ranks
 
 
 class Router(nn.Module):
-    """Routes tokens to experts; the weight is all that trains, and there is no bias.
+    """Routes tokens to experts; only its weight trains, there is no trained bias.
 
     Args:
         hidden: Model width D.
@@ -68,7 +60,8 @@ class Router(nn.Module):
         capacity_factor: In training; None is dropless.
         eval_capacity_factor: In evaluation; None is dropless.
         min_capacity: Lower bound of the capacity.
-        drop: Who stays over capacity: "random" (in evaluation "position"), "position", "score".
+        drop: Which routes stay over capacity: "random" (in evaluation "position"), "position" or
+            "score".
         balance: Choices that the balance loss counts: "all" or "first".
         aux_loss: Coefficient of the balance loss in `last_aux_loss`.
         z_loss: Coefficient of the z-loss in `last_aux_loss`.
@@ -82,18 +75,18 @@ class Router(nn.Module):
     Attributes:
         weight: [E, D] parameter.
         selection_bias: [E] float32 buffer, if `bias_update` > 0.
-        pending_counts: [E] int64 buffer, load not yet answered by a bias update.
+        pending_counts: [E] int64 buffer, load since the last bias update.
         last_aux_loss: Weighted sum of the losses of the last forward, with its graph; or None.
         last_stats: `RouterStats` of the last forward, or None.
         keep_logits: True keeps the logits of the next forwards in `last_logits`.
         last_logits: [T, E] of each call since it was emptied, with their graph.
-        loss_taken: Whether somebody has read `last_aux_loss` since the last forward.
+        loss_taken: Whether `last_aux_loss` was read since the last forward.
         group: Process group of the ranks that hold different tokens, whose losses and statistics
             in training are over all their tokens; "" for this process alone.
         tensor_group: Process group of the ranks that hold the same tokens, which all use what the
             first of them draws; "" for this process alone.
         where: Path of the layer, for messages.
-        lift_capacity: True makes routing dropless, deterministic and without traces; see
+        lift_capacity: True makes routing dropless, deterministic and without side effects; see
             `lifted_capacity`.
 
     Raises:
@@ -179,7 +172,8 @@ class Router(nn.Module):
         input_noise, logit_noise = self._draw_noise(tokens) if stochastic else (None, None)
         priority: Tensor | None = None
         if drop == "random":  # float32 whatever the default: ties would favour the first tokens
-            priority = self._agreed(torch.rand(count, dtype=torch.float32, device=tokens.device))
+            drawn = torch.rand(count, dtype=torch.float32, device=tokens.device)
+            priority = self._from_first_rank(drawn)
         capacity = self.capacity(count)
         routing = route(
             tokens,
@@ -232,12 +226,12 @@ class Router(nn.Module):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave what belongs to the last forward behind: a loss with a graph cannot be copied."""
+        """Leave out the state of the last forward: a loss with a graph cannot be copied."""
         return {**self.__dict__, **_NO_FORWARD}
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Run forwards that leave no trace: then losses and statistics are as they were."""
+        """Restore losses and statistics after forwards that should not count."""
         before = {name: self.__dict__[name] for name in _NO_FORWARD}
         self._call = 0
         try:
@@ -251,33 +245,33 @@ class Router(nn.Module):
         dtype, device = accumulation_dtype(tokens.dtype), tokens.device
         with without_autocast(tokens):
             if self.noise in ("jitter", "jitter+gumbel"):
-                uniform = self._agreed(torch.rand(tokens.shape, dtype=dtype, device=device))
+                uniform = torch.rand(tokens.shape, dtype=dtype, device=device)
+                uniform = self._from_first_rank(uniform)
                 input_noise = 1 + self.jitter_eps * (2 * uniform - 1)
             if self.noise in ("rsample", "gumbel", "jitter+gumbel"):
                 count = tokens.shape[0]
                 uniform = torch.rand(count, self.experts, dtype=dtype, device=device)
-                uniform = self._agreed(uniform)
+                uniform = self._from_first_rank(uniform)
                 exponential = -uniform.clamp_min(torch.finfo(dtype).tiny).log()
                 logit_noise = -exponential.log()
         return input_noise, logit_noise
 
-    def _agreed(self, drawn: Tensor) -> Tensor:
-        """Return what the first rank of a tensor group has drawn."""
+    def _from_first_rank(self, drawn: Tensor) -> Tensor:
+        """Return what the first rank of the tensor group has drawn."""
         if not self.tensor_group:
             return drawn
         return from_first(drawn, self.tensor_group, f"{self.where}: random draws")
 
     def update_bias(self) -> None:
-        """Answer the pending load: overloaded experts down, underloaded ones up.
-
-        Nothing in it has a gradient. A `no_grad` region without results, though, would vanish from
-        the graph of `moeify.export`.
+        """Lower the bias of experts with more than the mean pending load, and raise the others'.
 
         A converted model calls it at the start of a training forward, outside of any region that
         is recomputed, so that a recomputation sees the bias that its forward saw.
         """
         if self.selection_bias is None or self.pending_counts is None:
             return
+        # Nothing here has a gradient, and a `no_grad` region without results would vanish from the
+        # graph of `moeify.export`.
         load = self.pending_counts.to(torch.float32)
         self.selection_bias.add_((load.mean() - load).sign(), alpha=self.bias_update)
         self.pending_counts.zero_()
@@ -288,8 +282,7 @@ class Router(nn.Module):
             loss = loss + self.z_loss * routing.z_loss
         if self.keep_logits:
             self.last_logits = (*self.last_logits, routing.logits)
-        some = tokens.clamp_min(1) if isinstance(tokens, Tensor) else max(tokens, 1)
-        routes = some * self.top_k
+        routes = _at_least_one(tokens) * self.top_k
         stats: RouterStats = {
             "counts": routing.counts,
             "dropped": routing.dropped / routes,
@@ -306,7 +299,7 @@ class Router(nn.Module):
         if self.experts < 1:
             raise ValueError(f"experts: {self.experts} is not at least 1")
         if not 1 <= self.top_k <= self.experts:
-            raise ValueError(f"top_k: {self.top_k} must lie between 1 and {self.experts} experts")
+            raise ValueError(f"top_k: {self.top_k} must be between 1 and {self.experts} experts")
         for name, value, known in (
             ("score", self.score, SCORES),
             ("combine", self.combine, COMBINES),
@@ -327,7 +320,7 @@ class Router(nn.Module):
             if factor is not None and not (factor > 0 and math.isfinite(factor)):
                 raise ValueError(f"{name}: {factor} must be a positive number, or None for no drop")
         if not 0 <= self.jitter_eps < 1:
-            raise ValueError(f"jitter_eps: {self.jitter_eps} must lie in [0, 1)")
+            raise ValueError(f"jitter_eps: {self.jitter_eps} must be in [0, 1)")
         for name, number in (
             ("min_capacity", self.min_capacity),
             ("aux_loss", self.aux_loss),
@@ -342,10 +335,10 @@ class Router(nn.Module):
 
 @contextmanager
 def lifted_capacity(model: nn.Module) -> Iterator[None]:
-    """Make every router below `model` dropless and deterministic, and let it leave no traces.
+    """Make every router below `model` dropless, deterministic and free of side effects.
 
-    Inside, nothing is dropped and no noise is drawn, also in training mode; losses, statistics
-    and the selection bias stay as they were. Used to compare a converted model with its source.
+    Nothing is dropped and no noise is drawn, also in training mode; losses, statistics and the
+    selection bias do not change. Used to compare a converted model with its source.
     """
     routers = [module for module in model.modules() if isinstance(module, Router)]
     former = [router.lift_capacity for router in routers]
@@ -358,11 +351,14 @@ def lifted_capacity(model: nn.Module) -> Iterator[None]:
             router.lift_capacity = value
 
 
+def _at_least_one(tokens: int | Tensor) -> int | Tensor:
+    return tokens.clamp_min(1) if isinstance(tokens, Tensor) else max(tokens, 1)
+
+
 def _merged(first: RouterStats, second: RouterStats) -> RouterStats:
-    """Return the statistics of both: counts and tokens add, fractions and means by tokens."""
+    """Return the statistics of both: sums of counts and tokens, means weighted by tokens."""
     tokens = first["tokens"] + second["tokens"]
-    some = tokens.clamp_min(1) if isinstance(tokens, Tensor) else max(tokens, 1)
-    share = first["tokens"] / some
+    share = first["tokens"] / _at_least_one(tokens)
     return {
         "counts": first["counts"] + second["counts"],
         "dropped": share * first["dropped"] + (1 - share) * second["dropped"],

@@ -1,4 +1,4 @@
-"""The leaf of an exported graph that keeps the router losses, as routers do in the model itself.
+"""The leaf module of an exported graph that keeps the router losses, as routers do in a model.
 
 Importing this module registers every op that an exported graph may call, so that a pickled graph,
 which names this module, runs in a fresh process.
@@ -19,13 +19,10 @@ from moeify.kernels import route as _route  # noqa: F401
 
 
 class RouterLosses(nn.Module):
-    """Weighs the losses of all gates of a graph and remembers their sum.
+    """Keeps the weighted sum of the losses of all gates of a graph in `last_aux_loss`.
 
     Args:
         coefficients: For each gate, the factors of its balance loss and of its z-loss.
-
-    Attributes:
-        last_aux_loss: The weighted sum of the last forward, with its graph; or None.
 
     Example:
         >>> import torch
@@ -35,8 +32,7 @@ class RouterLosses(nn.Module):
         0.02
     """
 
-    _is_impure = True
-    """Keeps the call in the graph when dead code is removed: it is there for what it remembers."""
+    _is_impure = True  # the call stays when dead code is removed: its effect is what it keeps
 
     def __init__(self, coefficients: Sequence[tuple[float, float]]) -> None:
         super().__init__()
@@ -44,7 +40,7 @@ class RouterLosses(nn.Module):
         self.last_aux_loss: Tensor | None = None
 
     def forward(self, *losses: Tensor) -> None:
-        """Remember the sum of balance loss and z-loss of each gate, two scalars per gate."""
+        """Keep the weighted sum of a balance loss and a z-loss per gate."""
         if is_exporting() or in_backward():
             return
         total: Tensor | None = None
@@ -59,5 +55,5 @@ class RouterLosses(nn.Module):
         return f"gates={len(self.coefficients)}"
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the last loss behind: with a graph it cannot be copied."""
+        """Leave out the last loss: with a graph it cannot be copied."""
         return {**self.__dict__, "last_aux_loss": None}

@@ -139,11 +139,15 @@ def corrupted(rank: int, changes: dict[str, Any], kind: str) -> Any:
 @pytest.mark.parametrize(
     ("changes", "kind", "message"),
     [
-        ({"splits": "uneven"}, "rows", r"rows for its experts, \d+ in all, but \d+ were announced"),
-        ({"splits": "uneven"}, "last", r"rows for its experts, \d+ in all, but \d+ were announced"),
-        ({"router": CAPACITY}, "rows", r"rows for its experts, not 0 to \d+, the capacity"),
-        ({"router": CAPACITY}, "negative", r"of \[-1, .*\] rows for its experts, not 0 to"),
-        ({"router": CAPACITY}, "last", r"of a capacity of \d+ rows, its own is \d+"),
+        ({"splits": "uneven"}, "rows", r"rows for its experts, which is \d+, and a total of \d+"),
+        ({"splits": "uneven"}, "last", r"rows for its experts, which is \d+, and a total of \d+"),
+        (
+            {"router": CAPACITY},
+            "rows",
+            r"its experts; each must be 0 to \d+, the capacity",
+        ),
+        ({"router": CAPACITY}, "negative", r" \[-1, .*\] its experts; each must be 0 to"),
+        ({"router": CAPACITY}, "last", r" a capacity of \d+ rows, but that of rank 0 is \d+"),
     ],
 )
 def test_counts_that_cannot_be_are_refused(changes, kind, message):
@@ -153,7 +157,7 @@ def test_counts_that_cannot_be_are_refused(changes, kind, message):
     (name, text, seconds), (other, _, _) = answers
     assert name == "DispatchError"
     assert other  # the liar sends what it does not have, or waits for rank 0
-    assert text.startswith("b: rank 0 heard from rank 1 of "), text
+    assert text.startswith("b: rank 1 announced to rank 0 "), text
     assert re.search(message, text), text
     assert seconds < PATIENCE / 2
 
@@ -168,7 +172,7 @@ def test_other_numbers_of_tokens_under_a_capacity(form):
     answers = run_ranks(unequal, 2, {"all_to_all": form}, timeout=PATIENCE, deadline=30.0)
     for kind, text, _ in answers:
         assert kind == "DispatchError"
-        assert re.match(r"a: rank (0 heard from rank 1|1 heard from rank 0) of ", text), text
+        assert re.match(r"a: rank (1 announced to rank 0|0 announced to rank 1) ", text), text
         assert "numbers of tokens" in text
         assert "pad the batches" in text
         assert "splits: uneven" in text

@@ -1,4 +1,4 @@
-"""Experts from several checkpoints: who comes from where, what is averaged, what is refused."""
+"""Experts from several checkpoints: the source of each, what is averaged, what is refused."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_the_same_checkpoint_everywhere_is_the_dense_model(models, place):
     torch.testing.assert_close(model(ids).logits, models[0](ids).logits)
 
 
-def test_a_saved_one_needs_the_checkpoints_no_more(models, place, tmp_path):
+def test_a_saved_model_no_longer_needs_the_checkpoints(models, place, tmp_path):
     here = tmp_path / "here"
     shutil.copytree(place, here)
     model = mf.moeify(copy.deepcopy(models[0]), plan_in(here))
@@ -147,7 +147,7 @@ def _other(folder):
 @pytest.mark.parametrize(
     ("damage", "part"),
     [
-        (shutil.rmtree, "tuned-2: is no folder"),
+        (shutil.rmtree, "tuned-2: is not a folder"),
         (_without, r"tuned-2.*layers\.0\.self_attn\.k_proj\.weight"),
         (_wider, r"tuned-2.*embed_tokens\.weight.*40, 16"),
         (_other, "tuned-2.*hidden_act is 'gelu'"),
@@ -155,7 +155,7 @@ def _other(folder):
     ],
     ids=["gone", "a tensor less", "wider", "another activation", "a late failure"],
 )
-def test_after_an_error_the_model_is_bit_for_bit_what_it_was(
+def test_after_an_error_the_model_is_unchanged_bit_for_bit(
     damage, part, models, place, tmp_path, monkeypatch
 ):
     shutil.copytree(place, tmp_path, dirs_exist_ok=True)
@@ -176,7 +176,7 @@ def test_after_an_error_the_model_is_bit_for_bit_what_it_was(
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_all_layers_mean_the_same_checkpoints(models):
+def test_all_layers_must_use_the_same_checkpoints(models):
     rules = [
         {"select": {"index": i}, "experts": 2, "init": {"experts": "models", "from": [a, "b"]}}
         for i, a in enumerate("ac")
@@ -185,7 +185,7 @@ def test_all_layers_mean_the_same_checkpoints(models):
         Plan.of({"layers": rules}).resolve(models[0])
 
 
-def test_the_plan_says_from(place):
+def test_the_plan_key_is_from(place):
     plan = Plan.load(plan_in(place))
     assert plan.data()["init"]["from"] == ["tuned-0", "tuned-1", "tuned-2"]
     assert Plan.of(plan.data()) == plan

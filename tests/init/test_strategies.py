@@ -1,4 +1,4 @@
-"""Ways to start experts and routers: what is exact, what is cut where, what is refused."""
+"""Starting weights of experts and routers: what is exact, which slices, what is refused."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_granular_is_exact(kind, slices, copies, top_k):
 
 
 class Mixing(nn.Module):
-    """Hidden neurons that look at each other."""
+    """Hidden neurons that depend on each other."""
 
     def __init__(self):
         super().__init__()
@@ -177,7 +177,7 @@ def test_widths_that_do_not_divide_name_the_next_ones():
         Plan.of(plan_of(7, experts="split")).resolve(model_of(), inputs())
 
 
-def test_balanced_clusters_find_what_there_is():
+def test_balanced_clusters_find_the_true_clusters():
     centres = 4 * torch.eye(5, 16)
     truth = torch.arange(5).repeat(60)
     points = centres[truth] + 0.3 * torch.randn(300, 16)
@@ -204,7 +204,7 @@ def test_neurons_that_work_together_stay_together():
     torch.manual_seed(3)
     model = model_of(nn.Sequential(nn.Linear(D, WIDTH), nn.ReLU(), nn.Linear(WIDTH, D)))
     kind = torch.randperm(WIDTH) % 3
-    with torch.no_grad():  # each kind of neuron looks at a feature of its own, noisily
+    with torch.no_grad():  # each kind of neuron reads a different feature, with noise
         model[0].weight.copy_(torch.eye(D))
         model[0].bias.zero_()
         model[1][0].weight.copy_(torch.randn(WIDTH, D) * 0.01)
@@ -255,7 +255,7 @@ def test_rows_are_as_spread_as_drawn_ones():
     assert 0.3 < spread["hidden"] / spread["normal"] < 3
 
 
-def test_padding_is_not_looked_at():
+def test_padding_is_ignored():
     class Padded(nn.Module):
         def __init__(self):
             super().__init__()
@@ -321,15 +321,15 @@ def test_experts_can_be_made_alone_from_their_site_alone(init):
         assert torch.equal(alone.up[0], whole.experts.gate_up_proj[number])
         assert torch.equal(alone.down[0], whole.experts.down_proj[number])
     assert torch.equal(router_weight(model, layer, found), whole.router.weight)
-    mine = {p.untyped_storage().data_ptr() for p in model[1].parameters()}
-    theirs = {p.untyped_storage().data_ptr() for p in whole.experts.parameters()}
-    assert not mine & theirs
+    actual = {p.untyped_storage().data_ptr() for p in model[1].parameters()}
+    desired = {p.untyped_storage().data_ptr() for p in whole.experts.parameters()}
+    assert not actual & desired
 
 
 @pytest.mark.parametrize(
     "init", [{"experts": "split", "clusters": "coactivation"}, {"router": "hidden"}]
 )
-def test_what_needs_the_whole_model_says_so(init):
+def test_what_needs_the_whole_model_is_refused_with_that_reason(init):
     model, x = model_of(), inputs()
     _, discovery, (layer,) = prepare(model, Plan.of(plan_of(4, **init)), x)
     assert layer.init.needs_activations

@@ -144,7 +144,7 @@ def test_receive_layout_sorts_segments_by_expert_and_source(data, sources, exper
 
 
 def scaled(rows: Tensor, offsets: Tensor, scales: Tensor) -> Tensor:
-    """Experts that multiply by a number of their own; behind the last row lies anything."""
+    """Experts that each multiply by another number; rows after the last one hold anything."""
     ends = offsets.long()
     lengths = torch.diff(ends, prepend=ends.new_zeros(1))
     used = int(ends[-1])
@@ -282,22 +282,22 @@ def announced(*rows: list[int]) -> Tensor:
         (
             announced([1, 2, 3], [1, 1, 3]),
             -1,
-            r"rank 7 heard from rank 9 of \[1, 1\] .* but 3 were",
+            r"rank 9 announced to rank 7 \[1, 1\] rows .* is 2, and a total of 3",
         ),
-        (announced([-1, 4, 3], [1, 1, 2]), -1, r"rank 7 heard from rank 7 of \[-1, 4\]"),
+        (announced([-1, 4, 3], [1, 1, 2]), -1, r"rank 7 announced to rank 7 \[-1, 4\]"),
         (
             announced([1, 2, 4], [5, 0, 4]),
             4,
-            r"rank 9 of \[5, 0\] rows .* not 0 to 4, the capacity",
+            r"rank 9 announced .* \[5, 0\] rows .* must be 0 to 4, the capacity",
         ),
-        (announced([1, 2, 4], [1, -2, 4]), 4, r"rank 9 of \[1, -2\] rows"),
+        (announced([1, 2, 4], [1, -2, 4]), 4, r"rank 9 announced to rank 7 \[1, -2\] rows"),
         (
             announced([1, 2, 4], [1, 2, 6]),
             4,
-            r"a capacity of 6 rows, its own is 4: .* pad .* uneven",
+            r"a capacity of 6 rows, but that of rank 7 is 4: .* pad .* uneven",
         ),
         (announced([1, 2, 4], [1, 2, 3]), 4, r"a capacity of 3 rows"),
-        (announced([1, 2, 4], [1, 2, 3]), -1, r"h\.1\.mlp: rank 7 heard from rank 7"),
+        (announced([1, 2, 4], [1, 2, 3]), -1, r"h\.1\.mlp: rank 7 announced to rank 7"),
     ],
 )
 def test_counts_that_do_not_agree_raise(recv_counts, capacity, message):

@@ -31,9 +31,9 @@ def priorities(kind, tokens, top_k):
 def check(ids, priority, experts, capacity):
     got = assign.assign(ids, priority, experts, capacity)
     expected = assign_reference(ids, priority, experts, capacity)
-    for mine, theirs in zip(got, expected, strict=True):
-        assert mine.dtype == theirs.dtype
-        assert torch.equal(mine, theirs)
+    for actual, desired in zip(got, expected, strict=True):
+        assert actual.dtype == desired.dtype
+        assert torch.equal(actual, desired)
 
 
 @pytest.mark.parametrize("many", [False, True], ids=["one program", "blocks"])

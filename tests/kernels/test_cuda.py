@@ -49,9 +49,9 @@ def test_against_float64_on_the_cpu(tokens, dtype, kernel):
     grad = torch.randn_like(x)
     got = run(model, x, grad)
     want = run(model.to("cpu", torch.float64), x.cpu().double(), grad.cpu().double())
-    for ours, theirs in zip(got, want, strict=True):
-        gap = (ours.cpu().double() - theirs).norm()
-        assert gap <= TOLERANCE[dtype] * theirs.norm().clamp_min(1e-6)
+    for ours, desired in zip(got, want, strict=True):
+        gap = (ours.cpu().double() - desired).norm()
+        assert gap <= TOLERANCE[dtype] * desired.norm().clamp_min(1e-6)
 
 
 @pytest.mark.parametrize("top_k", [1, 2])

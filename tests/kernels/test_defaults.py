@@ -54,9 +54,9 @@ def test_defaults_of_torch_change_nothing(tokens, top_k, dtype, default):
     want = run()
     with DEFAULTS[default]():
         got = run()
-    for ours, theirs in zip(got, want, strict=True):
-        assert ours.dtype == theirs.dtype
-        assert torch.equal(ours, theirs)
+    for ours, desired in zip(got, want, strict=True):
+        assert ours.dtype == desired.dtype
+        assert torch.equal(ours, desired)
 
 
 def test_random_drop_draws_float32_whatever_the_default():

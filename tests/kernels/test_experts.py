@@ -37,7 +37,7 @@ EDGES = {
 
 @pytest.fixture
 def deterministic():
-    """Same results in every run, and NaN in all memory that nobody has written yet."""
+    """Same results in every run, and NaN in all memory that was not written yet."""
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     assert bool(torch.empty(3).isnan().all())

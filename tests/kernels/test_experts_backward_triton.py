@@ -68,12 +68,12 @@ def cast(args, dtype):
 def check(args, dtype=torch.float32):
     expected = experts_backward_reference(*args)
     got = experts_backward(*cast(args, dtype))
-    for name, mine, truth in zip(NAMES, got, expected, strict=True):
-        assert mine.shape == truth.shape, name
-        assert mine.dtype == (torch.float32 if name == "weights" else dtype), name
+    for name, actual, truth in zip(NAMES, got, expected, strict=True):
+        assert actual.shape == truth.shape, name
+        assert actual.dtype == (torch.float32 if name == "weights" else dtype), name
         if truth.numel():
             scale = float(truth.abs().max())
-            error = float((mine.double() - truth).abs().max())
+            error = float((actual.double() - truth).abs().max())
             assert error <= TOLERANCE[dtype] * max(scale, 1.0), (name, error, scale)
     return got
 
@@ -142,8 +142,8 @@ def test_only_what_is_needed(needed):
     args[13:16] = needs
     part = check(args)
     wanted = [needs[0], needs[1], *[needs[2]] * 4]
-    for mine, whole, want in zip(part, full, wanted, strict=True):
-        assert torch.equal(mine, whole) if want else mine.shape == (0,)
+    for actual, whole, want in zip(part, full, wanted, strict=True):
+        assert torch.equal(actual, whole) if want else actual.shape == (0,)
 
 
 def test_any_strides():
@@ -151,8 +151,8 @@ def test_any_strides():
     expected = experts_backward(*args)
     args[3] = args[3].transpose(1, 2).contiguous().transpose(1, 2)
     args[4] = torch.stack([args[4], args[4]], dim=3)[..., 0]
-    for mine, truth in zip(experts_backward(*args), expected, strict=True):
-        torch.testing.assert_close(mine, truth, rtol=0, atol=0)
+    for actual, truth in zip(experts_backward(*args), expected, strict=True):
+        torch.testing.assert_close(actual, truth, rtol=0, atol=0)
     args[0] = args[0][:, :1].expand_as(args[0])
     check([a.double() if torch.is_tensor(a) and a.is_floating_point() else a for a in args])
 

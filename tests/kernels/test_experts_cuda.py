@@ -33,9 +33,9 @@ def test_every_choice_computes_the_same(kernel):
     torch.testing.assert_close(saved, hidden, rtol=1e-4, atol=1e-4)
     grad = torch.randn_like(want)
     rest = (x, weights, up, down, None, hidden, *table, "silu", True, False, True, True, True)
-    theirs = experts_backward_reference(grad, *rest, "auto")
+    desired = experts_backward_reference(grad, *rest, "auto")
     ours = experts_cuda.experts_backward(grad, *rest, kernel)
-    for a, b in zip(ours, theirs, strict=True):
+    for a, b in zip(ours, desired, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 

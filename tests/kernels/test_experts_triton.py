@@ -72,10 +72,10 @@ def check(arguments, dtype, activation="silu", gated=True, save=True, function=e
     expected = experts_reference(*wide, activation, gated, save, "auto")
     got = function(*given, activation, gated, save, "auto")
     assert got is not NotImplemented
-    for mine, theirs in zip(got, expected, strict=True):
-        assert mine.dtype == dtype
-        error = TOLERANCE[dtype] * max(1.0, theirs.abs().max().item()) if theirs.numel() else 0
-        torch.testing.assert_close(mine.double(), theirs, rtol=0, atol=error)
+    for actual, desired in zip(got, expected, strict=True):
+        assert actual.dtype == dtype
+        error = TOLERANCE[dtype] * max(1.0, desired.abs().max().item()) if desired.numel() else 0
+        torch.testing.assert_close(actual.double(), desired, rtol=0, atol=error)
     return got
 
 
@@ -128,7 +128,7 @@ def test_weights_of_any_strides():
 
 
 @pytest.mark.parametrize("tokens", [0, 1])
-def test_hardly_any_tokens(tokens):
+def test_very_few_tokens(tokens):
     for save in (True, False):
         out, _ = check(make(tokens, 3, 2, 16, 8), torch.float32, save=save)
         assert out.shape == (tokens, 16)
@@ -215,8 +215,8 @@ def test_grouped_linear_backward(counts, dtype):
     rows[sum(counts) :] = torch.nan  # unused rows are in nobody's gradient
     for with_bias in (True, False):
         wanted = grouped_linear_backward_reference(grad.double(), rows.double(), offsets, with_bias)
-        mine = grouped_linear_backward(grad, rows, offsets, with_bias)
-        for a, b in zip(mine, wanted, strict=True):
+        actual = grouped_linear_backward(grad, rows, offsets, with_bias)
+        for a, b in zip(actual, wanted, strict=True):
             assert a.dtype == dtype
             torch.testing.assert_close(a.double(), b, **error)
 
@@ -267,16 +267,16 @@ def test_measured_table():
     ("entries", "message"),
     [
         ([{**ENTRY, "bm": 48}], "entry 0: bm: 48 is not a power of two"),
-        ([{**ENTRY, "bn": 8}], "16 at least"),
+        ([{**ENTRY, "bn": 8}], "each side must be at least 16"),
         ([{**ENTRY, "stages": 0}], "stages: 0 is not a positive integer"),
         ([{**ENTRY, "bucket": 63}], "63 is not a bucket"),
-        ([{**ENTRY, "dtype": "float64"}], "'float64' is none of"),
+        ([{**ENTRY, "dtype": "float64"}], "'float64' is not one of"),
         ([{**ENTRY, "n": "4096"}], "not of type int"),
         ([{"device": "NVIDIA H200"}], "the keys must be device"),
-        ([ENTRY, ENTRY], "entry 1: .* is there twice"),
+        ([ENTRY, ENTRY], "entry 1: .* appears twice"),
         ({}, 'a list "entries"'),
     ],
 )
-def test_a_wrong_table_says_where(entries, message):
+def test_an_error_in_the_table_names_its_entry(entries, message):
     with pytest.raises(ValueError, match=message):
         parse_table(json.dumps({"entries": entries}))

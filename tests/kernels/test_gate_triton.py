@@ -40,9 +40,9 @@ def double(args):
 
 
 def check(got, expected, **tolerance):
-    for mine, theirs in zip(got, expected, strict=True):
-        assert mine.shape == theirs.shape
-        torch.testing.assert_close(mine.double(), theirs.double(), **tolerance)
+    for actual, desired in zip(got, expected, strict=True):
+        assert actual.shape == desired.shape
+        torch.testing.assert_close(actual.double(), desired.double(), **tolerance)
 
 
 @pytest.mark.parametrize(
@@ -126,9 +126,9 @@ def test_gate_backward_equals_the_reference(
     got = gate_backward.gate_backward(*given)
     expected = gate_backward_reference(*double(given))
     assert [g.dtype for g in got] == list(dtypes)
-    for mine, theirs in zip(got, expected, strict=True):
-        loose = {F32: 1e-5, F16: 2e-3, BF16: 1e-2}[mine.dtype]
-        check([mine], [theirs], atol=loose, rtol=loose)
+    for actual, desired in zip(got, expected, strict=True):
+        loose = {F32: 1e-5, F16: 2e-3, BF16: 1e-2}[actual.dtype]
+        check([actual], [desired], atol=loose, rtol=loose)
     again = gate_backward.gate_backward(*given)
     assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
 

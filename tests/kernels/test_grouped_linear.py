@@ -39,9 +39,9 @@ def test_equals_one_linear_per_expert(counts, unused, bias):
     got, expected = (f(rows, weight, vector, offsets) for f in (grouped_linear, slow))
     torch.testing.assert_close(got, expected)
     wanted = [rows, weight] + ([vector] if bias else [])
-    mine = torch.autograd.grad(got.square().sum(), wanted)
-    theirs = torch.autograd.grad(expected.square().sum(), wanted)
-    for a, b in zip(mine, theirs, strict=True):
+    actual = torch.autograd.grad(got.square().sum(), wanted)
+    desired = torch.autograd.grad(expected.square().sum(), wanted)
+    for a, b in zip(actual, desired, strict=True):
         torch.testing.assert_close(a, b)
     # an expanded (stride 0) gradient
     for a, b in zip(

@@ -26,7 +26,7 @@ def slow_route(
             p.append(1 / (1 + torch.exp(-logits)))
         shares.append(p[t] / p[t].sum())
         squares.append(torch.log(torch.exp(logits).sum()) ** 2)
-        mine = []
+        picked = []
         for j in range(top_k):
             noisy = gumbel is not None and (noise == "rsample" or (noise == "gumbel" and j > 0))
             values = logits + gumbel[t] if noisy else logits
@@ -35,10 +35,10 @@ def slow_route(
                 values = q + bias
             best = -1
             for e in range(experts):
-                if e not in mine and (best < 0 or values[e] > values[best]):
+                if e not in picked and (best < 0 or values[e] > values[best]):
                     best = e
-            mine.append(best)
-        chosen.append(mine)
+            picked.append(best)
+        chosen.append(picked)
     kept = set()
     for e in range(experts):
         routes = [(j, t) for j in range(top_k) for t in range(count) if chosen[t][j] == e]
@@ -71,12 +71,12 @@ def slow_route(
                     "sum": ((t, j) in kept) + raw[j] - raw[j].detach(),
                 }[combine]
             )
-    flat = [e for mine in chosen for e in mine]
+    flat = [e for picked in chosen for e in picked]
     counts = [flat.count(e) for e in range(experts)]
     aux = z = tokens.new_zeros(())
     if count:
         mean = torch.stack(shares).mean(0)
-        firsts = [sum(mine[0] == e for mine in chosen) for e in range(experts)]
+        firsts = [sum(picked[0] == e for picked in chosen) for e in range(experts)]
         load = [(c / count / top_k) for c in counts] if balance == "all" else None
         load = load or [f / count for f in firsts]
         aux = experts * sum(mean[e] * load[e] for e in range(experts))
@@ -124,9 +124,9 @@ def test_equals_a_loop_over_tokens(count, score, combine, balance, drop, top_k):
     torch.testing.assert_close(got.aux_loss, aux)
     torch.testing.assert_close(got.z_loss, z)
     cotangent = torch.randn(got.weights.shape, generator=g, dtype=x.dtype)
-    mine = (got.weights * cotangent).sum() + 0.3 * got.aux_loss + 0.2 * got.z_loss
+    loss = (got.weights * cotangent).sum() + 0.3 * got.aux_loss + 0.2 * got.z_loss
     theirs = (expected * cotangent.flatten()).sum() + 0.3 * aux + 0.2 * z
-    grads = torch.autograd.grad(mine, [x, w])
+    grads = torch.autograd.grad(loss, [x, w])
     if count:
         for a, b in zip(grads, torch.autograd.grad(theirs, [x, w]), strict=True):
             torch.testing.assert_close(a, b)

@@ -82,21 +82,21 @@ def test_a_selection_bias_moves_the_choice_and_not_the_weight():
 # -- noise
 
 
-def test_rsample_moves_the_only_choice_and_weighs_by_the_clean_softmax():
+def test_rsample_moves_the_only_choice_and_weights_by_the_clean_softmax():
     noise = torch.tensor([[0.0, 0.0, 2.0]])  # ln 0.2 + 2 = 0.39 > ln 0.5
     got = routed(TWO[:1], top_k=1, logit_noise=noise, noise="rsample")
     assert got.ids.tolist() == [[2]]
     near(got.weights, [[0.2]])
 
 
-def test_gumbel_moves_the_second_choice_alone():
+def test_gumbel_moves_only_the_second_choice():
     noise = torch.tensor([[-9.0, 0.0, 1.0]])  # ln 0.2 + 1 = -0.61 > ln 0.3 = -1.20
     got = routed(TWO[:1], top_k=2, logit_noise=noise, noise="gumbel")
     assert got.ids.tolist() == [[0, 2]]
     near(got.weights, [[0.5, 0.2]])
 
 
-def test_jitter_multiplies_what_the_router_reads():
+def test_jitter_multiplies_the_input_of_the_router():
     tokens, jitter = torch.tensor([[1.0, 3.0]]), torch.tensor([[2.0, 0.5]])
     got = route(tokens, torch.eye(2), top_k=1, capacity=1, input_noise=jitter)
     near(got.logits, [[2.0, 1.5]])
@@ -138,13 +138,13 @@ def test_by_position_all_first_choices_come_before_any_second():
     near(got.weights, [[0.6, 0.4], [1.0, 0.0], [0.7, 0.3], [1.0, 0.0]])  # over the kept
 
 
-def test_probability_weights_are_not_shared_out_again_after_a_drop():
+def test_probability_weights_are_not_normalized_after_a_drop():
     rows = [[0.6, 0.4], [0.6, 0.4]]
     got = routed(rows, top_k=2, capacity=1)
     near(got.weights, [[0.6, 0.4], [0.0, 0.0]])
 
 
-def test_straight_through_shares_out_what_is_kept():
+def test_straight_through_normalizes_over_the_kept_routes():
     got = routed([[0.6, 0.4], [0.7, 0.3]], top_k=2, capacity=1, combine="straight_through")
     near(got.weights, [[0.6, 0.4], [0.0, 0.0]])
     only = routed([[0.6, 0.3, 0.1], [0.7, 0.1, 0.2]], top_k=2, capacity=1,
@@ -152,7 +152,7 @@ def test_straight_through_shares_out_what_is_kept():
     near(only.weights, [[0.666667, 0.333333], [0.0, 1.0]])
 
 
-def test_in_a_sum_what_is_kept_weighs_one():
+def test_sum_gives_every_kept_route_a_weight_of_one():
     got = routed([[0.6, 0.3, 0.1], [0.7, 0.1, 0.2]], top_k=2, capacity=1, combine="sum")
     assert got.weights.tolist() == [[1.0, 1.0], [0.0, 1.0]]
 
@@ -293,7 +293,7 @@ TWO_AUX = 1.275  # 3 * (0.45 * 3/4 + 0.35 * 1/4): first choices alone
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_top_2_drops_by_position_and_weighs_what_is_kept(training, monkeypatch):
+def test_top_2_drops_by_position_and_normalizes_over_the_kept_routes(training, monkeypatch):
     options = {"k": 2, "capacity_factor": 0.5, "eval_capacity_factor": 0.5, "min_capacity": 0}
     moe, tokens = layer(TOP_2, **options)
     monkeypatch.setattr(torch, "rand", lambda *size, **kw: torch.full(size, 0.5, dtype=kw["dtype"]))

@@ -27,21 +27,21 @@ def deepspeed(moe, x, factor, priority=None, gumbel=None):
     capacity = min(count, max(math.ceil(count / n * factor * k), moe.router.min_capacity))
     choices = []
     for t in range(count):
-        mine = [int(gates[t].argmax())]
+        picked = [int(gates[t].argmax())]
         for _ in range(k - 1):
             rest = logits[t] + (gumbel[t] if gumbel is not None else 0)
             rest = rest.clone()
-            rest[mine] = -math.inf
-            mine.append(int(rest.argmax()))
-        choices.append(mine)
+            rest[picked] = -math.inf
+            picked.append(int(rest.argmax()))
+        choices.append(picked)
     kept = []
     for e in range(n):
-        mine = [(t, j) for j in range(k) for t in range(count) if choices[t][j] == e]
+        picked = [(t, j) for j in range(k) for t in range(count) if choices[t][j] == e]
         if k == 1 and priority is not None:
-            mine.sort(key=lambda r: -priority[r[0]])
+            picked.sort(key=lambda r: -priority[r[0]])
         if k > 2:
-            mine.sort(key=lambda r: -gates[r[0], e].item())
-        kept += mine[:capacity]
+            picked.sort(key=lambda r: -gates[r[0], e].item())
+        kept += picked[:capacity]
     out = []
     for t in range(count):
         routes = [choices[t][j] for j in range(k) if (t, j) in kept]
@@ -52,9 +52,9 @@ def deepspeed(moe, x, factor, priority=None, gumbel=None):
         for w, e in zip(weights, routes, strict=True):
             y = y + w * moe.experts.experts[e](tokens[t])
         out.append(y)
-    exp_counts = [sum(e in mine for mine in choices) for e in range(n)]
-    firsts = torch.tensor([[float(e == mine[0]) for e in range(n)] for mine in choices])
-    every = torch.tensor([[float(e in mine) for e in range(n)] for mine in choices])
+    exp_counts = [sum(e in picked for picked in choices) for e in range(n)]
+    firsts = torch.tensor([[float(e == picked[0]) for e in range(n)] for picked in choices])
+    every = torch.tensor([[float(e in picked) for e in range(n)] for picked in choices])
     me = gates.mean(0)
     if k == 1:
         l_aux = (me * firsts.double().mean(0)).sum() * n
@@ -106,9 +106,9 @@ def test_equals_deepspeed(k, factor, training, use_rts, monkeypatch):
     assert exp_counts.tolist() == counts
     assert exp_counts.dtype == torch.int64
     wanted = [x, *moe.parameters()]
-    mine = torch.autograd.grad(out.square().sum() + l_aux, wanted)
-    theirs = torch.autograd.grad(expected.square().sum() + aux, wanted, materialize_grads=True)
-    for a, b in zip(mine, theirs, strict=True):
+    actual = torch.autograd.grad(out.square().sum() + l_aux, wanted)
+    desired = torch.autograd.grad(expected.square().sum() + aux, wanted, materialize_grads=True)
+    for a, b in zip(actual, desired, strict=True):
         torch.testing.assert_close(a, b)
 
 

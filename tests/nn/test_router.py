@@ -1,4 +1,4 @@
-"""Router: capacity, noise, what a forward leaves behind, compilers, checkpoints, copies."""
+"""Router: capacity, noise, state of the last forward, compilers, checkpoints, copies."""
 
 import copy
 import math
@@ -96,7 +96,7 @@ def test_dropless_without_factors():
     assert int(router(torch.randn(50, 16)).dropped) == 0
 
 
-def test_rsample_weighs_by_the_clean_softmax():
+def test_rsample_weights_by_the_clean_softmax():
     router = Router(16, experts=4, noise="rsample")
     x = torch.randn(200, 16)
     routing = router(x)
@@ -178,7 +178,7 @@ def test_recomputation_routes_alike_and_counts_once(noise):
         assert torch.equal(saved.router.last_aux_loss, plain.router.last_aux_loss)
 
 
-def test_lifted_capacity_drops_nothing_and_leaves_no_trace():
+def test_lifted_capacity_drops_nothing_and_has_no_side_effects():
     block = Block(noise="gumbel", capacity_factor=0.25, min_capacity=1, bias_update=0.1)
     x = torch.randn(40, 16)
     with lifted_capacity(block):
@@ -198,11 +198,11 @@ def test_copies_after_a_training_forward(duplicate):
     block = Block(capacity_factor=1.0, bias_update=0.1)
     block(torch.randn(8, 16))
     block.seen.clear()
-    twin = duplicate(block)
-    assert twin.router.last_aux_loss is None
+    copied = duplicate(block)
+    assert copied.router.last_aux_loss is None
     assert block.router.last_aux_loss is not None
     x = torch.randn(8, 16)
-    assert torch.equal(twin.eval()(x), block.eval()(x))
+    assert torch.equal(copied.eval()(x), block.eval()(x))
 
 
 OPTIONS = [

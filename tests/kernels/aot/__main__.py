@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of the Triton kernels for a GPU that need not be there.
+"""Ahead-of-time compilation of the Triton kernels for a GPU that need not be present.
 
 `cases/` lists representative instances of each kernel. The interpreter that the tests run under
 accepts code which the compiler rejects, and knows no registers, so `python -m tests.kernels.aot`

@@ -11,23 +11,23 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class AotCase:
-    """One instance of a kernel.
+    """One instance of a kernel."""
 
-    Args:
-        kernel: The `@triton.jit` function.
-        types: Triton type of each argument that is not constant: "*bf16", "*i32", "i32", "fp32".
-        constants: Value of each `tl.constexpr` argument.
-        num_warps: Warps per program.
-        num_stages: Depth of software pipelining.
-        note: What distinguishes the case, for the table.
-    """
-
-    kernel: Any
-    types: Mapping[str, str]
+    kernel: Any  # the `@triton.jit` function
+    types: Mapping[str, str]  # of each argument that is not constant: "*bf16", "*i32", "i32"
     constants: Mapping[str, Any] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 2
-    note: str = ""
+    note: str = ""  # what distinguishes the case, for the table
+
+
+def launched(
+    kernel: Any, types: Mapping[str, str], options: Mapping[str, Any], note: str
+) -> AotCase:
+    """Return the case of a launch with `options`: constants, `num_warps` and `num_stages`."""
+    constants = dict(options)
+    launch = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in options}
+    return AotCase(kernel=kernel, types=types, constants=constants, note=note, **launch)
 
 
 def list_names() -> list[str]:

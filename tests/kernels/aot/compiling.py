@@ -1,4 +1,4 @@
-"""Compile kernels for a GPU that need not be there, and read what they take on it."""
+"""Compile kernels for a GPU that need not be present, and read the resources they use."""
 
 from __future__ import annotations
 
@@ -23,24 +23,14 @@ SHARED_LIMIT = 227 * 1024
 
 @dataclass(frozen=True, kw_only=True)
 class AotResult:
-    """What one case takes on the GPU, or why it does not compile.
+    """What one case uses on the GPU, or why it does not compile."""
 
-    Args:
-        kernel: List and function.
-        note: The case's.
-        registers: Per thread.
-        spill: Bytes of stack and local memory per thread; more than 0 is a defect.
-        shared: Bytes of shared memory per program.
-        seconds: Time to compile; near 0 from Triton's cache.
-        error: Why it does not compile, or "".
-    """
-
-    kernel: str
+    kernel: str  # list and function
     note: str
-    registers: int = 0
-    spill: int = 0
-    shared: int = 0
-    seconds: float = 0.0
+    registers: int = 0  # per thread
+    spill: int = 0  # bytes of stack and local memory per thread; more than 0 is a defect
+    shared: int = 0  # bytes of shared memory per program
+    seconds: float = 0.0  # to compile; near 0 from Triton's cache
     error: str = ""
 
     @property

@@ -8,7 +8,7 @@ import triton
 from moeify.kernels.elementwise import FUSED
 from moeify.kernels.triton.experts import lean_epilogue, sum_kernel, up_kernel
 from moeify.kernels.triton.tile_config import choose
-from tests.kernels.aot.case import AotCase
+from tests.kernels.aot.case import AotCase, launched
 
 
 def cases() -> list[AotCase]:
@@ -48,23 +48,16 @@ def _up_case(
     gated: bool,
 ) -> AotCase:
     dtype = torch.float32 if name == "fp32" else torch.bfloat16
-    config = choose(
-        rows,
-        experts,
-        f * (1 + gated),
-        d,
-        dtype,
-        torch.device("cpu"),
-        lean=lean_epilogue(activation, gated),
-    )
-    return AotCase(
-        kernel=up_kernel,
-        types={
+    lean = lean_epilogue(activation, gated)
+    config = choose(rows, experts, f * (1 + gated), d, dtype, torch.device("cpu"), lean=lean)
+    return launched(
+        up_kernel,
+        {
             **dict.fromkeys(("tokens", "up", "bias", "activated", "hidden"), f"*{name}"),
             **dict.fromkeys(("order", "offsets"), "*i32"),
             **dict.fromkeys(("row_count", "m_tiles", "stride_e", "stride_n"), "i32"),
         },
-        constants={
+        {
             "stride_k": 1,
             "E": experts,
             "EP": triton.next_power_of_2(experts),
@@ -74,12 +67,7 @@ def _up_case(
             "ACT": FUSED.index(activation),
             "GATED": gated,
             "PRECISION": "ieee",
-            "BM": config.bm,
-            "BN": config.bn,
-            "BK": config.bk,
-            "GROUP": config.group,
+            **config.launch_options(),
         },
-        num_warps=config.warps,
-        num_stages=config.stages,
-        note=f"{name} {d} x {f} {'gated ' if gated else ''}{activation}",
+        f"{name} {d} x {f} {'gated ' if gated else ''}{activation}",
     )

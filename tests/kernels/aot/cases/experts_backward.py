@@ -7,7 +7,7 @@ import triton
 
 from moeify.kernels.elementwise import FUSED
 from moeify.kernels.triton.experts_backward import down_backward_kernel, down_backward_tile
-from tests.kernels.aot.case import AotCase
+from tests.kernels.aot.case import AotCase, launched
 
 
 def cases() -> list[AotCase]:
@@ -29,21 +29,18 @@ def cases() -> list[AotCase]:
         values = ("grad", "down", "hidden", "grad_hidden", "activated")
         floats = ("weights", "shares")
         found.append(
-            AotCase(
-                kernel=down_backward_kernel,
-                types={
+            launched(
+                down_backward_kernel,
+                {
                     **dict.fromkeys(values, f"*{name}"),
                     **dict.fromkeys(floats, "*fp32"),
                     **dict.fromkeys(("order", "offsets"), "*i32"),
                     **dict.fromkeys(("stride_e", "stride_o"), "i32"),
                 },
-                constants=sizes
+                sizes
                 | {"stride_f": 1, "F": width, "ACT": FUSED.index(act), "GATED": gated}
-                | {"PRECISION": "ieee", "BM": config.bm, "BN": config.bn, "BK": config.bk}
-                | {"GROUP": config.group},
-                num_warps=config.warps,
-                num_stages=config.stages,
-                note=f"{name} {depth} x {width} {act}{' gated' if gated else ''}",
+                | {"PRECISION": "ieee", **config.launch_options()},
+                f"{name} {depth} x {width} {act}{' gated' if gated else ''}",
             )
         )
     return found

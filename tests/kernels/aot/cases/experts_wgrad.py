@@ -10,7 +10,7 @@ from moeify.kernels.triton.experts_wgrad import (
     weight_kernel,
     weight_tile,
 )
-from tests.kernels.aot.case import AotCase
+from tests.kernels.aot.case import AotCase, launched
 
 
 def cases() -> list[AotCase]:
@@ -27,18 +27,14 @@ def cases() -> list[AotCase]:
         name = "fp32" if dtype == torch.float32 else "bf16"
         left = gathered == "left"
         config = weight_tile(rows, experts, dtype, torch.device("cpu"))
-        warps, stages = config.pop("num_warps"), config.pop("num_stages")
         indices = {"order": "*i32", "offsets": "*i32"}
         note = f"{name} {n} x {m}, gathered {gathered}"
         found += [
-            AotCase(
-                kernel=weight_kernel,
-                types=indices | dict.fromkeys(("left", "right", "out"), f"*{name}"),
-                constants={"K": 2, "N": n, "M": m, "GATHER_LEFT": left, "PRECISION": "ieee"}
-                | config,
-                num_warps=warps,
-                num_stages=stages,
-                note=note,
+            launched(
+                weight_kernel,
+                indices | dict.fromkeys(("left", "right", "out"), f"*{name}"),
+                {"K": 2, "N": n, "M": m, "GATHER_LEFT": left, "PRECISION": "ieee", **config},
+                note,
             ),
             AotCase(
                 kernel=bias_kernel,

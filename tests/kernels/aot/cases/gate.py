@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from moeify.kernels.triton.gate import gate_kernel, gate_sizes, gate_sums_kernel, sum_sizes
-from tests.kernels.aot.case import AotCase
+from tests.kernels.aot.case import AotCase, launched
 
 
 def cases() -> list[AotCase]:
@@ -64,7 +64,6 @@ def _gate_case(
     left = "fp32" if input_noise else tokens
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     sizes = gate_sizes(rows, experts, dtypes[left], dtypes[weight])
-    num_warps, num_stages = sizes.pop("num_warps"), sizes.pop("num_stages")
     pointers = {
         "tokens": tokens,
         "weight": weight,
@@ -74,13 +73,13 @@ def _gate_case(
         **dict.fromkeys(("scores_out", "logits_out", "block_shares", "block_sums"), "fp32"),
         **dict.fromkeys(("ids_out", "block_counts"), "i32"),
     }
-    return AotCase(
-        kernel=gate_kernel,
-        types={
+    return launched(
+        gate_kernel,
+        {
             **{name: f"*{kind}" for name, kind in pointers.items() if kind},
             **dict.fromkeys(("rows", "experts"), "i32"),
         },
-        constants={
+        {
             **{name: None for name, kind in pointers.items() if not kind},
             "WIDTH": 4096,
             "TOP_K": top_k,
@@ -90,7 +89,5 @@ def _gate_case(
             "PRECISION": "ieee",
             **sizes,
         },
-        num_warps=num_warps,
-        num_stages=num_stages,
-        note=f"T={rows} E={experts} K={top_k} {tokens} {weight} {noise}",
+        f"T={rows} E={experts} K={top_k} {tokens} {weight} {noise}",
     )

@@ -12,7 +12,7 @@ from moeify.kernels.triton.gate_backward import (
     logits_sizes,
     product_sizes,
 )
-from tests.kernels.aot.case import AotCase
+from tests.kernels.aot.case import AotCase, launched
 
 
 def cases() -> list[AotCase]:
@@ -36,16 +36,13 @@ def cases() -> list[AotCase]:
     for experts in (8, 128):
         for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
             blocks = product_sizes(experts, dtype)
-            warps, stages = blocks.pop("num_warps"), blocks.pop("num_stages")
             pointers = dict.fromkeys(("tokens", "weight", "grad_tokens"), f"*{name}")
             found += [
-                AotCase(
-                    kernel=kernel,
-                    types=floats | pointers | sizes,
-                    constants={"input_noise": None, "PRECISION": "ieee", **blocks, **length},
-                    num_warps=warps,
-                    num_stages=stages,
-                    note=f"E={experts} {name}",
+                launched(
+                    kernel,
+                    floats | pointers | sizes,
+                    {"input_noise": None, "PRECISION": "ieee", **blocks, **length},
+                    f"E={experts} {name}",
                 )
                 for kernel, length in (
                     (grad_tokens_kernel, {"EXPERTS": experts}),

@@ -7,7 +7,7 @@ import triton
 
 from moeify.kernels.triton.grouped_linear import gradient_kernel, gradient_tile, product_kernel
 from moeify.kernels.triton.tile_config import TileConfig, choose
-from tests.kernels.aot.case import AotCase
+from tests.kernels.aot.case import AotCase, launched
 
 
 def cases() -> list[AotCase]:
@@ -24,18 +24,14 @@ def cases() -> list[AotCase]:
         config = choose(rows, experts, n, k, dtype, torch.device("cpu"))
         for weighted in (False, True):
             found.append(_product_case(name, config, experts, n, k, weighted))
-        bn, bk, bm, warps, stages = gradient_tile(rows, experts, torch.empty(0, dtype=dtype))
+        tile = gradient_tile(rows, experts, torch.empty(0, dtype=dtype))
+        values = dict.fromkeys(("grad", "rows", "grad_weight", "grad_bias"), f"*{name}")
         found.append(
-            AotCase(
-                kernel=gradient_kernel,
-                types={
-                    "offsets": "*i32",
-                    **dict.fromkeys(("grad", "rows", "grad_weight", "grad_bias"), f"*{name}"),
-                },
-                constants={"K": k, "N": n, "PRECISION": "ieee", "BM": bm, "BN": bn, "BK": bk},
-                num_warps=warps,
-                num_stages=stages,
-                note=f"{name} {n} x {k}",
+            launched(
+                gradient_kernel,
+                values | {"offsets": "*i32"},
+                {"K": k, "N": n, "PRECISION": "ieee", **tile},
+                f"{name} {n} x {k}",
             )
         )
     return found
@@ -51,10 +47,10 @@ def _product_case(
     }
     if weighted:
         types |= {"row_weights": "*fp32", "order": "*i32"}
-    return AotCase(
-        kernel=product_kernel,
-        types=types,
-        constants={
+    return launched(
+        product_kernel,
+        types,
+        {
             **({} if weighted else {"row_weights": None, "order": None}),
             "stride_k": 1,
             "E": experts,
@@ -64,12 +60,7 @@ def _product_case(
             "SCATTER": weighted,
             "ZERO_TAIL": not weighted,
             "PRECISION": "ieee",
-            "BM": config.bm,
-            "BN": config.bn,
-            "BK": config.bk,
-            "GROUP": config.group,
+            **config.launch_options(),
         },
-        num_warps=config.warps,
-        num_stages=config.stages,
-        note=f"{name} {n} x {k}{' weighted' if weighted else ''}",
+        f"{name} {n} x {k}{' weighted' if weighted else ''}",
     )

@@ -50,7 +50,7 @@ def test_large_begins_at_the_threshold():
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "meta", "mps"])
 @pytest.mark.parametrize("kernel", KERNELS[1:])
-def test_what_is_asked_for_is_taken_on_any_device(kernel, device):
+def test_a_kernel_of_the_plan_is_used_on_any_device(kernel, device):
     got = choose(replace(CUDA, device=device), kernel)
     assert got == Choice(kernel, "the plan asks for it")
 
@@ -59,9 +59,9 @@ REFUSALS = [
     ("triton", replace(CPU, dtype=torch.float64), "Triton has no matmul for float64"),
     ("grouped_mm", replace(CPU, dtype=torch.float64), "torch's grouped matmul has no float64"),
     ("grouped_mm", replace(CPU, widths=(16, 26, 16)),
-     "rows of width 26 are no multiple of 16 bytes in float32"),
+     "rows of width 26 are not a multiple of 16 bytes in float32"),
     ("grouped_mm", replace(CUDA, widths=(12, 24, 16)),
-     "rows of width 12 are no multiple of 16 bytes in bfloat16"),
+     "rows of width 12 are not a multiple of 16 bytes in bfloat16"),
     ("cpu", replace(CPU, activation=None), "a module of the model's own"),
     ("triton", replace(CUDA, activation="tanh"), "tanh, which is not fused"),
     ("grouped_mm", replace(CPU, activation="mish"), "mish, which is not fused"),

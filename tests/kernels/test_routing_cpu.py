@@ -14,7 +14,7 @@ from moeify.kernels.combine_weights import (
     combine_weights_reference,
 )
 from moeify.kernels.cpu import gate
-from moeify.kernels.cpu import rows as rows_native
+from moeify.kernels.cpu import rows as rows_cpu
 from moeify.kernels.cpu.compile import library
 from moeify.kernels.dispatch import dispatch_reference
 from moeify.kernels.gate import BALANCES, SCORES, gate_backward_reference, gate_reference
@@ -42,9 +42,9 @@ def close(a, b, tolerance=1e-5):
 
 
 def same(got, expected):
-    for mine, theirs in zip(got, expected, strict=True):
-        assert mine.dtype == theirs.dtype
-        assert torch.equal(mine, theirs)
+    for actual, desired in zip(got, expected, strict=True):
+        assert actual.dtype == desired.dtype
+        assert torch.equal(actual, desired)
 
 
 def reference_of_logits(logits, *options):
@@ -70,8 +70,8 @@ def check_gate(got, bias, added, options):
     close(scores, probabilities.gather(1, single))
     if torch.equal(choose(wide, bias, added, options), single):
         expected = reference_of_logits(wide, bias, None, added, *options)
-        for mine, theirs in zip(losses, expected[4:], strict=True):
-            close(mine, theirs)
+        for actual, desired in zip(losses, expected[4:], strict=True):
+            close(actual, desired)
 
 
 def choose(logits, bias, added, options):
@@ -185,8 +185,8 @@ def test_gate_backward(which, score, surrogate):
         got = gate.gate_backward(*grads, *args, ids, *options)
         wide = [None if x is None else x.double() for x in (*grads, *args)]
         expected = gate_backward_reference(*wide, ids, *options)
-        for mine, theirs in zip(got, expected, strict=True):
-            close(mine, theirs)
+        for actual, desired in zip(got, expected, strict=True):
+            close(actual, desired)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -200,9 +200,9 @@ def test_gate_backward_of_narrow_dtypes(dtype, monkeypatch):
         args = (*grads, tokens, weight, jitter, logits, ids, "softmax", "all", True)
         with torch.autocast("cpu", torch.bfloat16):
             got = gate.gate_backward(*args)
-        for mine, theirs in zip(got, gate_backward_reference(*args), strict=True):
-            assert mine.dtype == dtype
-            close(mine, theirs, 1e-2)
+        for actual, desired in zip(got, gate_backward_reference(*args), strict=True):
+            assert actual.dtype == dtype
+            close(actual, desired, 1e-2)
 
 
 def routes(count, experts, top_k):
@@ -222,12 +222,12 @@ def test_assign(count, experts, top_k):
     for priority in priorities:
         for capacity in {0, 1, count * top_k // experts, count // 2 + 1, count, count + 5}:
             args = (ids, priority, experts, capacity)
-            same(rows_native.assign(*args), assign_reference(*args))
+            same(rows_cpu.assign(*args), assign_reference(*args))
 
 
 def test_assign_nothing():
     empty = torch.empty(0, 2, dtype=torch.int32)
-    slots, order, offsets = rows_native.assign(empty, None, 3, 0)
+    slots, order, offsets = rows_cpu.assign(empty, None, 3, 0)
     assert slots.shape == (0, 2)
     assert order.shape == (0,)
     assert offsets.tolist() == [0, 0, 0]
@@ -238,7 +238,7 @@ def test_assign_in_parallel():
     ids = torch.rand(20_000, 8).topk(7).indices.int()
     for priority, capacity in [(None, 20_000), (None, 15_000), (torch.rand(ids.shape), 15_000)]:
         args = (ids, priority, 8, capacity)
-        same(rows_native.assign(*args), assign_reference(*args))
+        same(rows_cpu.assign(*args), assign_reference(*args))
 
 
 def packed(count, experts, top_k, capacity):
@@ -255,13 +255,13 @@ def test_combine_weights(combine, top_k):
     scores[1] = 0
     args = (scores, slots, combine)
     close(
-        rows_native.combine_weights(*args),
+        rows_cpu.combine_weights(*args),
         combine_weights_reference(scores.double(), slots, combine),
     )
     scores[1] = 0.5
     grad = torch.randn(60, 1).expand(60, top_k)
     expected = combine_weights_backward_reference(grad.double(), scores.double(), slots, combine)
-    close(rows_native.combine_weights_backward(grad, *args), expected)
+    close(rows_cpu.combine_weights_backward(grad, *args), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -271,19 +271,19 @@ def test_combine_weights(combine, top_k):
 def test_rows_there_and_back(dtype, width, count, top_k, capacity):
     slots, order = packed(count, 7, top_k, capacity)
     tokens = torch.randn(count, 2 * width).to(dtype)[:, :width]
-    rows = rows_native.dispatch(tokens, order, slots)
+    rows = rows_cpu.dispatch(tokens, order, slots)
     assert torch.equal(rows, dispatch_reference(tokens, order, slots))
     hidden = torch.randn(count * top_k, width).to(dtype)
     hidden[order < 0] = float("nan")
     weights = torch.rand(count, top_k)
     exact = 1e-5 if dtype == torch.float32 else 8e-3
     for factor in (None, weights):
-        got = rows_native.combine(hidden, factor, order, slots)
+        got = rows_cpu.combine(hidden, factor, order, slots)
         assert got.dtype == dtype
         wide = None if factor is None else factor.double()
         close(got, combine_reference(hidden.double(), wide, order, slots), exact)
     grad = torch.randn(count, 1).to(dtype).expand(count, width)
-    got = rows_native.combine_backward(grad, hidden, weights, order, slots)
+    got = rows_cpu.combine_backward(grad, hidden, weights, order, slots)
     expected = combine_backward_reference(
         grad.double(), hidden.double(), weights.double(), order, slots
     )
@@ -297,14 +297,14 @@ def test_a_nan_row_poisons_only_its_token():
     hidden = torch.randn(80, 20)
     hidden[5] = float("nan")
     for dtype in (torch.float32, torch.bfloat16):
-        out = rows_native.combine(hidden.to(dtype), None, order, slots)
+        out = rows_cpu.combine(hidden.to(dtype), None, order, slots)
         assert out.isnan().any(1).nonzero().flatten().tolist() == [int(order[5]) // 2]
 
 
 def test_bfloat16_rounds_to_nearest_even():
     hidden = torch.randn(64, 50).bfloat16()
     slots = torch.arange(64, dtype=torch.int32).view(32, 2)
-    got = rows_native.combine(hidden, None, slots.flatten(), slots)
+    got = rows_cpu.combine(hidden, None, slots.flatten(), slots)
     expected = hidden.float().view(32, 2, 50).sum(1).bfloat16()
     assert torch.equal(got, expected)
 
@@ -322,8 +322,8 @@ def test_results_do_not_depend_on_the_number_of_threads():
         whole = torch.eye(96)
         back = (logits, whole, None, logits, ids, "softmax", "all", False)
         out.append(gate.gate_backward(*grads, *back)[0])
-        out.append(rows_native.combine(hidden, weights, order, slots))
-        out += rows_native.combine_backward(logits, hidden, weights, order, slots)
+        out.append(rows_cpu.combine(hidden, weights, order, slots))
+        out += rows_cpu.combine_backward(logits, hidden, weights, order, slots)
         few = gate.gate(logits[:16], logits[:512], None, None, None, *options)
         return [*out, few[2]]
 
@@ -339,7 +339,7 @@ def test_what_is_not_served_goes_to_the_reference():
     assert gate.gate(x.double(), w, None, None, None, *options) is NotImplemented
     assert gate.gate(x, w, None, None, None, 2, "relu", *options[2:]) is NotImplemented
     assert gate.gate(x, w, None, None, torch.randn(5), *options) is NotImplemented
-    assert rows_native.combine_weights(x.double(), x.int(), "normalized") is NotImplemented
+    assert rows_cpu.combine_weights(x.double(), x.int(), "normalized") is NotImplemented
     ids = routes(3, 5, 2)
-    assert rows_native.assign(ids, torch.rand(3, 2).double(), 5, 1) is NotImplemented
-    assert rows_native.combine(x.half(), None, ids, ids) is NotImplemented
+    assert rows_cpu.assign(ids, torch.rand(3, 2).double(), 5, 1) is NotImplemented
+    assert rows_cpu.combine(x.half(), None, ids, ids) is NotImplemented

@@ -1,22 +1,7 @@
 """What only the C++ experts do: panels and their tails, few rows, no compiler, narrow vectors."""
 
-import logging
-import os
-import subprocess
-import sys
-from dataclasses import replace
 
-import pytest
-import torch
-import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from moeify.errors import DispatchError
-from moeify.kernels.cpu import compile
-from moeify.kernels.cpu import experts as experts_native
-from moeify.kernels.elementwise import FUSED
-from tests.kernels.cases import NAMES, TOLERANCE, Case, check, problem, truth
 
 pytestmark = pytest.mark.skipif(compile.library("experts") is None, reason="no C++ compiler")
 
@@ -38,7 +23,7 @@ def forgotten():
     """Forget the compiled libraries now, and again at the end."""
 
     def forget():
-        for cache in (compile.library, experts_native._forward, experts_native._library):
+        for cache in (compile.library, compile.function):
             cache.cache_clear()
 
     forget()
@@ -111,7 +96,7 @@ def test_few_rows_per_expert(rows, gated, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("top_k", [1, 2])
-def test_without_weights_routes_weigh_one(dtype, top_k):
+def test_without_weights_every_route_counts_as_one(dtype, top_k):
     case = replace(PLAIN, top_k=top_k, weighted=False)
     bare = problem(case, dtype)
     ones = replace(bare, floats=(bare.floats[0], torch.ones(40, top_k), *bare.floats[2:]))
@@ -144,7 +129,7 @@ def test_gradients_of_no_rows_are_zero():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", FUSED)
 def test_activations_at_extreme_values(name, dtype):
-    """Where exp overflows or underflows the activation and its slope still are the reference's."""
+    """Where exp overflows or underflows, the activation and its slope still equal the reference."""
     values = torch.tensor([-1e4, -200.0, -89.0, -88.0, -20.0, -1e-8, -0.0, 1e-30, 3.0, 88.0, 90.0,
                            1e4])  # fmt: skip
     count = len(values)
@@ -196,23 +181,23 @@ def test_what_is_not_served_goes_to_the_reference():
     for dtype in (torch.float16, torch.float64):
         exact = problem(PLAIN, dtype)
         rest = (exact.order, exact.slots, exact.offsets, "silu", True, True)
-        assert experts_native.experts(*exact.floats, *rest, "cpu") is NotImplemented
+        assert experts_cpu.experts(*exact.floats, *rest, "cpu") is NotImplemented
     single = problem(PLAIN, torch.float32)
     mixed = (single.floats[0].bfloat16(), *single.floats[1:])
-    assert experts_native.experts(*mixed, *rest, "cpu") is NotImplemented
-    assert experts_native.experts(*single.floats, *rest, "reference") is NotImplemented
+    assert experts_cpu.experts(*mixed, *rest, "cpu") is NotImplemented
+    assert experts_cpu.experts(*single.floats, *rest, "reference") is NotImplemented
 
 
 SCRIPT = """
 import logging, sys, torch
-from moeify.kernels.cpu import compile as native
-from tests.kernels.test_experts_native import PLAIN
+from moeify.kernels.cpu import compile
+from tests.kernels.test_experts_cpu import PLAIN
 from tests.kernels.cases import problem
 
 def refuse(source):
     raise AssertionError("asked for a compiler")
 
-native.compile_cpp = refuse
+compile.compile_cpp = refuse
 logging.basicConfig(level="INFO")
 torch.save([problem(PLAIN, d).solve("cpu") for d in (torch.float32, torch.bfloat16)], sys.argv[1])
 """
@@ -228,7 +213,7 @@ def test_native_code_can_be_switched_off(repo, tmp_path):
         check(got, truth(PLAIN, dtype)[1], TOLERANCE[dtype])
 
 
-def test_a_source_that_does_not_compile_is_said_once(forgotten, monkeypatch, caplog):
+def test_a_source_that_does_not_compile_is_logged_once(forgotten, monkeypatch, caplog):
     caplog.set_level(logging.INFO, logger="moeify")
     source = compile.source
     broken = {"experts": "int broken( {"}
