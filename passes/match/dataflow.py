@@ -26,19 +26,12 @@ from moeify.passes.match.operations import (
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A parameter behind a view chain.
-
-    Attributes:
-        name: The parameter.
-        shape: Its stored shape.
-        flipped: The view is its transpose.
-        stacked: The view is one slice of it (an expert's weight).
-    """
+    """A parameter behind a view chain."""
 
     name: str
-    shape: tuple[int, ...]
-    flipped: bool = False
-    stacked: bool = False
+    shape: tuple[int, ...]  # as stored
+    flipped: bool = False  # the view is its transpose
+    stacked: bool = False  # the view is one slice of it: one expert's weight
 
 
 def weight_of(node: object) -> Weight | None:
@@ -73,41 +66,27 @@ def weight_of(node: object) -> Weight | None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Linear:
-    """A projection as found in the graph.
+    """A projection as found in the graph."""
 
-    Attributes:
-        node: The node that multiplies.
-        out: The node that holds the result, after a bias that is added separately.
-        source: The node that is projected.
-        weight: The weight's parameter.
-        bias: The bias's parameter, or None.
-        transposed: True if the weight is stored `[in, out]`.
-        channel: The dimension that is projected: -1, or 1 for a convolution.
-        problem: Why it is no projection of tokens ("kernel 3 mixes neighbours"), or "".
-    """
-
-    node: fx.Node
-    out: fx.Node
-    source: fx.Node
+    node: fx.Node  # the one that multiplies
+    out: fx.Node  # holds the result, after a bias that is added separately
+    source: fx.Node  # what is projected
     weight: Weight
     bias: Weight | None
-    transposed: bool
-    channel: int
-    problem: str
+    transposed: bool  # the weight is stored [in, out]
+    channel: int  # the dimension that is projected: -1, or 1 for a convolution
+    problem: str  # why it is not a projection of tokens, or ""
 
     @property
     def in_features(self) -> int:
-        """Input width."""
         return self.weight.shape[0 if self.transposed else 1]
 
     @property
     def out_features(self) -> int:
-        """Output width."""
         return self.weight.shape[1 if self.transposed else 0]
 
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
-        """The nodes that make it up."""
         return (self.node,) if self.out is self.node else (self.node, self.out)
 
 
@@ -225,7 +204,7 @@ def _computed(node: fx.Node) -> Weight | None:
 
 
 def _not_a_parameter(graph: fx.Graph, weight: Weight) -> str:
-    """Say so where a weight is a buffer."""
+    """Return that a weight is a buffer, or ""."""
     value: object = graph.owning_module
     for part in weight.name.split("."):
         value = getattr(value, part, None)

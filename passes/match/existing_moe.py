@@ -23,12 +23,8 @@ class ExistingMoe:
     """What a graph says about MoE blocks that are already in it.
 
     Rows chosen by a mask of the inputs, as where padding is removed, are tokens like others: what
-    counts is that a projection made the choice, or that several MLPs share the tokens.
-
-    Args:
-        flow: The graph.
-        linears: Its projections.
-        sources: (input, weights) of each MLP found.
+    counts is that a projection made the choice, or that several MLPs share the tokens. `sources`
+    are (input, weights) of each MLP found.
     """
 
     def __init__(

@@ -40,37 +40,23 @@ class NotTokenwise(Exception):
 
 @dataclass(frozen=True, slots=True)
 class InnerProgram:
-    """The hidden part of an MLP.
+    """The hidden part of an MLP."""
 
-    Attributes:
-        activation: Canonical name, or "custom".
-        gated: The hidden value is `activation(gate) * linear`.
-        swap: The linear half comes first in the stored weights (or is projected first).
-        dropout: Probability of the dropout right before the last projection.
-        params: Parameters of the program (an inner norm), in the order of its arguments.
-        module: `module(hidden [R, sum of up widths], *params as rows)`; None if canonical.
-        narrow: It also runs on a hidden value of this width (a placeholder's), or 0.
-    """
-
-    activation: str
-    gated: bool
-    swap: bool
-    dropout: float
+    activation: str  # canonical name, or "custom"
+    gated: bool  # the hidden value is `activation(gate) * linear`
+    swap: bool  # the linear half comes first in the stored weights, or is projected first
+    dropout: float  # probability of the one right before the last projection
+    # parameters of the program (an inner norm), in the order of its arguments
     params: tuple[str, ...]
+    # `module(hidden [R, sum of up widths], *params)`; None if canonical
     module: fx.GraphModule | None
-    narrow: int
+    narrow: int  # also runs on a hidden value of this width (a placeholder's), or 0
 
 
 def build_program(
     ups: Sequence[Linear], interior: Sequence[fx.Node], down: Linear, *, training: bool = False
 ) -> InnerProgram:
     """Rewrite the nodes between the projections over rows and name what they compute.
-
-    Args:
-        ups: The first projections.
-        interior: The nodes between, in execution order.
-        down: The last projection.
-        training: The nodes were recorded in training mode.
 
     Raises:
         NotTokenwise: A node mixes tokens or needs something that rows do not have.
@@ -91,7 +77,7 @@ def build_program(
 
 
 def _narrow_width(interior: Sequence[fx.Node]) -> int:
-    """Return the least width on which the recorded nodes run as they are, or 0 for the full one."""
+    """Return the smallest width on which the recorded nodes run as they are; 0 for the full one."""
     width = 1
     for node in interior:
         name = op_name(node)
@@ -154,7 +140,6 @@ class _Writer:
 
     @property
     def has_dropout(self) -> bool:
-        """Whether a dropout is left inside, which evaluation cannot see."""
         return any(isinstance(m, nn.Dropout | nn.AlphaDropout) for m in self.root.children())
 
     def _emit_ups(self) -> None:

@@ -56,15 +56,10 @@ _CONTRACTIONS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class NearMiss:
-    """Something like an MLP that is none.
+    """Something like an MLP that is not one."""
 
-    Attributes:
-        name: Path of the module that holds its last projection, or its weight.
-        reason: The test that it failed.
-    """
-
-    name: str
-    reason: str
+    name: str  # path of the module that holds its last projection, or its weight
+    reason: str  # the test that it failed
 
     def __str__(self) -> str:
         return f"{self.name}: {self.reason}"
@@ -72,21 +67,13 @@ class NearMiss:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Region:
-    """One run of one MLP in the graph.
+    """One run of one MLP in the graph."""
 
-    Attributes:
-        ups: The first projections, in execution order.
-        down: The last projection.
-        interior: The nodes between, in execution order.
-        source: The value that is projected, before reshapes.
-        program: What the nodes between compute.
-    """
-
-    ups: tuple[Linear, ...]
+    ups: tuple[Linear, ...]  # the first projections, in execution order
     down: Linear
-    interior: tuple[fx.Node, ...]
-    source: fx.Node
-    program: InnerProgram
+    interior: tuple[fx.Node, ...]  # the nodes between, in execution order
+    source: fx.Node  # the value that is projected, before reshapes
+    program: InnerProgram  # what the nodes between compute
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -95,20 +82,14 @@ class Region:
 
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
-        """Every node of the region."""
         ups = (node for up in self.ups for node in up.nodes)
         return (*ups, *self.interior, *self.down.nodes)
 
 
 def find_regions(graph: fx.Graph, *, training: bool = False) -> tuple[list[Region], list[NearMiss]]:
-    """Return the MLPs of a recorded graph in execution order, and what nearly was one.
+    """Return the MLPs of a recorded graph in execution order, and the near misses.
 
-    Args:
-        graph: A graph whose nodes carry records, as `capture` writes it.
-        training: It was recorded in training mode.
-
-    Returns:
-        The regions (an MLP that runs twice gives two), and the near misses.
+    An MLP that runs twice gives two regions. `training`: the graph was recorded in training mode.
     """
     search = _Search(graph, training)
     found: list[Region] = []
@@ -169,7 +150,7 @@ class _Search:
     def _defect(
         self, linears: tuple[Linear, ...], obstacle: fx.Node | None, leak: str | None
     ) -> str:
-        """Return why projections around one hidden value are no MLP, or ""."""
+        """Return why projections around one hidden value are not an MLP, or ""."""
         *ups, down = linears
         for linear in linears:
             if linear.problem:
@@ -188,7 +169,7 @@ class _Search:
         return self._is_gate(down) or self._goes_on(down)
 
     def _several_inputs(self, ups: list[Linear]) -> str:
-        """Say why the first projections have different inputs: often an adapter beside one."""
+        """Return why the first projections have different inputs: often an adapter beside one."""
         by_out = {strip(linear.out): linear for linear in self.linears}
         widest = max(up.out_features for up in ups)
         for up in ups:
@@ -201,7 +182,7 @@ class _Search:
         return "its first projections do not share one input"
 
     def _adapter(self, user: fx.Node, down: Linear) -> str:
-        """Say so where a reader of the hidden value is a low-rank adapter."""
+        """Return that a reader of the hidden value is a low-rank adapter, or ""."""
         by_node = {linear.node: linear for linear in self.linears}
         while user not in by_node and len(user.users) == 1:
             user = next(iter(user.users))
@@ -211,7 +192,7 @@ class _Search:
         return f"a low-rank adapter ({_path(side)}) reads its hidden value: merge the adapter first"
 
     def _is_gate(self, down: Linear) -> str:
-        """Say so where the output only scales another value, as in squeeze-and-excitation."""
+        """Return that the output only scales another value, as in squeeze-and-excitation, or ""."""
         node, squashed = down.out, False
         while len(node.users) == 1:
             node = next(iter(node.users))
@@ -223,7 +204,7 @@ class _Search:
         return ""
 
     def _goes_on(self, down: Linear) -> str:
-        """Say so where an activation and another projection follow, as in a head."""
+        """Return that an activation and another projection follow, as in a head, or ""."""
         sources = {linear.source for linear in self.linears}
         node, activated = down.out, False
         while len(node.users) == 1 and not (activated and node in sources):

@@ -94,20 +94,14 @@ def opaque_call(node: fx.Node) -> nn.Module | None:
 
 
 class OpaqueCall(nn.Module):
-    """Calls a custom `autograd.Function` or operator on one tensor.
-
-    Args:
-        owner: The function's class, or the operator.
-        method: Name of what to call on it, or "".
-        rest: Further arguments, none of them tensors.
-    """
+    """Call a custom `autograd.Function` or operator on one tensor."""
 
     def __init__(self, owner: Any, method: str, rest: tuple[Any, ...]) -> None:
         super().__init__()
+        # The function's class or the operator; what to call on it, or ""; no tensors among the rest.
         self.owner, self.method, self.rest = owner, method, rest
 
     def forward(self, value: Tensor) -> Tensor:
-        """Return what the function makes of `value`."""
         call = getattr(self.owner, self.method) if self.method else self.owner
         result: Tensor = call(value, *self.rest)
         return result

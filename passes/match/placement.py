@@ -39,26 +39,16 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a site goes.
-
-    Attributes:
-        install: "T1", "T2" or "refused".
-        reason: Why it was refused, or "".
-        module: T1: the module to swap. T2: the smallest module around the MLP.
-        argument: T1: name of the module's argument, if it is called by keyword, or "".
-        taps: T2: the modules of the first projections, in order.
-        block: T2: the module of the last projection.
-        blocked: Refused for what the user can change: the state of its weights, or hooks.
-        tail_dropout: T1: probability of a dropout after the last projection, inside the module.
-    """
+    """Where a site goes."""
 
     install: Literal["T1", "T2", "refused"]
     reason: str = ""
-    module: str = ""
-    argument: str = ""
-    taps: tuple[str, ...] = ()
-    block: str = ""
-    tail_dropout: float = 0.0
+    module: str = ""  # T1: the module to swap; T2: the smallest module around the MLP
+    argument: str = ""  # T1: the argument's name, if it is passed by keyword
+    taps: tuple[str, ...] = ()  # T2: the modules of the first projections, in order
+    block: str = ""  # T2: the module of the last projection
+    tail_dropout: float = 0.0  # T1: of a dropout after the last projection, inside the module
+    # refused for what the user can change: the state of its weights, or hooks
     blocked: bool = False
 
 
@@ -84,12 +74,7 @@ class Placer:
         }
 
     def placement(self, regions: Sequence[Region], *, whole: bool = True) -> Placement:
-        """Place one MLP, given every run of it in the graph.
-
-        Args:
-            regions: The runs.
-            whole: Whether a whole module may be swapped.
-        """
+        """Place one MLP, given every run of it; `whole` allows swapping a whole module."""
         reason = self._shared(regions[0]) or self._also_read(regions)
         if reason:
             return Placement("refused", reason, module=self._around(regions))

@@ -87,12 +87,9 @@ def _run(function: Callable[[Tensor], Tensor], hidden: Tensor) -> tuple[Tensor, 
 
 
 def only_normalises(module: fx.GraphModule, width: int, params: int) -> bool:
-    """Tell whether a program is a norm: deaf to the scale of its input, and odd up to a constant.
+    """Tell whether a program is a norm: deaf to the scale of its input, odd up to a constant.
 
-    Args:
-        module: The program, over rows.
-        width: Width of its rows.
-        params: Number of its further arguments.
+    `params` is the number of its arguments after the rows.
     """
     generator = torch.Generator(device="cpu").manual_seed(1)
     hidden = torch.randn(4, width, generator=generator, device="cpu") + 0.1

@@ -31,34 +31,21 @@ _PASSES = ELEMENTWISE | OVER_WIDTH | VIEWS | CASTS | DROPOUTS | {"native_layer_n
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Block:
-    """One layer of a stack.
-
-    Attributes:
-        path: Its module.
-        source: The node of the hidden state that it takes.
-        out: The node of the hidden state that it returns.
-        nodes: What ran inside it, in order.
-    """
+    """One layer of a stack."""
 
     path: str
-    source: fx.Node
-    out: fx.Node
-    nodes: tuple[fx.Node, ...]
+    source: fx.Node  # the hidden state that it takes
+    out: fx.Node  # the hidden state that it returns
+    nodes: tuple[fx.Node, ...]  # what ran inside it, in order
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stack:
-    """A row of layers.
+    """A row of layers."""
 
-    Attributes:
-        path: The container.
-        blocks: Its layers, in execution order.
-        role: "encoder" or "decoder" where the decoder's layers read what the encoder returns; else
-            "".
-    """
-
-    path: str
-    blocks: tuple[Block, ...]
+    path: str  # the container
+    blocks: tuple[Block, ...]  # its layers, in execution order
+    # "encoder" or "decoder" where the decoder's layers read what the encoder returns
     role: str = ""
 
     def __len__(self) -> int:
@@ -67,14 +54,9 @@ class Stack:
 
 @dataclass(frozen=True, slots=True)
 class Miss:
-    """A container that is no stack.
+    """A container that is not a stack."""
 
-    Attributes:
-        path: The container.
-        reason: Why not.
-    """
-
-    path: str
+    path: str  # the container
     reason: str
 
     def __str__(self) -> str:
@@ -82,15 +64,7 @@ class Miss:
 
 
 def find_stacks(model: nn.Module, found: Capture) -> tuple[list[Stack], list[Miss]]:
-    """Find the stacks of a model.
-
-    Args:
-        model: The model.
-        found: Its recorded forward pass.
-
-    Returns:
-        The stacks in execution order, and what nearly is one.
-    """
+    """Return the stacks of a model in execution order, and what nearly is one."""
     calls: dict[str, list[ModuleCall]] = {}
     for call in found.calls:
         calls.setdefault(call.path, []).append(call)

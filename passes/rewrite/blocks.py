@@ -40,11 +40,7 @@ def site_of(gm: fx.GraphModule, path: str) -> str:
 
 
 def layer_at(gm: fx.GraphModule, path: str, resolved: ResolvedPlan) -> LayerPlan:
-    """Return the layer plan of the block at `path`.
-
-    Raises:
-        PassError: The plan has no such layer.
-    """
+    """Return the layer plan of the block at `path`."""
     site = site_of(gm, path)
     for layer in resolved:
         if layer.name == site:

@@ -43,11 +43,7 @@ class LocalExperts:
 
     @classmethod
     def of(cls, graph: fx.Graph, path: str) -> LocalExperts:
-        """Find them in the graph of the block at `path`.
-
-        Raises:
-            PassError: Another pass has changed them.
-        """
+        """Find them in the graph of the block at `path`."""
         for call in graph.find_nodes(op="call_module", target="experts"):
             rows, users = call.args[0], list(call.users)
             if (
@@ -104,17 +100,11 @@ class LocalExperts:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """A process group as graphs know it.
-
-    Attributes:
-        name: Its name.
-        ranks: Its global ranks, in order.
-        rank: This rank, globally.
-    """
+    """A process group as graphs know it."""
 
     name: str
-    ranks: tuple[int, ...]
-    rank: int
+    ranks: tuple[int, ...]  # global, in order
+    rank: int  # this one, globally
 
     @property
     def size(self) -> int:
@@ -146,18 +136,10 @@ def send(
 def round_trip(
     graph: fx.Graph, group: Group, path: str, rows: fx.Node, counts: fx.Node, capacity: fx.Node
 ) -> fx.Node:
-    """Add everything between the rows that leave and the rows that return.
+    """Add all that happens between the rows that leave and the rows that return, both [R, D].
 
-    Args:
-        graph: With its insertion point.
-        group: The ranks that share the experts.
-        path: The block, for messages.
-        rows: [R, D] in the send layout.
-        counts: [E] int64, rows for each expert.
-        capacity: Rows of each expert in an even layout, or -1.
-
-    Returns:
-        The node of the rows that returned, [R, D].
+    `rows` are in the send layout; `counts`, [E] int64, are the rows for each expert; `capacity` is
+    the rows of each expert in an even layout, or -1.
     """
     to, back = f"{path}: tokens to experts", f"{path}: tokens from experts"
     send_counts = node(graph, exchange.send_counts, (counts, capacity, group.size), "send_counts")

@@ -34,12 +34,7 @@ from moeify.passes.rewrite.exchange_nodes import Group, LocalExperts, items, nod
 def gather_tokens(graph: fx.Graph, group: Group, experts: int, path: str, splits: str) -> None:
     """Rewrite one block's graph.
 
-    Args:
-        graph: The graph.
-        group: The ranks that share its experts.
-        experts: Experts of the layer, over all ranks.
-        path: The block, for messages.
-        splits: The plan's `parallel.splits`.
+    `experts` counts those of the layer over all ranks; `splits` is the plan's `parallel.splits`.
     """
     local = LocalExperts.of(graph, path)
     each = experts // group.size
