@@ -52,11 +52,6 @@ class CoordinateAllToAll:
     provides: ClassVar[frozenset[str]] = frozenset({Fact.COORDINATED})
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
-        """Rewrite the exchanges of all blocks.
-
-        Raises:
-            PassError: A block's exchange has been cut into pieces before.
-        """
         world: World | None = ctx.mesh
         if world is None or ctx.plan is None or world.layout.tensor == 1:
             return PassResult(gm, False)

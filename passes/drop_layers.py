@@ -46,11 +46,6 @@ class DropLayers:
     provides: ClassVar[frozenset[str]] = frozenset()
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
-        """Erase the nodes of every dropped layer.
-
-        Raises:
-            UnsupportedModuleError: Something else in the model reads what a dropped layer computes.
-        """
         alive = set(gm.graph.nodes)
         dropped = [
             block

@@ -37,7 +37,6 @@ class FindMlps:
     provides: ClassVar[frozenset[str]] = frozenset({Fact.MLP_SITES})
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
-        """Mark the regions of `gm`; the site's provisional name is its last projection's weight."""
         regions = self.regions if self.regions is not None else find_regions(gm.graph)[0]
         changed = False
         for region in regions:

@@ -43,7 +43,6 @@ class GatherPartitions:
     provides: ClassVar[frozenset[str]] = frozenset()
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
-        """Add the gathers; stages below 2 and other engines leave the graph as it is."""
         if ctx.plan is None or ctx.mesh is None:
             return PassResult(gm, False)
         zero = ctx.plan.zero

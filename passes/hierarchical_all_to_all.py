@@ -55,13 +55,6 @@ class HierarchicalAllToAll:
     provides: ClassVar[frozenset[str]] = frozenset()
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
-        """Rewrite the exchanges of all blocks.
-
-        Raises:
-            PlanError: The plan asks for it, and the ranks of a layer are not spread evenly over
-                several nodes.
-            PassError: A block has no exchange to split.
-        """
         world: World | None = ctx.mesh
         if world is None or ctx.plan is None or ctx.resolved is None:
             return PassResult(gm, False)
@@ -111,23 +104,14 @@ class _Groups:
 
 @dataclass(frozen=True, slots=True)
 class _Stage:
-    """One stage: rows are sorted by the place in a group that they go to, and go there.
+    """One stage: rows are sorted by the place in a group that they go to, and go there."""
 
-    Attributes:
-        name: What the nodes' names begin with.
-        group: The ranks among which they travel.
-        where: The block and this stage, for messages: on the way there, and on the way back.
-        segments: How many rows lie next to each other before they are sorted, [A, B].
-        send: Rows to each rank of the group.
-        receive: Rows from each rank of the group.
-    """
-
-    name: str
-    group: Group
-    where: tuple[str, ...]
-    segments: fx.Node
-    send: fx.Node
-    receive: fx.Node
+    name: str  # what the nodes' names begin with
+    group: Group  # the ranks among which they travel
+    where: tuple[str, ...]  # block and stage, for messages: on the way there, and on the way back
+    segments: fx.Node  # how many rows lie next to each other before they are sorted, [A, B]
+    send: fx.Node  # rows to each rank of the group
+    receive: fx.Node  # rows from each rank of the group
 
     def carry(self, graph: fx.Graph, rows: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
         """Add the way there; return the rows that arrive, and how those that left were sorted."""

@@ -58,11 +58,6 @@ class InsertAllToAll:
     provides: ClassVar[frozenset[str]] = frozenset({Fact.DISPATCHED})
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
-        """Rewrite the blocks.
-
-        Raises:
-            PassError: A block's graph has no dispatch, experts, combine in this order.
-        """
         world: World | None = ctx.mesh
         changed = False
         if world is None or ctx.resolved is None or ctx.plan is None:

@@ -29,7 +29,6 @@ class JoinRouters:
     provides: ClassVar[frozenset[str]] = frozenset()
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
-        """Set the routers' groups; in one process nothing changes."""
         world: World | None = ctx.mesh
         if world is None:
             return PassResult(gm, False)

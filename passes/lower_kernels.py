@@ -48,11 +48,6 @@ class LowerKernels:
     provides: ClassVar[frozenset[str]] = frozenset({Fact.LOWERED})
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
-        """Choose a kernel for each block and rewrite its graph.
-
-        Raises:
-            PlanError: The plan asks for a kernel that cannot run a layer.
-        """
         asked = {} if ctx.resolved is None else {la.name: la.kernel for la in ctx.resolved}
         changed = False
         for path, block in blocks_of(gm):

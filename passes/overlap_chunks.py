@@ -44,11 +44,6 @@ class OverlapChunks:
     provides: ClassVar[frozenset[str]] = frozenset({Fact.OVERLAPPED})
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
-        """Rewrite the exchanges of all blocks; 1 piece changes nothing.
-
-        Raises:
-            PassError: A block's exchange is in two stages already.
-        """
         pieces = 1 if ctx.plan is None else ctx.plan.parallel.overlap_chunks
         changed = False
         for path, block in blocks_of(gm) if pieces > 1 else ():

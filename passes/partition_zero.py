@@ -46,7 +46,6 @@ class PartitionZero:
     provides: ClassVar[frozenset[str]] = frozenset({Fact.PARTITIONED})
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
-        """Decide, log it and write it into the graph's `meta`."""
         world: World | None = ctx.mesh
         if world is None or ctx.plan is None or ctx.resolved is None or ctx.model is None:
             return PassResult(gm, False)

@@ -73,11 +73,6 @@ class ReplaceMlps:
     provides: ClassVar[frozenset[str]] = frozenset({Fact.MOE_BLOCKS, Fact.EXPERT_CALLS})
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
-        """Build the blocks of `ctx.resolved` and call them instead of the MLPs.
-
-        Raises:
-            UnsupportedModuleError: A planned site cannot be replaced.
-        """
         assert ctx.resolved is not None
         assert ctx.model is not None
         changed = False
@@ -198,17 +193,10 @@ def build_block(
     share: range | None = None,
     inputs: Calibration | None = None,
 ) -> fx.GraphModule:
-    """Build the block of one layer, with experts from the model's weights.
+    """Build the block of one layer, with experts from the model's weights; on meta for one on meta.
 
-    Args:
-        model: The dense model; read only. On `meta` the block is on `meta` too.
-        layer: The resolved plan of this layer.
-        found: Its site, or None for `expert: linear`.
-        share: The experts to build; None for all.
-        inputs: What goes into the MLP, if `layer.init` looks at it.
-
-    Raises:
-        UnsupportedModuleError: The layer asks for something that this site does not have.
+    `found` is None for `expert: linear`; `share` are the experts to build, None for all; `inputs`
+    is what goes into the MLP, if `layer.init` looks at it.
     """
     weight = model.get_parameter(layer.site.down.weight)
     root = nn.Module()

@@ -41,7 +41,6 @@ class ShardExperts:
     provides: ClassVar[frozenset[str]] = frozenset({Fact.SHARDED})
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
-        """Shard the blocks over `ctx.mesh`; without one nothing changes."""
         world: World | None = ctx.mesh
         if world is None or ctx.resolved is None:
             return PassResult(gm, False)

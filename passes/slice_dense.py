@@ -51,7 +51,6 @@ class SliceDense:
     provides: ClassVar[frozenset[str]] = frozenset()
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
-        """Derive the slices, log them and write them down, on nodes and in the graph's `meta`."""
         assert ctx.resolved is not None
         assert ctx.model is not None
         plan = derive(

@@ -45,11 +45,6 @@ class SliceExperts:
     provides: ClassVar[frozenset[str]] = frozenset()
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
-        """Slice the weights and rewrite the blocks.
-
-        Raises:
-            UnsupportedModuleError: Experts that cannot be sliced.
-        """
         world: World | None = ctx.mesh
         if world is None or world.layout.etp == 1 or ctx.resolved is None:
             return PassResult(gm, False)

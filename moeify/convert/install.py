@@ -37,17 +37,7 @@ class Installation:
     """The transaction that turns a dense model into a converted one.
 
     `run` takes the steps in their order: `install`, `slice_dense`, `verify`, `partition`, and then
-    `commit`; after an error `roll_back`.
-
-    Args:
-        model: The dense model.
-        plan: The plan.
-        resolved: What it became.
-        discovery: What was found in the model, or in another instance of it.
-        built: From `run_pipeline`.
-        example_inputs: To compare on.
-        verify: Compare with the dense model at all; a model on meta is never compared.
-        world: The ranks; None for one process.
+    `commit`; after an error `roll_back`. A model on meta is never compared, whatever `verify` says.
     """
 
     def __init__(
@@ -79,11 +69,7 @@ class Installation:
         self._partitioned = Partitioned()
 
     def run(self) -> None:
-        """Take all steps, or leave the model as it was.
-
-        Raises:
-            MoeifyError: A step failed, here or on another rank.
-        """
+        """Take all steps, or leave the model as it was."""
         try:
             # One after the other on all ranks: blocks that run wait for those of other ranks.
             run_on_all_ranks("install its blocks", self.install)

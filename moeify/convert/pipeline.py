@@ -47,23 +47,17 @@ log = logging.getLogger("moeify")
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """What passes are made from.
-
-    Attributes:
-        discovery: The sites of the graph.
-        world: The ranks; None in one process.
-        example_inputs: What the graph was recorded with; made from the config if None.
-        shares: The experts of each layer that this rank keeps, by layer name; all where missing.
-        calibrated: What goes into the MLPs, by layer name, where `init` looks at it.
-        yours: The user's own passes.
-    """
+    """What passes are made from."""
 
     discovery: Discovery
     world: World | None = None
+    # the graph was recorded with these; made from the config if None
     example_inputs: ExampleInputs | None = None
+    # experts of each layer that this rank keeps; all where missing
     shares: Mapping[str, range] = field(default_factory=dict)
+    # inputs of the MLPs, by layer name, where `init` looks at them
     calibrated: Mapping[str, Calibration] = field(default_factory=dict)
-    yours: Sequence[Pass] = ()
+    yours: Sequence[Pass] = ()  # the user's own passes
 
 
 Needs = Literal["", "ranks", "tensor ranks"]
@@ -101,9 +95,6 @@ def passes_for(given: Given) -> list[Pass]:
     A pass of the user comes after the last pass that provides what it requires and before the
     first one that requires what it provides; where that leaves a choice, right before
     `lower-kernels`. The order of `PIPELINE` stays as it is.
-
-    Raises:
-        PassOrderError: The user's passes do not fit in.
     """
     tensor = given.world is not None and given.world.layout.tensor > 1
     there = {"": True, "ranks": given.world is not None, "tensor ranks": tensor}
@@ -116,15 +107,9 @@ def passes_for(given: Given) -> list[Pass]:
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """What the passes made of a model.
+    """What the passes made of a model."""
 
-    Attributes:
-        blocks: The finished blocks by layer name.
-        slices: How dense layers are sliced over the tensor ranks (a `SlicePlan`), or None.
-        zero: What is partitioned (a `ZeroPlan`), or None.
-    """
-
-    blocks: dict[str, fx.GraphModule]
+    blocks: dict[str, fx.GraphModule]  # by layer name
     slices: Any = None
     zero: Any = None
 
@@ -226,12 +211,7 @@ def _signature(nodes: Iterable[fx.Node]) -> dict[str, tuple[str, str]]:
 
 
 def refuse_wrapped(model: nn.Module) -> None:
-    """Refuse what cannot be converted in place.
-
-    Raises:
-        UnsupportedModuleError: The model is already converted, wrapped or sharded.
-        TypeError: It is no module.
-    """
+    """Refuse a model that is already converted, wrapped or sharded."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     if ATTRIBUTE in model.__dict__:

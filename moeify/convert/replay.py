@@ -35,32 +35,22 @@ _ADVICE = "the library changed, or another model was given"
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """What was kept of a conversion: enough to do it again, and to tell whether it is the same.
+    """What was kept of a conversion: enough to do it again, and to tell whether it is the same."""
 
-    Attributes:
-        where: The folder or file, for messages.
-        fields: What stands before the name of a field in messages, such as "out/moeify.json: ".
-        plan: The plan's data.
-        plan_sha256: Its digest.
-        inputs: Description of the example inputs; None where they are made from the config.
-        layers: What must come out, in order; None where nothing is known of it.
-        only: Compare only these fields of a layer's plan, and not what its block computes.
-        ignore: Fields of a layer's plan that may differ.
-        ledger: Where every dense parameter must go; None where that was not kept.
-        versions: Versions of the packages that wrote it.
-        passes: What to do if a block computes something else, as it does with passes of one's own.
-    """
-
-    where: str
-    fields: str
-    plan: Mapping[str, Any]
+    where: str  # the folder or file, for messages
+    fields: str  # precedes the name of a field in messages, such as "out/moeify.json: "
+    plan: Mapping[str, Any]  # the plan's data
     plan_sha256: str
-    inputs: Any
+    inputs: Any  # description of the example inputs; None: made from the config
+    # what must come out, in order; None: nothing is known of it
     layers: Sequence[LayerRecord] | None
+    # compare only these fields of a layer's plan, and not what its block computes
     only: Collection[str] | None = None
-    ignore: Collection[str] = ()
+    ignore: Collection[str] = ()  # fields of a layer's plan that may differ
+    # where every dense parameter must go; None: that was not kept
     ledger: Mapping[str, Sequence[str]] | None = None
-    versions: Mapping[str, str] | None = None
+    versions: Mapping[str, str] | None = None  # of the packages that wrote it
+    # what to do if a block computes something else
     passes: str = "if the model was converted with passes of your own, give them again as passes="
 
 
@@ -72,15 +62,6 @@ def replay(
     rebuild: Callable[[], None] | None = None,
 ) -> Conversion:
     """Convert a dense model whose values do not matter as it once was, and prove it.
-
-    Args:
-        model: Changed in place; its parameters may be on meta.
-        then: What was kept.
-        passes: The user's own graph passes.
-        rebuild: See `convert_without_values`.
-
-    Returns:
-        The record of the conversion.
 
     Raises:
         CheckpointError: What was kept is damaged, does not fit this model, or something else came

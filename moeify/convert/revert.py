@@ -39,12 +39,7 @@ log = logging.getLogger("moeify")
 
 
 def revert(model: nn.Module) -> None:
-    """Turn a converted model back into the dense one, in place; see `moeify.demoeify`.
-
-    Raises:
-        MoeifyError: The model was not converted.
-        UnsupportedModuleError: A block cannot be reverted; the model is then unchanged.
-    """
+    """Turn a converted model back into the dense one, in place; see `moeify.demoeify`."""
     conversion = require_conversion(model)
     require_one_process(model, "demoeify")
     with torch.no_grad():
@@ -83,19 +78,7 @@ def _forget(model: nn.Module, conversion: Conversion) -> None:
 class RevertedLayer:
     """The dense parts of one layer, ready to be put in place.
 
-    Args:
-        model: The converted model; read only until `install`. What is not in this layer's block
-            may be on meta.
-        converted: The layer's record.
-
-    Attributes:
-        name: The layer's name.
-        exact: Whether the parts compute what the block computes before any training.
-        parameters: The dense parameters that come out of the block, by their dense names.
-
-    Raises:
-        UnsupportedModuleError: The block was replaced or sharded, or has learned something that
-            the dense module has no place for.
+    The model is only read until `install`; what is not in this layer's block may be on meta.
     """
 
     def __init__(self, model: nn.Module, converted: ConvertedLayer) -> None:
@@ -103,8 +86,8 @@ class RevertedLayer:
         self.name = converted.layer.name
         self.block = _block_of(model, converted)
         self.device = next(self.block.parameters()).device
-        self.exact = True
-        self.parameters: dict[str, nn.Parameter] = {}
+        self.exact = True  # whether the parts compute what the block does before any training
+        self.parameters: dict[str, nn.Parameter] = {}  # those of the block, by dense names
         self._tables: dict[str, dict[str, Any]] = {}
         self.modules: list[tuple[Swap, nn.Module]] = []
         experts = self.block.get_submodule("experts")
@@ -329,21 +312,13 @@ class RevertedLayer:
 
 @dataclass(frozen=True, slots=True)
 class _Dense:
-    """The MLP that the experts make up, the gate first.
+    """The MLP that the experts make up, the gate first."""
 
-    Attributes:
-        up: [wide, D].
-        up_bias: [wide] or None.
-        down: [D, F].
-        down_bias: [D] or None.
-        inner: Further parameters, [F] each.
-    """
-
-    up: Tensor
-    up_bias: Tensor | None
-    down: Tensor
-    down_bias: Tensor | None
-    inner: list[Tensor]
+    up: Tensor  # [wide, D]
+    up_bias: Tensor | None  # [wide]
+    down: Tensor  # [D, F]
+    down_bias: Tensor | None  # [D]
+    inner: list[Tensor]  # [F] each
 
 
 def _block_of(model: nn.Module, converted: ConvertedLayer) -> fx.GraphModule:

@@ -33,49 +33,35 @@ Way = Literal["colwise", "rowwise"]
 
 @dataclass(frozen=True, slots=True)
 class SlicedPair:
-    """Projections that are sliced together.
+    """Projections that are sliced together."""
 
-    Attributes:
-        name: The layer: path of the module that runs it.
-        kind: "attention" or "mlp".
-        colwise: Paths of the projections whose outputs are sliced.
-        rowwise: Path of the projection that sums the slices up.
-        partial: Whole parameters used between them, such as a norm over each head: every rank has
-            the gradient of its own slice only, and `apply` sums them over the tensor ranks.
-    """
-
-    name: str
-    kind: str
-    colwise: tuple[str, ...]
-    rowwise: str
+    name: str  # path of the module that runs it
+    kind: str  # "attention" or "mlp"
+    colwise: tuple[str, ...]  # the projections whose outputs are sliced
+    rowwise: str  # the projection that sums the slices up
+    # Whole parameters used between them, such as a norm over each head: every rank has the gradient
+    # of its own slice only, and `apply` sums them over the tensor ranks.
     partial: tuple[str, ...] = ()
 
     @property
     def modules(self) -> dict[str, Way]:
-        """How each of its modules is sliced, by path."""
+        """Return how each of its modules is sliced, by path."""
         return {**dict.fromkeys(self.colwise, "colwise"), self.rowwise: "rowwise"}
 
 
 @dataclass(frozen=True, slots=True)
 class SlicePlan:
-    """What is sliced over the tensor ranks, and what is not.
-
-    Attributes:
-        tensor: Number of tensor ranks.
-        pairs: What is sliced.
-        refused: (name, reason) of each attention and dense MLP that stays whole on every rank.
-        branches: Paths of the dense branches of Residual-MoE blocks that are sliced; they exist
-            once the blocks are in the model.
-    """
+    """What is sliced over the tensor ranks, and what is not."""
 
     tensor: int
     pairs: tuple[SlicedPair, ...] = ()
-    refused: tuple[tuple[str, str], ...] = ()
+    refused: tuple[tuple[str, str], ...] = ()  # (name, reason) of what stays whole on every rank
+    # Sliced dense branches of Residual-MoE blocks, which exist once the blocks are in the model.
     branches: tuple[str, ...] = ()
 
     @property
     def modules(self) -> dict[str, Way]:
-        """How each module of the dense model is sliced, by path."""
+        """Return how each module of the dense model is sliced, by path."""
         return {path: way for pair in self.pairs for path, way in pair.modules.items()}
 
     def lines(self) -> Iterator[str]:
@@ -92,11 +78,9 @@ class SlicePlan:
 
 @dataclass(slots=True)
 class Undo:
-    """Takes slices out of a model again.
+    """What takes slices out of a model again.
 
-    Attributes:
-        sums: The hooks that sum gradients over the tensor ranks; they go with copies of the model
-            if this is kept where the model is.
+    `sums` goes with copies of the model if this is kept where the model is.
     """
 
     sums: PartialSums | None = None
@@ -119,17 +103,6 @@ def apply(model: nn.Module, plan: SlicePlan, tp_mesh: DeviceMesh) -> Undo:
     numbers are then not those of one process, as with any tensor parallelism. The hooks that sum
     the gradients of `SlicedPair.partial` are on the parameters: copies of the model have their own
     (`PartialSums`), and what replaces these objects later has to sum them itself.
-
-    Args:
-        model: The model, with its MoE blocks installed; real or on `meta`.
-        plan: What to slice.
-        tp_mesh: The one-dimensional mesh of this rank's tensor group.
-
-    Returns:
-        What undoes it.
-
-    Raises:
-        PlanError: The mesh has another size than the plan.
     """
     if tp_mesh.ndim != 1 or tp_mesh.size() != plan.tensor:
         raise PlanError(
@@ -160,13 +133,9 @@ def apply(model: nn.Module, plan: SlicePlan, tp_mesh: DeviceMesh) -> Undo:
 
 
 class PartialSums:
-    """Sums the gradients of whole parameters that slices use, by hooks on the parameters.
+    """Sum the gradients of whole parameters that slices use, by hooks on the parameters.
 
     A copy by `copy.deepcopy` or pickle, together with the model, has hooks on the copied ones.
-
-    Args:
-        parameters: The parameters; those that do not train are left alone.
-        group: Name of the group of tensor ranks.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], group: str) -> None:

@@ -23,28 +23,16 @@ _BETWEEN = ELEMENTWISE | CASTS | DROPOUTS | VIEWS
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Attention:
-    """One run of one attention layer.
+    """One run of one attention layer."""
 
-    Attributes:
-        name: Path of the module that runs its core, or the core's name.
-        ups: The projections that it depends on, in execution order.
-        down: The one projection that reads its result, or None.
-        reason: Why there is no such pair, or "".
-    """
-
-    name: str
-    ups: tuple[Linear, ...]
-    down: Linear | None
-    reason: str = ""
+    name: str  # path of the module that runs its core, or the core's name
+    ups: tuple[Linear, ...]  # the projections that it depends on, in execution order
+    down: Linear | None  # the one projection that reads its result
+    reason: str = ""  # why there is no such pair, or ""
 
 
 def find_attention(graph: fx.Graph, linears: Sequence[Linear]) -> list[Attention]:
-    """Return every run of every attention layer, in execution order.
-
-    Args:
-        graph: A graph whose nodes carry records.
-        linears: All its projections.
-    """
+    """Return every run of every attention layer, in execution order."""
     by_out = {linear.out: linear for linear in linears}
     by_node = {linear.node: linear for linear in linears}
     order = {node: i for i, node in enumerate(graph.nodes)}

@@ -65,16 +65,7 @@ def derive(
     model: nn.Module,
     example_inputs: ExampleInputs | None = None,
 ) -> SlicePlan:
-    """Decide what is sliced over `tensor` ranks; needs no process group and changes nothing.
-
-    Args:
-        discovery: What was found in the dense model, before its graph was rewritten.
-        resolved: The plan applied to it: what becomes experts is no dense layer.
-        tensor: Number of tensor ranks.
-        model: The dense model, real or on `meta`.
-        example_inputs: The inputs of the discovery; made from the config of a Hugging Face model
-            if None.
-    """
+    """Decide what is sliced over `tensor` ranks; needs no process group and changes nothing."""
     if tensor == 1:
         return SlicePlan(1)
     if example_inputs is None:
@@ -234,11 +225,7 @@ def _take(candidate: _Candidate, taken: dict[str, str]) -> None:
 
 
 def _partial(candidate: _Candidate, parameters: dict[str, nn.Parameter]) -> tuple[str, ...]:
-    """Return the whole parameters that are combined with slices: each rank has a part of the grad.
-
-    Raises:
-        Unsliceable: Something else depends on them, whose gradient is whole.
-    """
+    """Return the whole parameters that are combined with slices, so that ranks sum their gradients."""
     slicing, found = candidate.slicing, set()
     for whole in slicing.joined:
         depends = _depends(whole, parameters)

@@ -46,27 +46,19 @@ class Unsliceable(Exception):
 
 @dataclass(slots=True)
 class Slicing:
-    """What is sliced between projections.
+    """What is sliced between projections."""
 
-    Attributes:
-        dims: The sliced dimension of each value.
-        joined: Whole values that are combined with sliced ones.
-    """
-
-    dims: dict[fx.Node, int] = field(default_factory=dict)
+    dims: dict[fx.Node, int] = field(default_factory=dict)  # the sliced dimension of each value
+    # whole values that are combined with sliced ones
     joined: set[fx.Node] = field(default_factory=set)
 
 
 def follow(
     ups: Iterable[Linear], down: Linear, parts: int, place: Mapping[fx.Node, int]
 ) -> Slicing:
-    """Follow the slices that `ups` make until `down` sums them up.
+    """Follow the slices that the column-wise `ups` make until the row-wise `down` sums them up.
 
-    Args:
-        ups: The column-wise projections.
-        down: The row-wise one.
-        parts: Number of slices.
-        place: Position of each node in the graph.
+    `parts` is the number of slices, `place` the position of each node in the graph.
 
     Raises:
         Unsliceable: Something between needs whole values, or reads them elsewhere.

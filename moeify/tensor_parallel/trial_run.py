@@ -24,14 +24,7 @@ _SIZED = RESHAPES | {"expand"}
 
 
 class Proof:
-    """Runs a model with some of its projections narrower.
-
-    Args:
-        model: The dense model.
-        inputs: The inputs of the first run.
-        first: The first run, with whole projections.
-        tensor: Number of tensor ranks.
-    """
+    """Run a model with some of its projections narrower; `first` is the run with whole ones."""
 
     def __init__(
         self, model: nn.Module, inputs: ExampleInputs, first: Capture, tensor: int
@@ -40,11 +33,9 @@ class Proof:
         self.nodes, self.fake = first.nodes, first.mode == "fake"
 
     def failure(self, ways: Mapping[str, Way], dims: Mapping[fx.Node, int]) -> str:
-        """Return why the code is not fit for these slices, or "".
+        """Return why the code does not fit these slices, or "".
 
-        Args:
-            ways: The projections by module path.
-            dims: The dimension in which each sliced value is sliced.
+        `dims` is the dimension in which each sliced value is sliced.
         """
         with self._narrow(ways):
             again, reason = self._run()

@@ -98,7 +98,7 @@ class OpaqueCall(nn.Module):
 
     def __init__(self, owner: Any, method: str, rest: tuple[Any, ...]) -> None:
         super().__init__()
-        # The function's class or the operator; what to call on it, or ""; no tensors among the rest.
+        # The function's class, or the operator; what to call on it, or ""; no tensor in the rest.
         self.owner, self.method, self.rest = owner, method, rest
 
     def forward(self, value: Tensor) -> Tensor:
