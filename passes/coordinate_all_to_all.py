@@ -34,11 +34,11 @@ from typing import ClassVar
 from torch import fx
 
 from moeify.distributed import collectives
-from moeify.distributed.mesh import World
 from moeify.passes.infra.base import Fact, PassResult, PlanContext
 from moeify.passes.rewrite.blocks import blocks_of
-from moeify.passes.rewrite.exchange_nodes import Group, node
+from moeify.passes.rewrite.exchange_nodes import Group
 from moeify.passes.rewrite.exchange_view import Exchange
+from moeify.passes.rewrite.nodes import node
 
 log = logging.getLogger("moeify")
 
@@ -52,7 +52,7 @@ class CoordinateAllToAll:
     provides: ClassVar[frozenset[str]] = frozenset({Fact.COORDINATED})
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
-        world: World | None = ctx.mesh
+        world = ctx.mesh
         if world is None or ctx.plan is None or world.layout.tensor == 1:
             return PassResult(gm, False)
         if ctx.plan.parallel.coordinated is False or world.layout.etp > 1:

@@ -7,15 +7,15 @@ Before::
 
 After::
 
-    router_weight        = zero_graph.gather(self.router, 'weight')
-    experts_up_proj, ... = zero_graph.gather(self.experts, 'up_proj'), ...
-    routing  = zero_graph.run(self.router, ('weight',), (router_weight,), tokens)
-    computed = zero_graph.run(self.experts, ('up_proj', ...), (experts_up_proj, ...), rows, ...)
+    router_weight        = graph_engine.gather(self.router, 'weight')
+    experts_up_proj, ... = graph_engine.gather(self.experts, 'up_proj'), ...
+    routing  = graph_engine.run(self.router, ('weight',), (router_weight,), tokens)
+    computed = graph_engine.run(self.experts, ('up_proj', ...), (experts_up_proj, ...), rows, ...)
 
 A gather returns the parameter itself until it has been partitioned, so that a conversion is proven
 on whole parameters. With `prefetch` they all stand in front of the block, experts' last; without,
 each right before its module. One node for each parameter: bucketing them is the compiler's job.
-What other blocks and the layers between them gather is none of this graph.
+What other blocks and the layers between them gather is not part of this graph.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import fx
 
 from moeify.passes.infra.base import Fact, PassResult, PlanContext
 from moeify.passes.rewrite.blocks import blocks_of
-from moeify.passes.rewrite.exchange_nodes import node
+from moeify.passes.rewrite.nodes import node
 from moeify.zero import graph_engine
 
 
@@ -87,7 +87,7 @@ def _replace(graph: fx.Graph, call: fx.Node, gathered: tuple[fx.node.Argument, .
     name = call.name
     with graph.inserting_before(call):
         made = graph.call_function(graph_engine.run, (*gathered, *call.args), call.kwargs)
-    made.meta = {**call.meta, "is_wrapped": True}  # as `exchange_nodes.node` says
+    made.meta = {**call.meta, "is_wrapped": True}  # as `nodes.node` says
     call.replace_all_uses_with(made)
     graph.erase_node(call)
     made._rename(name)

@@ -37,13 +37,13 @@ from typing import Any, ClassVar
 from torch import fx
 
 from moeify.distributed import exchange
-from moeify.distributed.mesh import World
 from moeify.errors import PassError
 from moeify.passes.infra.base import Fact, PassResult, PlanContext
-from moeify.passes.rewrite.blocks import blocks_of, layer_at
+from moeify.passes.rewrite.blocks import spread_blocks
 from moeify.passes.rewrite.exchange_choice import chosen_form
-from moeify.passes.rewrite.exchange_nodes import Group, items, node, ops, send
+from moeify.passes.rewrite.exchange_nodes import Group, send
 from moeify.passes.rewrite.exchange_view import Exchange, RoundTrip
+from moeify.passes.rewrite.nodes import items, node, ops
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +55,11 @@ class HierarchicalAllToAll:
     provides: ClassVar[frozenset[str]] = frozenset()
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
-        world: World | None = ctx.mesh
+        world = ctx.mesh
         if world is None or ctx.plan is None or ctx.resolved is None:
             return PassResult(gm, False)
         parallel, changed, spread = ctx.plan.parallel, False, False
-        for path, block in blocks_of(gm):
-            layer = layer_at(gm, path, ctx.resolved)
-            if world.layout.ep(layer.experts) == 1:
-                continue
+        for path, block, layer in spread_blocks(gm, ctx):
             if chosen_form(parallel, world, layer, gm, path).kind != "hierarchical":
                 continue
             mesh = world.staged(layer.experts)

@@ -26,7 +26,7 @@ After::
 
 While a capacity limits the experts all splits are even and known before the routing is; else they
 are exchanged and checked first, and the host waits for them. Where `all_to_all: allgather` is
-asked for or cheaper, the tokens themselves are gathered instead (`passes.gather_tokens`).
+asked for or cheaper, the tokens themselves are gathered instead (`passes.rewrite.gather_tokens`).
 """
 
 from __future__ import annotations
@@ -39,12 +39,13 @@ from typing import ClassVar
 from torch import fx
 
 from moeify.distributed import allgather, collectives, exchange
-from moeify.distributed.mesh import World
 from moeify.passes.infra.base import Fact, PassResult, PlanContext
-from moeify.passes.rewrite.blocks import blocks_of, layer_at
+from moeify.passes.rewrite.blocks import spread_blocks
 from moeify.passes.rewrite.exchange_choice import chosen_form
-from moeify.passes.rewrite.exchange_nodes import Group, LocalExperts, items, node, ops, round_trip
+from moeify.passes.rewrite.exchange_nodes import Group, round_trip
 from moeify.passes.rewrite.gather_tokens import gather_tokens
+from moeify.passes.rewrite.local_experts import LocalExperts
+from moeify.passes.rewrite.nodes import items, node, ops
 
 log = logging.getLogger("moeify")
 
@@ -58,14 +59,12 @@ class InsertAllToAll:
     provides: ClassVar[frozenset[str]] = frozenset({Fact.DISPATCHED})
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
-        world: World | None = ctx.mesh
-        changed = False
-        if world is None or ctx.resolved is None or ctx.plan is None:
+        world = ctx.mesh
+        if world is None or ctx.plan is None:
             return PassResult(gm, False)
-        for path, block in blocks_of(gm):
-            layer = layer_at(gm, path, ctx.resolved)
-            ranks = world.layout.ep(layer.experts)
-            if ranks == 1 or _exchanges(block.graph):
+        changed = False
+        for path, block, layer in spread_blocks(gm, ctx):
+            if _exchanges(block.graph):
                 continue
             group = Group.of(world.sparse(layer.experts), "ep", world.rank)
             splits = ctx.plan.parallel.splits
@@ -98,3 +97,4 @@ def _rewrite(graph: fx.Graph, group: Group, path: str, splits: str) -> None:
         returned = round_trip(graph, group, path, rows, own, each)
         result = node(graph, ops.combine, (returned, local.weights, order, slots), "result")
     local.replace(result)
+    graph.eliminate_dead_code()

@@ -29,7 +29,7 @@ class JoinRouters:
     provides: ClassVar[frozenset[str]] = frozenset()
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
-        world: World | None = ctx.mesh
+        world = ctx.mesh
         if world is None:
             return PassResult(gm, False)
         changed = False

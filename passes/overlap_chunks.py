@@ -31,8 +31,8 @@ from torch import fx
 from moeify.distributed import exchange
 from moeify.passes.infra.base import Fact, PassResult, PlanContext
 from moeify.passes.rewrite.blocks import blocks_of
-from moeify.passes.rewrite.exchange_nodes import node
 from moeify.passes.rewrite.exchange_view import Exchange, RoundTrip
+from moeify.passes.rewrite.nodes import node
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +86,7 @@ def _rewrite(found: Exchange, pieces: int) -> None:
             for late, step in enumerate(steps):
                 if 0 <= turn - late < pieces:
                     _copy(graph, step, copies[turn - late])
-        whole = graph.call_function(torch.cat, ([copied[returned] for copied in copies],))
-        whole._rename("whole_rows")
+        whole = node(graph, torch.cat, ([copied[returned] for copied in copies],), "whole_rows")
     found.result.replace_input_with(returned, whole)
     graph.eliminate_dead_code()
 

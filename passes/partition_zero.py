@@ -46,7 +46,7 @@ class PartitionZero:
     provides: ClassVar[frozenset[str]] = frozenset({Fact.PARTITIONED})
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
-        world: World | None = ctx.mesh
+        world = ctx.mesh
         if world is None or ctx.plan is None or ctx.resolved is None or ctx.model is None:
             return PassResult(gm, False)
         spec = ctx.plan.zero

@@ -225,7 +225,7 @@ def _take(candidate: _Candidate, taken: dict[str, str]) -> None:
 
 
 def _partial(candidate: _Candidate, parameters: dict[str, nn.Parameter]) -> tuple[str, ...]:
-    """Return the whole parameters that are combined with slices, so that ranks sum their gradients."""
+    """Return the whole parameters that meet slices: each rank has a part of their gradient."""
     slicing, found = candidate.slicing, set()
     for whole in slicing.joined:
         depends = _depends(whole, parameters)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from torch import fx
 
 from moeify.errors import PassError
+from moeify.passes.infra.base import PlanContext
 from moeify.passes.infra.records import record_of
 from moeify.plan.layer_plan import LayerPlan, ResolvedPlan
 
@@ -46,3 +47,15 @@ def layer_at(gm: fx.GraphModule, path: str, resolved: ResolvedPlan) -> LayerPlan
         if layer.name == site:
             return layer
     raise PassError(f"{path}: the plan has no layer for the site {site!r}")
+
+
+def spread_blocks(
+    gm: fx.GraphModule, ctx: PlanContext
+) -> Iterator[tuple[str, fx.GraphModule, LayerPlan]]:
+    """Yield (path, block, layer plan) of the blocks whose experts the plan spreads over ranks."""
+    if ctx.mesh is None or ctx.resolved is None:
+        return
+    for path, block in blocks_of(gm):
+        layer = layer_at(gm, path, ctx.resolved)
+        if ctx.mesh.layout.ep(layer.experts) > 1:
+            yield path, block, layer

@@ -2,100 +2,13 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable
 from dataclasses import dataclass
-from types import FunctionType
 from typing import Any
 
-import torch
 from torch import fx
 
 from moeify.distributed import collectives, exchange
-from moeify.errors import PassError
-from moeify.kernels import all_to_all_layout as _layouts  # noqa: F401  registers the ops
-from moeify.kernels import route
-
-ops = torch.ops.moeify
-
-
-def node(graph: fx.Graph, target: Callable[..., Any], args: tuple[Any, ...], name: str) -> fx.Node:
-    """Add a call at the insertion point, named `name` or `name_1`, ..."""
-    made = graph.call_function(target, args)
-    made._rename(name)
-    if isinstance(target, FunctionType):
-        made.meta["is_wrapped"] = True  # unpickling traces the code again, and not into this
-    return made
-
-
-def items(graph: fx.Graph, source: fx.Node, *names: str) -> list[fx.Node]:
-    """Add the first results of a node that returns several, one for each name."""
-    return [node(graph, operator.getitem, (source, i), name) for i, name in enumerate(names)]
-
-
-@dataclass(frozen=True, slots=True)
-class LocalExperts:
-    """Dispatch, experts, combine on one rank: what a rewrite puts an exchange around."""
-
-    dispatch: fx.Node
-    experts: fx.Node
-    combine: fx.Node
-
-    @classmethod
-    def of(cls, graph: fx.Graph, path: str) -> LocalExperts:
-        """Find them in the graph of the block at `path`."""
-        for call in graph.find_nodes(op="call_module", target="experts"):
-            rows, users = call.args[0], list(call.users)
-            if (
-                isinstance(rows, fx.Node)
-                and rows.target == ops.dispatch
-                and len(users) == 1
-                and users[0].target == ops.combine
-            ):
-                return cls(rows, call, users[0])
-        raise PassError(
-            f"{path}: no dispatch, experts, combine to put an exchange around: run passes that "
-            "change them after it (require the fact 'dispatched')"
-        )
-
-    @property
-    def tokens(self) -> Any:
-        """What is dispatched, [T, D]."""
-        return self.dispatch.args[0]
-
-    @property
-    def slots(self) -> Any:
-        """The row of each route, [T, K]."""
-        return self.dispatch.args[2]
-
-    @property
-    def routing(self) -> Any:
-        """What the router returned."""
-        return self.slots.args[0]
-
-    @property
-    def offsets(self) -> Any:
-        """The end of each expert's rows, [E]."""
-        return self.experts.args[1]
-
-    @property
-    def weights(self) -> Any:
-        """The combine weights, [T, K]."""
-        return self.combine.args[1]
-
-    def capacity(self, splits: str) -> Any:
-        """Add the rows of each expert if the plan's `splits` may be even; else return -1."""
-        if splits != "auto":
-            return -1
-        index = (self.routing, route.CAPACITY)
-        return node(self.combine.graph, operator.getitem, index, "capacity")
-
-    def replace(self, result: fx.Node) -> None:
-        """Let `result` take their place."""
-        self.combine.replace_all_uses_with(result)
-        for dead in (self.combine, self.experts, self.dispatch):
-            dead.graph.erase_node(dead)
-        result.graph.eliminate_dead_code()
+from moeify.passes.rewrite.nodes import items, node, ops
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +69,7 @@ def round_trip(
     layout = node(graph, ops.receive_layout, (checked, total, capacity), "recv_layout")
     order, slots, offsets = items(graph, layout, "recv_order", "recv_slots", "recv_offsets")
     by_expert = node(graph, ops.dispatch, (recv_rows, order, slots), "by_expert")
-    hidden = graph.call_module("experts", (by_expert, offsets))
-    hidden._rename("computed")
+    hidden = node(graph, "experts", (by_expert, offsets), "computed")
     results = node(graph, ops.combine, (hidden, None, order, slots), "results")
     returned = send(graph, results, out, receive, group.name, back, "returned")
     return node(graph, exchange.padded, (returned, rows), "padded")

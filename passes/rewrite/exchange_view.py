@@ -16,7 +16,7 @@ from torch import fx
 
 from moeify.distributed import collectives, exchange
 from moeify.errors import PassError
-from moeify.passes.rewrite.exchange_nodes import ops
+from moeify.passes.rewrite.nodes import calls, ops
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ class Exchange:
     @classmethod
     def find(cls, graph: fx.Graph, path: str) -> Exchange | None:
         """Return the exchange in the graph of the block at `path`, or None if there is none."""
-        layouts = _calls(graph, ops.send_layout)
+        layouts = calls(graph, ops.send_layout)
         if not layouts:
             return None
         layout = _only(layouts, f"{path}: send layouts in the graph")
@@ -110,7 +110,7 @@ class Exchange:
             path=path,
             layout=layout,
             part_counts=_item(layout, 2, path),
-            capacity=_only(_calls(graph, exchange.send_capacity), f"{path}: send capacities"),
+            capacity=_only(calls(graph, exchange.send_capacity), f"{path}: send capacities"),
             rows=_user(order, ops.dispatch, path, at=1),
             result=_user(order, ops.combine, path, at=2),
         )
@@ -139,12 +139,12 @@ class Exchange:
     @property
     def coordinated(self) -> bool:
         """The ranks of a tensor group share out the rows."""
-        return bool(_calls(self.graph, collectives.share))
+        return bool(calls(self.graph, collectives.share))
 
     @property
     def staged(self) -> bool:
         """Rows travel in two stages."""
-        return bool(_calls(self.graph, exchange.staged_splits))
+        return bool(calls(self.graph, exchange.staged_splits))
 
     def trips(self) -> list[RoundTrip]:
         """Return the round trips of the rows, one for each piece."""
@@ -158,10 +158,6 @@ class Exchange:
     def refuse(self, reason: str) -> PassError:
         """Return the error of a pass that cannot rewrite this exchange."""
         return PassError(f"{self.path}: {reason}")
-
-
-def _calls(graph: fx.Graph, target: Callable[..., Any]) -> list[fx.Node]:
-    return list(graph.find_nodes(op="call_function", target=target))
 
 
 def _only(found: Sequence[fx.Node], what: str) -> fx.Node:

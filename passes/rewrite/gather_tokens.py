@@ -8,15 +8,15 @@ Before::
 
 After::
 
-    most     = gathering.most_tokens(tokens, capacity, ...)
-    everyone = gathering.gather(tokens, most, ...)
-    gates    = gathering.gather(weights, most, ...)
-    routes   = gathering.gather(gathering.kept_ids(ids, slots), most, ...)
+    most     = allgather.most_tokens(tokens, capacity, ...)
+    everyone = allgather.gather(tokens, most, ...)
+    gates    = allgather.gather(weights, most, ...)
+    routes   = allgather.gather(allgather.kept_ids(ids, slots), most, ...)
     local    = torch.ops.moeify.local_routes(routes, first + 1, experts)
     packed   = torch.ops.moeify.dispatch(everyone, local_order, local_slots)
     computed = self.experts(packed, local_offsets)
     part     = torch.ops.moeify.combine(computed, gates, local_order, local_slots)
-    result   = gathering.scatter_sum(part, tokens, ...)
+    result   = allgather.scatter_sum(part, tokens, ...)
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from torch import fx
 
 from moeify.distributed import allgather
 from moeify.kernels import route
-from moeify.passes.rewrite.exchange_nodes import Group, LocalExperts, items, node, ops
+from moeify.passes.rewrite.exchange_nodes import Group
+from moeify.passes.rewrite.local_experts import LocalExperts
+from moeify.passes.rewrite.nodes import items, node, ops
 
 
 def gather_tokens(graph: fx.Graph, group: Group, experts: int, path: str, splits: str) -> None:
@@ -56,9 +58,9 @@ def gather_tokens(graph: fx.Graph, group: Group, experts: int, path: str, splits
         found = node(graph, ops.local_routes, (routes, first, each), "local")
         slots, order, offsets = items(graph, found, "local_slots", "local_order", "local_offsets")
         rows = node(graph, ops.dispatch, (everyone, order, slots), "packed")
-        hidden = graph.call_module("experts", (rows, offsets))
-        hidden._rename("computed")
+        hidden = node(graph, "experts", (rows, offsets), "computed")
         part = node(graph, ops.combine, (hidden, gates, order, slots), "part")
         back = (part, local.tokens, group.size, group.name, f"{path}: sums from experts")
         result = node(graph, allgather.scatter_sum, back, "result")
     local.replace(result)
+    graph.eliminate_dead_code()
