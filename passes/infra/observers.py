@@ -35,7 +35,7 @@ class Observer:
     """Hooks that the manager calls, each doing nothing. Override the ones you need."""
 
     def begin(self, names: Sequence[str], gm: GraphModule) -> None:
-        """A run begins.
+        """Note that a run begins.
 
         Args:
             names: The passes in the order of the run.
@@ -43,18 +43,15 @@ class Observer:
         """
 
     def skips(self, pass_: Pass) -> bool:
-        """Say whether to leave a pass out.
+        """Return True to leave a pass out.
 
         Args:
             pass_: The pass.
-
-        Returns:
-            True to leave it out.
         """
         return False
 
     def before(self, pass_: Pass, gm: GraphModule) -> None:
-        """A pass is about to run.
+        """Note that a pass is about to run.
 
         Args:
             pass_: The pass.
@@ -62,7 +59,7 @@ class Observer:
         """
 
     def after(self, pass_: Pass, gm: GraphModule, report: PassReport) -> None:
-        """A pass has run, and the graph after it obeys all rules.
+        """Note that a pass has run, and that the graph after it obeys all rules.
 
         Args:
             pass_: The pass.
@@ -71,19 +68,19 @@ class Observer:
         """
 
     def failed(self, pass_: Pass, gm: GraphModule) -> str:
-        """A pass has failed, and not because of what the user gave.
+        """Note that a pass has failed, and not because of what the user gave.
 
         Args:
             pass_: The pass.
             gm: The graph as it left it; may break rules.
 
         Returns:
-            The file in which the graph is now, for the error; "" if it is in none.
+            The file to which the graph was written, for the error; "" if none was.
         """
         return ""
 
     def end(self, reports: Sequence[PassReport]) -> None:
-        """The run is over, or has failed.
+        """Note that the run is over, or has failed.
 
         Args:
             reports: What the passes did, up to the one that failed.
@@ -145,8 +142,8 @@ class Dump(Observer):
     """Write each stage to a file: `00-capture.txt`, `01-find-mlps.txt`, and `01-find-mlps.diff`.
 
     Where a pass fails, `02-lower-squares.failed.txt` is the graph as it left it. Files of an
-    earlier run under the same names are overwritten. A second run that is told to the same object
-    goes on with the numbers.
+    earlier run under the same names are overwritten. A second run with the same object
+    continues the numbering.
 
     Args:
         folder: Where to write; made if missing.
@@ -211,7 +208,7 @@ def observers_from_env(environ: Mapping[str, str] | None = None) -> list[Observe
 
     Raises:
         MoeifyError: `MOEIFY_LOGS` names something that does not exist. A pass that does not exist
-            is found out when the run begins.
+            is an error when the run begins.
     """
     env = os.environ if environ is None else environ
     logs, print_after, disable = (
@@ -228,7 +225,7 @@ def observers_from_env(environ: Mapping[str, str] | None = None) -> list[Observe
     if print_after:
         observers.append(PrintAfter(*print_after))
     if observers:
-        _make_heard()
+        _configure_logging()
     if disable:
         observers.append(DisableByName(*disable))
     if env.get("MOEIFY_DUMP"):
@@ -251,7 +248,7 @@ class _Stderr(logging.Handler):
         sys.stderr.write(self.format(record) + "\n")
 
 
-def _make_heard() -> None:
+def _configure_logging() -> None:
     if not logger.hasHandlers():
         logger.addHandler(_Stderr())
     if not logger.isEnabledFor(logging.INFO):

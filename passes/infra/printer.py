@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from moeify.passes.infra.records import NodeRecord, record_of
+from moeify.passes.infra.records import record_or_none
 from moeify.units import dtype_name
 
 _OPS = (type(torch.ops.aten.add), type(torch.ops.aten.add.default))
-_HOMES = {
+_MODULE_NAMES = {
     "_operator": "operator",
     "builtins": "",
     "torch._C._nn": "F",
@@ -59,14 +59,14 @@ def target_name(target: Callable[..., Any] | str) -> str:
     module = getattr(target, "__module__", None)
     if not isinstance(module, str):
         return _method_name(target, name)
-    home = _HOMES.get(module)
-    if home is None:
-        home = "torch" if module.split(".")[0] == "torch" and hasattr(torch, name) else module
-    return f"{home}.{name}" if home else name
+    prefix = _MODULE_NAMES.get(module)
+    if prefix is None:
+        prefix = "torch" if module.split(".")[0] == "torch" and hasattr(torch, name) else module
+    return f"{prefix}.{name}" if prefix else name
 
 
 def _method_name(target: object, name: str) -> str:
-    """Name what C++ defines without a module: `torch.add`, `Tensor.add`, `special.expit`."""
+    """Name a function that C++ defines without a module: `torch.add`, `special.expit`."""
     owner = str(getattr(target, "__qualname__", name)).rpartition(".")[0]
     if owner.startswith("_Variable"):
         return f"torch.{name}"
@@ -129,7 +129,7 @@ def format_node(node: Node, *, meta: bool = True) -> str:
     if not meta:
         return text
     result = _result(node)
-    rec = _record(node)
+    rec = record_or_none(node)
     where = f"  # {rec.module_path}" if rec is not None and rec.module_path else ""
     if rec is not None and rec.site is not None:
         where += f"  @ {rec.site}" + (f": {rec.role}" if rec.role else "")
@@ -187,8 +187,8 @@ def _value(arg: object) -> str:
 
 
 def _result(node: Node) -> str:
-    """Shape and dtype of what a node returns, from its record, its `val`, or the weight it gets."""
-    rec = _record(node)
+    """Describe what a node returns, by its record, its `val`, or the weight that it reads."""
+    rec = record_or_none(node)
     if rec is not None and rec.shapes:
         kinds = [
             f"{list(shape)} {dtype}" for shape, dtype in zip(rec.shapes, rec.dtypes, strict=False)
@@ -198,14 +198,6 @@ def _result(node: Node) -> str:
     if value is None and node.op == "get_attr":
         value = _resolve(node)
     return _described(value)
-
-
-def _record(node: Node) -> NodeRecord | None:
-    """The node's record; a broken one is the verifier's to report, and prints as none."""
-    try:
-        return record_of(node)
-    except TypeError:
-        return None
 
 
 def _described(value: object) -> str:
@@ -222,7 +214,7 @@ def _tensor(value: Any) -> str:
 
 
 def _resolve(node: Node) -> object | None:
-    """Return the module or attribute that a node names, or None if there is none."""
+    """Return the module or attribute that a node names, or None."""
     found: object = node.graph.owning_module
     for part in str(node.target).split("."):
         found = getattr(found, part, None)

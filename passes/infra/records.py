@@ -57,16 +57,16 @@ class NodeRecord:
 
 
 def record_of(node: Node) -> NodeRecord | None:
-    """Return the record of a node, or None where there is none.
+    """Return the record of a node.
 
     Args:
         node: Any node of any graph.
 
     Returns:
-        The record, or None.
+        The record, or None where there is none.
 
     Raises:
-        TypeError: Something that is no record lies under moeify's key.
+        TypeError: Something else than a record is under moeify's key.
     """
     found = node.meta.get(_KEY)
     if found is None or isinstance(found, NodeRecord):
@@ -74,8 +74,22 @@ def record_of(node: Node) -> NodeRecord | None:
     raise TypeError(f"%{node.name}: expected a NodeRecord in node.meta, found {type(found)!r}")
 
 
+def record_or_none(node: Node) -> NodeRecord | None:
+    """Return the record of a node; None too where it is broken, which the verifier reports."""
+    try:
+        return record_of(node)
+    except TypeError:
+        return None
+
+
+def module_path_of(node: Node) -> str:
+    """Return the innermost module that ran a node; "" for the model itself, or without a record."""
+    record = record_of(node)
+    return "" if record is None else record.module_path
+
+
 def set_record(node: Node, rec: NodeRecord) -> None:
-    """Give a node its record, over the one it may have.
+    """Give a node its record, replacing the one it may have.
 
     Args:
         node: The node to write to.
@@ -95,7 +109,7 @@ def update_record(node: Node, **changes: Any) -> NodeRecord:
         The new record.
 
     Raises:
-        TypeError: A name in `changes` is no field of `NodeRecord`.
+        TypeError: A name in `changes` is not a field of `NodeRecord`.
 
     Example:
         >>> from torch.fx import Graph
@@ -116,10 +130,10 @@ def mark(node: Node, **changes: Any) -> bool:
         **changes: Fields of `NodeRecord` and their new values.
 
     Returns:
-        True if the record is another one now: what an analysis returns as `modified`.
+        True if the record changed: what an analysis returns as `modified`.
 
     Raises:
-        TypeError: A name in `changes` is no field of `NodeRecord`.
+        TypeError: A name in `changes` is not a field of `NodeRecord`.
 
     Example:
         >>> from torch.fx import Graph
