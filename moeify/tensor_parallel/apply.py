@@ -77,8 +77,8 @@ class SlicePlan:
 
 
 @dataclass(slots=True)
-class Undo:
-    """What takes slices out of a model again.
+class AppliedSlices:
+    """What has been sliced, and how to undo it.
 
     `sums` goes with copies of the model if this is kept where the model is.
     """
@@ -87,16 +87,15 @@ class Undo:
     _steps: list[Callable[[], None]] = field(default_factory=list)
 
     def undo(self) -> None:
-        """Put the original parameters back, the very same objects, and remove our hooks.
+        """Put the original parameter objects back, with their former values, and remove our hooks.
 
-        Values are those of before: what was trained since stays in the slices. Keeping this object
-        keeps the whole weights in memory.
+        What was trained since stays in the slices. This object keeps the whole weights in memory.
         """
         while self._steps:
             self._steps.pop()()
 
 
-def apply(model: nn.Module, plan: SlicePlan, tp_mesh: DeviceMesh) -> Undo:
+def apply(model: nn.Module, plan: SlicePlan, tp_mesh: DeviceMesh) -> AppliedSlices:
     """Slice a model in place. Every rank holds the same weights before; nothing is sent.
 
     With dropout between sliced projections each rank drops units of its own slice: in training the
@@ -110,26 +109,27 @@ def apply(model: nn.Module, plan: SlicePlan, tp_mesh: DeviceMesh) -> Undo:
             'give `mesh["tp"]` of the mesh that the plan was resolved for',
             path="parallel.tensor",
         )
-    undo = Undo()
+    applied = AppliedSlices()
     if plan.tensor == 1:
-        return undo
+        return applied
+    steps = applied._steps
     try:
         for path, way in plan.modules.items():
-            _slice(model.get_submodule(path), way, tp_mesh, undo._steps)
+            _slice(model.get_submodule(path), way, tp_mesh, steps)
         for path in plan.branches:
             branch = model.get_submodule(path)
             assert isinstance(branch, DenseMLP)
             for name in branch.up_names:
-                _slice(branch.get_submodule(name), "colwise", tp_mesh, undo._steps)
-            _slice(branch.get_submodule(branch.down_name), "rowwise", tp_mesh, undo._steps)
+                _slice(branch.get_submodule(name), "colwise", tp_mesh, steps)
+            _slice(branch.get_submodule(branch.down_name), "rowwise", tp_mesh, steps)
         names = dict.fromkeys(name for pair in plan.pairs for name in pair.partial)
         group = tp_mesh.get_group().group_name
-        undo.sums = PartialSums([model.get_parameter(name) for name in names], group)
-        undo._steps.append(undo.sums.remove)
+        applied.sums = PartialSums([model.get_parameter(name) for name in names], group)
+        steps.append(applied.sums.remove)
     except BaseException:
-        undo.undo()
+        applied.undo()
         raise
-    return undo
+    return applied
 
 
 class PartialSums:
@@ -253,6 +253,3 @@ def _own_memory(module: nn.Module, key: str, whole: nn.Parameter) -> None:
         stride=sliced.stride(),
     )
     module._parameters[key] = nn.Parameter(made, requires_grad=whole.requires_grad)
-
-
-__all__ = ["SlicePlan", "SlicedPair", "Undo", "apply"]

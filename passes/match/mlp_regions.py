@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import networkx as nx
 from torch import fx
 
-from moeify.passes.infra.records import record_of
+from moeify.passes.infra.records import module_path_of
 from moeify.passes.match.dataflow import Linear, linears_of
 from moeify.passes.match.existing_moe import ExistingMoe
 from moeify.passes.match.inner_program import InnerProgram, NotTokenwise, build_program
@@ -40,12 +40,10 @@ from moeify.passes.match.operations import (
 
 _INNER = ELEMENTWISE | RESHAPES | CASTS | DROPOUTS | OVER_WIDTH | SPLITS | {"glu", "prelu"}
 
-
 _TRANSPARENT = TRANSPOSES | frozenset(
     "setitem batch_norm group_norm instance_norm roll flip cumsum masked_scatter".split()
 )
 """Not elementwise, but what lies before is worth a look: an MLP with this inside is a near miss."""
-
 
 _CONTRACTIONS = frozenset(
     "scaled_dot_product_attention multi_head_attention_forward matmul bmm baddbmm einsum conv1d "
@@ -219,7 +217,7 @@ class _Search:
     ) -> tuple[list[Linear], list[fx.Node], list[fx.Node], fx.Node | None]:
         """Go backwards from `down`; return projections, nodes between, obstacles passed, the first.
 
-        An obstacle that one may look behind is passed, so that what it spoils gets a reason.
+        Some obstacles are passed, so that what would be an MLP without them is a near miss.
         """
         ups: list[Linear] = []
         interior: list[fx.Node] = []
@@ -256,14 +254,10 @@ class _Search:
             return is_slice_of_width(node, channel) or self._unpacks(node)
         if not node.all_input_nodes:
             return name in CONSTANTS and shape_of(node) == ()
-        if name not in _INNER:
-            return self._is_opaque_elementwise(node)
-        return True
-
-    def _is_opaque_elementwise(self, node: fx.Node) -> bool:
-        if opaque_call(node) is None:
-            return False
-        return shape_of(node) == shape_of(node.all_input_nodes[0])
+        if name in _INNER:
+            return True
+        same_shape = shape_of(node) == shape_of(node.all_input_nodes[0])
+        return opaque_call(node) is not None and same_shape
 
     def _unpacks(self, node: fx.Node) -> bool:
         source = node.args[0]
@@ -281,7 +275,7 @@ class _Search:
                     adapter = self._adapter(user, down)
                     if adapter:
                         return adapter
-                    path = getattr(record_of(user), "module_path", "") or "the model"
+                    path = module_path_of(user) or "the model"
                     what = "returned" if user.op == "output" else f"used by `{op_name(user)}`"
                     return f"its hidden value is also {what} in {path}"
             for user in changed_views(node):
@@ -293,7 +287,7 @@ class _Search:
 def _describe_obstacle(node: fx.Node) -> str:
     if node.op == "placeholder":
         return f"its hidden value also depends on `{node.name}`, which comes from outside"
-    path = getattr(record_of(node), "module_path", "")
+    path = module_path_of(node)
     where = f" in {path}" if path else ""
     return f"`{op_name(node)}`{where} is not elementwise"
 
@@ -308,11 +302,9 @@ def _is_nonlinear(node: fx.Node) -> bool:
 
 def _path(linear: Linear) -> str:
     """Name a projection by its weight's module, or by where it ran if that is elsewhere."""
-    own = linear.weight.name.rpartition(".")[0] or linear.weight.name
-    record = record_of(linear.node)
-    if record is None or not record.module_path or own.startswith(record.module_path):
-        return own
-    return record.module_path
+    own = linear.weight.module or linear.weight.name
+    ran_in = module_path_of(linear.node)
+    return own if not ran_in or own.startswith(ran_in) else ran_in
 
 
 def _without_overlaps(regions: list[Region]) -> tuple[list[Region], list[NearMiss]]:
@@ -325,6 +317,3 @@ def _without_overlaps(regions: list[Region]) -> tuple[list[Region], list[NearMis
         used |= set(region.nodes)
         kept.append(region)
     return kept, missed
-
-
-__all__ = ["NearMiss", "Region", "find_regions"]

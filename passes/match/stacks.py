@@ -2,7 +2,8 @@
 
 A stack is a row of modules in one `ModuleList` or `Sequential`, called once each and in order, of
 one class, each a map from a hidden state to one of the same shape, which also reaches the output
-past all projections. What nearly is one is kept with the reason; no module is known by its name.
+past all projections. What nearly is one is kept with the reason; names of modules decide
+nothing.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def _read(
     calls: dict[str, list[ModuleCall]],
     found: Capture,
 ) -> Stack | Miss | None:
-    """Return a container as a stack, why it is none, or None where it is nothing like one."""
+    """Return a container as a stack, why it is not one, or None where it is nothing like one."""
     children = [(f"{path}.{key}" if path else key, child) for key, child in module._modules.items()]
     if not children or any(child is None for _, child in children):
         return None
@@ -185,6 +186,3 @@ def _with_roles(stacks: list[Stack]) -> list[Stack]:
         Stack(first.path, first.blocks, "encoder"),
         Stack(second.path, second.blocks, "decoder"),
     ]
-
-
-__all__ = ["Block", "Miss", "Stack", "find_stacks"]
