@@ -109,6 +109,3 @@ def _fill_with_zeros(model: nn.Module) -> None:
                 empty = torch.zeros_like(tensor, device="cpu")
                 zeros[id(tensor)] = nn.Parameter(empty, tensor.requires_grad)
             setattr(item.module, item.key, zeros[id(tensor)])
-
-
-__all__ = ["convert", "convert_without_values"]

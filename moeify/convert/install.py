@@ -11,7 +11,7 @@ import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
 
-from torch import fx, nn
+from torch import nn
 
 from moeify import compat
 from moeify.capture.capture import ExampleInputs
@@ -21,9 +21,9 @@ from moeify.convert.verify import Snapshot, check, check_untouched, coarsest, co
 from moeify.convert.world import Parallel, reduce_gradients, sharded_names
 from moeify.distributed.agreement import run_on_all_ranks
 from moeify.distributed.mesh import World
-from moeify.plan.layer_plan import LayerPlan, ResolvedPlan
+from moeify.plan.layer_plan import ResolvedPlan
 from moeify.plan.plan import Plan
-from moeify.sites.discovery import Discovery, FoundSite, block_path, find_site
+from moeify.sites.discovery import Discovery, block_path, find_site
 from moeify.sites.install import Installer, make_ledger, skeleton
 from moeify.sites.record import ATTRIBUTE, Conversion, ConvertedLayer, Fate
 from moeify.tensor_parallel.apply import PartialSums, apply
@@ -88,8 +88,13 @@ class Installation:
             self._dense = snapshot(self.model, self.example_inputs, self._untouched)
         for layer in self.resolved:
             found = find_site(self.discovery, layer)
-            block = self.built.blocks[layer.name]
-            self._layers.append(_install(self._installer, layer, found, block))
+            path = block_path(found, layer)
+            swaps = self._installer.install(layer, found, path, self.built.blocks[layer.name])
+            converted = ConvertedLayer(layer, path, swaps)
+            if found is not None:
+                program = found.region.program
+                converted = ConvertedLayer(layer, path, swaps, program.swap, program.params)
+            self._layers.append(converted)
 
     def slice_dense(self) -> None:
         """Account for every dense parameter, then slice dense layers over the tensor ranks."""
@@ -101,7 +106,7 @@ class Installation:
             self._sums = sliced.sums
 
     def verify(self) -> None:
-        """Compare with what the dense model gave, and then let its replaced weights go."""
+        """Compare with what the dense model gave, then drop the weights that were replaced."""
         if self._dense is not None:
             now = snapshot(self.model, self.example_inputs, self._untouched)
             difference = compare(self._dense, now, self.resolved.layers)
@@ -153,7 +158,7 @@ class Installation:
         )
 
     def _parallel(self, world: World) -> Parallel:
-        """Hook the reduction of gradients in, and return what is remembered of the ranks."""
+        """Hook the reduction of gradients in, and return what is recorded of the ranks."""
         zero = self.built.zero
         # From stage 2 on parameters are pieces, whose engine reduces gradients itself.
         in_pieces = zero is not None and zero.stage >= 2
@@ -175,17 +180,6 @@ class Installation:
         )
 
 
-def _install(
-    installer: Installer, layer: LayerPlan, found: FoundSite | None, block: fx.GraphModule
-) -> ConvertedLayer:
-    path = block_path(found, layer)
-    swaps = installer.install(layer, found, path, block)
-    if found is None:
-        return ConvertedLayer(layer, path, swaps)
-    program = found.region.program
-    return ConvertedLayer(layer, path, swaps, program.swap, program.params)
-
-
 def _untouched(before: Mapping[str, nn.Parameter], resolved: ResolvedPlan) -> list[str]:
     """Return the names of the parameters that stay as they are."""
     touched = set()
@@ -194,6 +188,3 @@ def _untouched(before: Mapping[str, nn.Parameter], resolved: ResolvedPlan) -> li
             touched |= {projection.weight, projection.bias}
         touched |= set(layer.site.inner)
     return [name for name in before if name not in touched]
-
-
-__all__ = ["Installation"]

@@ -13,6 +13,7 @@ from torch import fx, nn
 from moeify.capture.capture import ExampleInputs
 from moeify.distributed.mesh import World
 from moeify.errors import PassError, UnsupportedModuleError
+from moeify.hf.detect import example_inputs_for
 from moeify.init.calibration import Calibration
 from moeify.passes.coordinate_all_to_all import CoordinateAllToAll
 from moeify.passes.find_mlps import FindMlps
@@ -28,12 +29,12 @@ from moeify.passes.join_routers import JoinRouters
 from moeify.passes.lower_kernels import LowerKernels
 from moeify.passes.match.dataflow import weight_of
 from moeify.passes.overlap_chunks import OverlapChunks
-from moeify.passes.partition_zero import PartitionZero
+from moeify.passes.partition_zero import PartitionZero, zero_of
 from moeify.passes.replace_mlps import ReplaceMlps
-from moeify.passes.rewrite.blocks import MOE_ROLE, SLICES, ZERO
+from moeify.passes.rewrite.blocks import MOE_ROLE
 from moeify.passes.rewrite.facts import CHECKS
 from moeify.passes.shard_experts import ShardExperts, share_of
-from moeify.passes.slice_dense import SliceDense
+from moeify.passes.slice_dense import SliceDense, slices_of
 from moeify.passes.slice_experts import SliceExperts
 from moeify.plan.layer_plan import LayerPlan, ResolvedPlan
 from moeify.plan.plan import Plan
@@ -41,12 +42,14 @@ from moeify.plan.resolve import resolve_sites
 from moeify.sites.discovery import Discovery, block_path, find_site
 from moeify.sites.record import ATTRIBUTE
 from moeify.sites.unsupported import discover_float, refuse_adapters, refuse_quantised
+from moeify.tensor_parallel.apply import SlicePlan
+from moeify.zero.plan import ZeroPlan
 
 log = logging.getLogger("moeify")
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
+class PassInputs:
     """What passes are made from."""
 
     discovery: Discovery
@@ -57,11 +60,11 @@ class Given:
     shares: Mapping[str, range] = field(default_factory=dict)
     # inputs of the MLPs, by layer name, where `init` looks at them
     calibrated: Mapping[str, Calibration] = field(default_factory=dict)
-    yours: Sequence[Pass] = ()  # the user's own passes
+    user_passes: Sequence[Pass] = ()
 
 
 Needs = Literal["", "ranks", "tensor ranks"]
-Make = Callable[[Given], Sequence[Pass]]
+Make = Callable[[PassInputs], Sequence[Pass]]
 
 PIPELINE: Final[Sequence[tuple[Needs, Make]]] = (
     # The dense graph: everything that reads it comes before the pass that replaces parts of it.
@@ -80,27 +83,28 @@ PIPELINE: Final[Sequence[tuple[Needs, Make]]] = (
     ("ranks", lambda it: [JoinRouters()]),
     ("ranks", lambda it: [PartitionZero()]),
     # `passes=` of the user, unless their facts ask for another place.
-    ("", lambda it: it.yours),
+    ("", lambda it: it.user_passes),
     # The device's kernels, where no pass has put anything between dispatch, experts and combine.
     ("", lambda it: [LowerKernels()]),
-    # Last: it hides the calls of experts from whoever looks for them.
+    # Last: it turns the calls of experts, which other passes look for, into functions.
     ("ranks", lambda it: [GatherPartitions()]),
 )
-"""The passes in the order in which they run, each with what it needs to be there at all."""
+"""The passes in the order in which they run, each with what it needs to run at all."""
 
 
-def passes_for(given: Given) -> list[Pass]:
+def passes_for(inputs: PassInputs) -> list[Pass]:
     """Make the passes of one conversion, the user's own among them.
 
     A pass of the user comes after the last pass that provides what it requires and before the
     first one that requires what it provides; where that leaves a choice, right before
     `lower-kernels`. The order of `PIPELINE` stays as it is.
     """
-    tensor = given.world is not None and given.world.layout.tensor > 1
-    there = {"": True, "ranks": given.world is not None, "tensor ranks": tensor}
-    passes = [p for needs, make in PIPELINE if there[needs] for p in make(given)]
-    yours = {id(p) for p in given.yours}
-    fixed = {p.name for p in passes if id(p) not in yours}
+    world = inputs.world
+    tensor = world is not None and world.layout.tensor > 1
+    available = {"": True, "ranks": world is not None, "tensor ranks": tensor}
+    passes = [p for needs, make in PIPELINE if available[needs] for p in make(inputs)]
+    users = {id(p) for p in inputs.user_passes}
+    fixed = {p.name for p in passes if id(p) not in users}
     checked = frozenset(str(fact) for fact in CHECKS)
     return order_passes(passes, given=checked, fixed=fixed)
 
@@ -110,8 +114,8 @@ class Built:
     """What the passes made of a model."""
 
     blocks: dict[str, fx.GraphModule]  # by layer name
-    slices: Any = None
-    zero: Any = None
+    slices: SlicePlan | None = None
+    zero: ZeroPlan | None = None
 
 
 def read_plan(model: nn.Module, plan: Plan | Mapping[str, Any] | str | os.PathLike[str]) -> Plan:
@@ -125,21 +129,24 @@ def prepare(
 ) -> tuple[ExampleInputs, Discovery, ResolvedPlan]:
     """Find the model's sites and apply the plan to them; inputs are made up if there are none."""
     if example_inputs is None:
-        from moeify.hf.detect import example_inputs_for
-
         example_inputs = example_inputs_for(model)
     discovery = discover_float(model, example_inputs)
-    resolved = resolve_sites(
-        plan,
-        discovery.sites,
-        parameters=discovery.parameters,
-        parameter_bytes=discovery.parameter_bytes,
-        linears=discovery.linears,
-        near_misses=[str(miss) for miss in discovery.near_misses],
-    )
+    resolved = resolve_on(plan, discovery)
     for layer in resolved:
         refuse_quantised(model, [p.weight for p in (*layer.site.up, layer.site.down)])
     return example_inputs, discovery, resolved
+
+
+def resolve_on(plan: Plan, found: Discovery) -> ResolvedPlan:
+    """Apply a plan to what was found in a model."""
+    return resolve_sites(
+        plan,
+        found.sites,
+        parameters=found.parameters,
+        parameter_bytes=found.parameter_bytes,
+        linears=found.linears,
+        near_misses=[str(miss) for miss in found.near_misses],
+    )
 
 
 def run_pipeline(
@@ -156,9 +163,9 @@ def run_pipeline(
 ) -> Built:
     """Run the passes of `PIPELINE` and the user's; the model is only read."""
     shares = {} if world is None else {la.name: share_of(world, la.experts) for la in resolved}
-    given = Given(discovery, world, example_inputs, shares, calibrated or {}, passes)
-    watching = [*observers_from_env(), *observers]
-    manager = PassManager(passes_for(given), observers=watching, checks=CHECKS)
+    inputs = PassInputs(discovery, world, example_inputs, shares, calibrated or {}, passes)
+    observers = [*observers_from_env(), *observers]
+    manager = PassManager(passes_for(inputs), observers=observers, checks=CHECKS)
     gm = discovery.capture.graph_module
     outside = _outside(gm, discovery, resolved)
     ctx = PlanContext(plan=plan, resolved=resolved, mesh=world, model=model)
@@ -167,7 +174,7 @@ def run_pipeline(
         log.debug("%s", report)
     blocks = {layer.name: _block(gm, discovery, layer) for layer in resolved}
     _refuse_changes_outside(gm, outside)
-    return Built(blocks, gm.meta.get(SLICES), gm.meta.get(ZERO))
+    return Built(blocks, slices_of(gm), zero_of(gm))
 
 
 def _block(gm: fx.GraphModule, discovery: Discovery, layer: LayerPlan) -> fx.GraphModule:
@@ -226,15 +233,3 @@ def refuse_wrapped(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
             raise UnsupportedModuleError(name, "it is sharded already: convert first, then shard")
-
-
-__all__ = [
-    "PIPELINE",
-    "Built",
-    "Given",
-    "passes_for",
-    "prepare",
-    "read_plan",
-    "refuse_wrapped",
-    "run_pipeline",
-]

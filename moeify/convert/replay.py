@@ -1,8 +1,8 @@
-"""Convert a model again as it once was, and prove that it became the same.
+"""Repeat a recorded conversion on a dense model, and prove that the result is the same.
 
 A folder keeps the plan, the form of the example inputs and a few facts of every converted layer.
-Whatever loads one converts a dense model without values by that plan, and holds what came out
-against these facts: a checkpoint, a model of generated code, and the way back to a dense folder.
+Whatever loads one (a checkpoint, a model of generated code, the way back to a dense folder)
+converts a dense model without values by that plan, and compares the result with these facts.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Recorded:
     ledger: Mapping[str, Sequence[str]] | None = None
     versions: Mapping[str, str] | None = None  # of the packages that wrote it
     # what to do if a block computes something else
-    passes: str = "if the model was converted with passes of your own, give them again as passes="
+    passes: str = "if the model was converted with your own passes, give them again as passes="
 
 
 def replay(
@@ -132,10 +132,10 @@ def _check_facts(old: LayerRecord, new: LayerRecord, then: Recorded) -> None:
 def _check_graphs(old: LayerRecord, new: LayerRecord, then: Recorded) -> None:
     """Compare what a block computes.
 
-    Graphs may be written differently by another release, which is worth a warning and no more.
+    Another release may write a graph differently, which is only worth a warning.
     """
     here = versions()
-    # The block's own graph is moeify's doing, the graphs inside it come from all of them.
+    # moeify alone makes the block's own graph; the graphs inside it come from all packages.
     outer = ["moeify"] if old.graph != new.graph else []
     inner = list(here) if old.inner != new.inner else []
     if not outer and not inner:
@@ -143,7 +143,7 @@ def _check_graphs(old: LayerRecord, new: LayerRecord, then: Recorded) -> None:
     wrote = then.versions or {}
     if any(wrote.get(key, here[key]) != here[key] for key in (*outer, *inner)):
         log.warning(
-            "%s: %s: the graph of its block is not the one that %s wrote: compare outputs",
+            "%s: %s: its block has another graph than the one that %s wrote: compare outputs",
             then.where,
             old.plan.name,
             wrote,
@@ -196,11 +196,3 @@ def versions() -> dict[str, str]:
     with contextlib.suppress(PackageNotFoundError):
         found["transformers"] = version("transformers")
     return found
-
-
-__all__ = [
-    "Recorded",
-    "layer_records",
-    "replay",
-    "versions",
-]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from moeify import compat
 from moeify.errors import UnsupportedModuleError
 from moeify.hf.dense_class import become_dense
 from moeify.init.merge import joined_columns, joined_rows, merged, same_bits, widened
+from moeify.init.strategies import MlpWeights
 from moeify.nn.block import DenseMLP, LinearExperts, ResidualMix, StoredLinear
 from moeify.nn.experts import Experts
 from moeify.plan.site import Projection
@@ -62,7 +62,7 @@ def _warn_of_averages(names: Sequence[str]) -> None:
 
 
 def _forget(model: nn.Module, conversion: Conversion) -> None:
-    """Take away what the conversion left on the model beside its blocks."""
+    """Remove what the conversion left on the model besides its blocks."""
     for path, value in conversion.fused.items():
         compat.restore_fused_encoder(model.get_submodule(path), value)
     parallel = conversion.parallel
@@ -129,7 +129,7 @@ class RevertedLayer:
             values[name] = (value, getattr(experts, f"inner_{i}").requires_grad)
         last = {site.down.weight, site.down.bias}
         for name, (value, trains) in values.items():
-            table, held = self._home(name)
+            table, held = self._table_of(name)
             value = self._stored(name, value, table[name.rpartition(".")[2]])
             if name in branch:
                 held = branch[name]
@@ -137,7 +137,7 @@ class RevertedLayer:
             self._keep(name, table, value, trains, held)
         self.modules = [(swap, swap.original) for swap in self.converted.swaps]
 
-    def _experts_as_one(self, experts: Experts) -> _Dense:
+    def _experts_as_one(self, experts: Experts) -> MlpWeights:
         """Return the one MLP that the experts make up: slices joined, copies merged."""
         layer, gated = self.converted.layer, experts.gated
         slices, split = layer.slices, layer.init.experts == "split"
@@ -152,12 +152,13 @@ class RevertedLayer:
         one_bias = None if down_bias is None else self._one(down_bias)
         if split and one_bias is not None:  # each of the top-k has its part of it
             one_bias = one_bias * layer.top_k
-        return _Dense(
+        return MlpWeights(
             self._one(up),
             None if up_bias is None else self._one(up_bias),
             self._one(down),
             one_bias,
-            [self._one(getattr(experts, f"inner_{i}")) for i in range(experts.inner_params)],
+            tuple(self._one(getattr(experts, f"inner_{i}")) for i in range(experts.inner_params)),
+            gated,
         )
 
     def _one(self, stacked: Tensor) -> Tensor:
@@ -165,7 +166,7 @@ class RevertedLayer:
         self.exact &= alike
         return value
 
-    def _split(self, dense: _Dense) -> list[tuple[Tensor, Tensor | None]]:
+    def _split(self, dense: MlpWeights) -> list[tuple[Tensor, Tensor | None]]:
         """Return (weight [out, in], bias) of each first projection, in the order of the site."""
         ups = self.converted.layer.site.up
         if self.converted.swap_halves and len(ups) == 1:
@@ -202,13 +203,13 @@ class RevertedLayer:
             raise UnsupportedModuleError(projection.module or projection.weight, reason)
         return placed
 
-    def _stored(self, name: str, value: Tensor, twin: Tensor) -> Tensor:
-        """Give `value` the shape in which the dense model stores it."""
-        if value.numel() == twin.numel():
-            return value.reshape(twin.shape)
-        if twin.numel() == 1:  # one number that was spread over the width
-            return self._one(value.flatten()).reshape(twin.shape)
-        what = f"{tuple(value.shape)} does not fit the dense {tuple(twin.shape)}"
+    def _stored(self, name: str, value: Tensor, like: Tensor) -> Tensor:
+        """Return `value` in the shape in which the dense model stores it."""
+        if value.numel() == like.numel():
+            return value.reshape(like.shape)
+        if like.numel() == 1:  # one number that was spread over the width
+            return self._one(value.flatten()).reshape(like.shape)
+        what = f"{tuple(value.shape)} does not fit the dense {tuple(like.shape)}"
         raise UnsupportedModuleError(self.name, f"{name}: {what}")
 
     # -- the dense branch of a residual block
@@ -257,7 +258,10 @@ class RevertedLayer:
         """Multiply the experts into the layer behind them."""
         projection = self.block.get_submodule("projection")
         if not isinstance(projection, nn.Linear):
-            raise UnsupportedModuleError(self.name, "the layer behind its experts is no nn.Linear")
+            reason = (
+                f"the layer behind its experts is a {type(projection).__name__}, not an nn.Linear"
+            )
+            raise UnsupportedModuleError(self.name, reason)
         _refuse_sharded(self.name, [*experts.parameters(), *projection.parameters()])
         weight, bias = self._one(experts.weight), self._one(experts.bias)
         self.modules = [(swap, projection) for swap in self.converted.swaps]
@@ -267,20 +271,21 @@ class RevertedLayer:
         if not weight.is_meta and not torch.equal(weight, torch.eye(len(weight)).to(weight)):
             folded = (own @ widened(weight)).to(old.dtype)
         self._keep(f"{path}.weight", table, folded, old.requires_grad, old)
-        there = projection.bias
-        if there is None:
-            if not bias.is_meta and bool(bias.any()):
+        learned = not bias.is_meta and bool(bias.any())
+        old_bias = projection.bias
+        if old_bias is None:
+            if learned:
                 reason = "its experts have learned a bias, and the dense layer has none to hold it"
                 raise UnsupportedModuleError(self.name, reason)
             return
-        folded = there.detach()
-        if not bias.is_meta and bool(bias.any()):
-            folded = (own @ widened(bias) + widened(folded)).to(there.dtype)
-        self._keep(f"{path}.bias", table, folded, there.requires_grad, there)
+        folded = old_bias.detach()
+        if learned:
+            folded = (own @ widened(bias) + widened(folded)).to(old_bias.dtype)
+        self._keep(f"{path}.bias", table, folded, old_bias.requires_grad, old_bias)
 
     # -- both
 
-    def _home(self, name: str) -> tuple[dict[str, Any], nn.Parameter | None]:
+    def _table_of(self, name: str) -> tuple[dict[str, Any], nn.Parameter | None]:
         """Return the table of a dense parameter, and the parameter if it is in the model."""
         path, _, leaf = name.rpartition(".")
         inside: nn.Module | None = None
@@ -296,7 +301,7 @@ class RevertedLayer:
     def _keep(
         self, name: str, table: dict[str, Any], value: Tensor, trains: bool, held: Tensor | None
     ) -> None:
-        """Note a parameter to put in place: the one at hand, if it is what came out."""
+        """Note a parameter to put in place: the one that is held, if it has this value."""
         self._tables[name] = table
         if (
             isinstance(held, nn.Parameter)
@@ -310,32 +315,21 @@ class RevertedLayer:
         self.parameters[name] = nn.Parameter(fresh, requires_grad=trains)
 
 
-@dataclass(frozen=True, slots=True)
-class _Dense:
-    """The MLP that the experts make up, the gate first."""
-
-    up: Tensor  # [wide, D]
-    up_bias: Tensor | None  # [wide]
-    down: Tensor  # [D, F]
-    down_bias: Tensor | None  # [D]
-    inner: list[Tensor]  # [F] each
-
-
 def _block_of(model: nn.Module, converted: ConvertedLayer) -> fx.GraphModule:
     block: nn.Module | None = None
     for swap in converted.swaps:
         try:
-            stands = model.get_submodule(swap.path)
+            current = model.get_submodule(swap.path)
         except AttributeError:
-            stands = None
-        if stands is not swap.replacement:
-            found = "nothing" if stands is None else f"a {type(stands).__name__}"
+            current = None
+        if current is not swap.replacement:
+            found = "nothing" if current is None else f"a {type(current).__name__}"
             reason = f"{found} stands there instead of what moeify put in: put that back first"
             raise UnsupportedModuleError(swap.path, reason)
         if swap.path == converted.block:
             block = swap.replacement
     if not isinstance(block, fx.GraphModule):
-        raise UnsupportedModuleError(converted.block, "it is no MoE block")
+        raise UnsupportedModuleError(converted.block, "it is not a MoE block")
     return block
 
 

@@ -33,7 +33,7 @@ _FLOOR = 1e-2
 of the largest output."""
 
 _SMALL = 1e-30
-"""Numbers below it are compared as they are: relative to denormals everything differs."""
+"""Smaller numbers are not divided by: relative to denormals everything differs."""
 
 
 @dataclass(frozen=True, slots=True)

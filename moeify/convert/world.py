@@ -28,23 +28,21 @@ from moeify.plan.plan import Plan
 from moeify.plan.zero_checks import check_process
 
 if TYPE_CHECKING:
-    from moeify.tensor_parallel.apply import PartialSums
+    from moeify.tensor_parallel.apply import PartialSums, SlicePlan
     from moeify.zero.plan import ZeroPlan
     from moeify.zero.stage1 import Cut, Guard
-
-__all__ = ["Parallel", "assert_same_layers", "init_world", "reduce_gradients"]
 
 _SAME_CALL = "call moeify on every rank with the same plan, weights and form of example inputs"
 
 
 @dataclass(slots=True)
 class Parallel:
-    """What a conversion remembers of its ranks; travels with copies of the model."""
+    """What a conversion records of its ranks; copied with the model."""
 
     layout: Layout
     rank: int
     reducer: GradientReducer | None = None
-    slices: Any = None
+    slices: SlicePlan | None = None
     sums: PartialSums | None = None  # of gradients of whole parameters within slices
     zero: ZeroPlan | None = None
     # how optimizer states are cut at stages 0 and 1, by parameter name
@@ -100,13 +98,13 @@ def assert_same_layers(resolved: ResolvedPlan, model: nn.Module, example_inputs:
     layers = [(la.name, la.experts, la.top_k, la.residual, la.site.d_in) for la in resolved]
     facts = {"the number of layers": str(len(layers))}
     facts |= {f"layer {i}": " ".join(map(str, layer)) for i, layer in enumerate(layers)}
-    facts |= weights_of(model)
+    facts |= _weight_digests(model)
     # Their size decides how rows travel.
     facts["the example inputs"] = json.dumps(describe_inputs(example_inputs))
     assert_same_on_ranks(facts, _SAME_CALL)
 
 
-def weights_of(model: nn.Module) -> dict[str, str]:
+def _weight_digests(model: nn.Module) -> dict[str, str]:
     """Return a digest of each module's own parameters, cheap enough to compare at set-up."""
     digests: dict[str, str] = {}
     for path, module in model.named_modules():
