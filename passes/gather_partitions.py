@@ -1,4 +1,4 @@
-"""gather-partitions: gathers of ZeRO's pieces become nodes of a block, ahead of what reads them.
+"""gather-partitions: gather ZeRO's pieces by nodes of a block, ahead of what reads them.
 
 Before::
 
@@ -27,7 +27,7 @@ from torch import fx
 
 from moeify.passes.infra.base import Fact, PassResult, PlanContext
 from moeify.passes.rewrite.blocks import blocks_of
-from moeify.passes.rewrite.nodes import node
+from moeify.passes.rewrite.nodes import add_node
 from moeify.zero import graph_engine
 
 
@@ -55,7 +55,7 @@ class GatherPartitions:
 
 
 def _rewrite(block: fx.GraphModule, *, ahead: bool) -> bool:
-    """Gather the parameters of each module that the block calls; tell whether there were any."""
+    """Gather the parameters of each module that the block calls; return whether there are any."""
     calls: dict[str, list[fx.Node]] = {}
     for call in block.graph.find_nodes(op="call_module"):
         calls.setdefault(str(call.target), []).append(call)
@@ -70,7 +70,7 @@ def _rewrite(block: fx.GraphModule, *, ahead: bool) -> bool:
             module = graph.get_attr(target)
             module._rename(_flat(f"{target}_module"))
             values = tuple(
-                node(graph, graph_engine.gather, (module, name), _flat(f"{target}_{name}"))
+                add_node(graph, graph_engine.gather, (module, name), _flat(f"{target}_{name}"))
                 for name in names
             )
         for call in calls[target]:
@@ -87,10 +87,7 @@ def _replace(graph: fx.Graph, call: fx.Node, gathered: tuple[fx.node.Argument, .
     name = call.name
     with graph.inserting_before(call):
         made = graph.call_function(graph_engine.run, (*gathered, *call.args), call.kwargs)
-    made.meta = {**call.meta, "is_wrapped": True}  # as `nodes.node` says
+    made.meta = {**call.meta, "is_wrapped": True}  # as `add_node` says
     call.replace_all_uses_with(made)
     graph.erase_node(call)
     made._rename(name)
-
-
-__all__ = ["GatherPartitions"]

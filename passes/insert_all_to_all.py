@@ -45,7 +45,7 @@ from moeify.passes.rewrite.exchange_choice import chosen_form
 from moeify.passes.rewrite.exchange_nodes import Group, round_trip
 from moeify.passes.rewrite.gather_tokens import gather_tokens
 from moeify.passes.rewrite.local_experts import LocalExperts
-from moeify.passes.rewrite.nodes import items, node, ops
+from moeify.passes.rewrite.nodes import add_node, items, ops
 
 log = logging.getLogger("moeify")
 
@@ -89,12 +89,12 @@ def _rewrite(graph: fx.Graph, group: Group, path: str, splits: str) -> None:
     with graph.inserting_before(local.combine):
         capacity = local.capacity(splits)
         args = (local.slots, local.offsets, capacity, 1)
-        layout = node(graph, ops.send_layout, args, "send_layout")
+        layout = add_node(graph, ops.send_layout, args, "send_layout")
         order, slots, counts = items(graph, layout, "send_order", "send_slots", "part_counts")
-        rows = node(graph, ops.dispatch, (local.tokens, order, slots), "packed")
-        own = node(graph, operator.getitem, (counts, 0), "own_counts")
-        each = node(graph, exchange.send_capacity, (capacity, 1), "send_capacity")
+        rows = add_node(graph, ops.dispatch, (local.tokens, order, slots), "packed")
+        own = add_node(graph, operator.getitem, (counts, 0), "own_counts")
+        each = add_node(graph, exchange.send_capacity, (capacity, 1), "send_capacity")
         returned = round_trip(graph, group, path, rows, own, each)
-        result = node(graph, ops.combine, (returned, local.weights, order, slots), "result")
+        result = add_node(graph, ops.combine, (returned, local.weights, order, slots), "result")
     local.replace(result)
     graph.eliminate_dead_code()

@@ -32,7 +32,7 @@ from moeify.distributed import exchange
 from moeify.passes.infra.base import Fact, PassResult, PlanContext
 from moeify.passes.rewrite.blocks import blocks_of
 from moeify.passes.rewrite.exchange_view import Exchange, RoundTrip
-from moeify.passes.rewrite.nodes import node
+from moeify.passes.rewrite.nodes import add_node
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,20 +73,20 @@ def _rewrite(found: Exchange, pieces: int) -> None:
     assert isinstance(place, int)
     found.lay_out(parts * pieces)
     with graph.inserting_before(found.result):
-        cut = node(graph, exchange.pieces, (found.rows, pieces), "pieces")
+        cut = add_node(graph, exchange.pieces, (found.rows, pieces), "pieces")
         copies: list[dict[fx.Node, fx.Node]] = []
         for piece in range(pieces):
-            own = node(graph, operator.getitem, (cut, piece), f"piece_{piece}")
+            own = add_node(graph, operator.getitem, (cut, piece), f"piece_{piece}")
             copies.append({found.rows: own})
         for piece, copied in enumerate(copies):  # small, and a group is a queue: before any rows
             index = (found.part_counts, place + piece * parts)
-            copied[trip.own_counts] = node(graph, operator.getitem, index, "own_counts")
+            copied[trip.own_counts] = add_node(graph, operator.getitem, index, "own_counts")
             _copy(graph, announce, copied)
         for turn in range(pieces + len(steps) - 1):
             for late, step in enumerate(steps):
                 if 0 <= turn - late < pieces:
                     _copy(graph, step, copies[turn - late])
-        whole = node(graph, torch.cat, ([copied[returned] for copied in copies],), "whole_rows")
+        whole = add_node(graph, torch.cat, ([copied[returned] for copied in copies],), "whole_rows")
     found.result.replace_input_with(returned, whole)
     graph.eliminate_dead_code()
 

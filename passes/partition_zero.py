@@ -1,6 +1,6 @@
 """partition-zero: decide for every parameter over which ranks ZeRO cuts it (analysis).
 
-Before and after, the same graph; what it says is new::
+Before and after, the same graph; the decision is new::
 
     %embed  = embedding(%ids, embed.weight)            ""            dense  over dp
     %q      = linear(%norm, layers.0.attn.q.weight)    layers.0      dense  over dp
@@ -9,8 +9,8 @@ Before and after, the same graph; what it says is new::
 
 Parameters of one module of a repeated stack are gathered together (a unit), experts apart from
 them, because they are cut over other ranks; what is left belongs to the model's own unit. The
-order in which the graph enters units is the order in which they are gathered ahead. A module is no
-unit if something outside of it reads its parameters. The whole decision, with what was merged and
+order in which the graph enters units is the order in which they are gathered ahead. A module is not
+a unit if something outside of it reads its parameters. The whole decision, with what was merged and
 why, is `zero_of(gm)`.
 
 Source:
@@ -31,7 +31,14 @@ from moeify.distributed.mesh import World
 from moeify.nn.block import DenseMLP
 from moeify.passes.infra.base import Fact, PassResult, PlanContext
 from moeify.passes.infra.records import record_of
-from moeify.passes.rewrite.blocks import MOE_ROLE, SLICES, ZERO, blocks_of, layer_at
+from moeify.passes.rewrite.blocks import (
+    MOE_ROLE,
+    SLICES,
+    ZERO,
+    blocks_of,
+    layer_at,
+    replaced_parameters,
+)
 from moeify.zero.plan import Kind, Part, Unit, ZeroPlan
 
 log = logging.getLogger("moeify")
@@ -115,16 +122,11 @@ def _replaced(gm: fx.GraphModule, ctx: PlanContext, blocks: dict[str, Any]) -> s
     """Return the names of dense parameters that are in blocks, or copied into their experts."""
     assert ctx.model is not None
     assert ctx.resolved is not None
-    gone = set()
-    for layer in ctx.resolved:
-        for projection in (*layer.site.up, layer.site.down):
-            gone |= {projection.weight, projection.bias}
-        gone |= set(layer.site.inner)
+    gone = replaced_parameters(ctx.resolved)
     held = {id(p) for block in blocks.values() for p in block.parameters()}
     named = dict(ctx.model.named_parameters())
     shared = {id(named[name]) for name in gone if name in named}
-    gone |= {name for name, p in named.items() if id(p) in held | shared}
-    return {name for name in gone if name is not None}
+    return gone | {name for name, p in named.items() if id(p) in held | shared}
 
 
 def _part(
@@ -289,7 +291,7 @@ def _tied(model: nn.Module) -> dict[str, list[str]]:
 
 
 def _shared(path: str, run: _Run, tied: dict[str, list[str]]) -> str:
-    """Say why a module cannot be gathered on its own, or ""."""
+    """Return why a module cannot be gathered on its own, or ""."""
     prefix = f"{path}."
     for name, readers in run.readers.items():
         if name.startswith(prefix) and any(path not in reader for reader in readers):
@@ -302,7 +304,7 @@ def _shared(path: str, run: _Run, tied: dict[str, list[str]]) -> str:
 
 
 def _with_prefetch(units: list[Unit], prefetch: int) -> tuple[Unit, ...]:
-    """Let each module gather what the next ones will need, while it runs."""
+    """Let each module gather what the next ones will need while it runs."""
     spans: dict[str, list[str]] = {}
     for unit in units:
         spans.setdefault(unit.around, []).append(unit.name)
@@ -319,6 +321,3 @@ def _with_prefetch(units: list[Unit], prefetch: int) -> tuple[Unit, ...]:
         before = tuple(n for span in behind if span for n in spans[span]) if first else ()
         made.append(replace(unit, after=after, before=before))
     return tuple(made)
-
-
-__all__ = ["PartitionZero", "zero_of"]

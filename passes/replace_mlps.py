@@ -28,7 +28,7 @@ import copy
 import operator
 from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -38,8 +38,6 @@ from moeify.errors import UnsupportedModuleError
 from moeify.init.calibration import Calibration
 from moeify.init.strategies import MlpWeights, init_experts
 from moeify.init.weights import expert_weights, router_weight
-from moeify.kernels import combine as _combine  # noqa: F401  registers the op
-from moeify.kernels import dispatch as _dispatch  # noqa: F401  registers the op
 from moeify.kernels import route
 from moeify.nn.block import DenseMLP, LinearExperts, ResidualMix, StoredLinear
 from moeify.nn.experts import Experts
@@ -50,6 +48,7 @@ from moeify.passes.match.dataflow import linear_of, weight_of
 from moeify.passes.match.mlp_regions import Region
 from moeify.passes.match.placement import parameter_names
 from moeify.passes.rewrite.blocks import MOE_ROLE
+from moeify.passes.rewrite.nodes import add_node, ops
 from moeify.plan.layer_plan import LayerPlan
 from moeify.plan.site import Site
 from moeify.sites.discovery import Discovery, FoundSite, block_path, find_site
@@ -136,9 +135,7 @@ def _marked_runs(
 
 def _role(node: fx.Node, site: str) -> str:
     record = record_of(node)
-    if record is None or record.site != site or record.role is None:
-        return ""
-    return record.role
+    return "" if record is None or record.site != site else record.role or ""
 
 
 def _source(projection: fx.Node) -> fx.Node:
@@ -159,15 +156,7 @@ def _call_block(
     with gm.graph.inserting_before(out):
         call = gm.graph.call_module(path, (source,))
     old = record_of(out) or NodeRecord("")
-    record = NodeRecord(
-        module_path=path,
-        modules=old.modules,
-        shapes=old.shapes,
-        dtypes=old.dtypes,
-        call=old.call,
-        site=name,
-        role=MOE_ROLE,
-    )
+    record = replace(old, module_path=path, params=(), mutates=False, site=name, role=MOE_ROLE)
     set_record(call, record)
     out.replace_all_uses_with(call)
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
@@ -225,45 +214,40 @@ def _block_graph(layer: LayerPlan, channel: int, argument: str, root: nn.Module)
     graph = fx.Graph()
     x = graph.placeholder(argument)
     last = x if channel == -1 else graph.call_method("movedim", (x, channel, -1))
-    tokens = _named(graph.call_method("reshape", (last, -1, layer.site.d_in)), "tokens")
-    routing = _named(graph.call_module("router", (tokens,)), "routing")
-    parts = {}
-    for name, index in (
-        ("weights", route.WEIGHTS),
-        ("slots", route.SLOTS),
-        ("order", route.ORDER),
-        ("offsets", route.OFFSETS),
-    ):
-        parts[name] = _named(graph.call_function(operator.getitem, (routing, index)), name)
-    ops = torch.ops.moeify
-    sent = (tokens, parts["order"], parts["slots"])
-    rows = _named(graph.call_function(ops.dispatch, sent), "rows")
-    hidden = _named(graph.call_module("experts", (rows, parts["offsets"])), "hidden")
-    back = (hidden, parts["weights"], parts["order"], parts["slots"])
-    y = _named(graph.call_function(ops.combine, back), "y")
+    tokens = graph.call_method("reshape", (last, -1, layer.site.d_in))
+    tokens._rename("tokens")
+    routing = add_node(graph, "router", (tokens,), "routing")
+    weights, slots, order, offsets = (
+        add_node(graph, operator.getitem, (routing, index), name)
+        for name, index in (
+            ("weights", route.WEIGHTS),
+            ("slots", route.SLOTS),
+            ("order", route.ORDER),
+            ("offsets", route.OFFSETS),
+        )
+    )
+    rows = add_node(graph, ops.dispatch, (tokens, order, slots), "rows")
+    hidden = add_node(graph, "experts", (rows, offsets), "hidden")
+    y = add_node(graph, ops.combine, (hidden, weights, order, slots), "y")
     if hasattr(root, "mlp"):
-        mlp = _named(graph.call_module("mlp", (tokens,)), "dense")
-        y = _named(graph.call_module("residual_mix", (y, mlp, tokens)), "mixed")
+        dense = add_node(graph, "mlp", (tokens,), "dense")
+        y = add_node(graph, "residual_mix", (y, dense, tokens), "mixed")
     width = layer.site.d_in
     if hasattr(root, "projection"):
-        y = _named(graph.call_module("projection", (y,)), "projected")
+        y = add_node(graph, "projection", (y,), "projected")
         width = layer.site.d_out
     if hasattr(root, "dropout"):
-        y = _named(graph.call_module("dropout", (y,)), "dropped")
+        y = add_node(graph, "dropout", (y,), "dropped")
     shape = graph.call_function(getattr, (last, "shape"))
     if width != layer.site.d_in:
         lead = graph.call_function(operator.getitem, (shape, slice(None, -1)))
         shape = graph.call_function(operator.add, (lead, (width,)))
-    out = _named(graph.call_method("reshape", (y, shape)), "out")
+    out = graph.call_method("reshape", (y, shape))
+    out._rename("out")
     if channel != -1:
         out = graph.call_method("movedim", (out, -1, channel))
     graph.output(out)
     return graph
-
-
-def _named(node: fx.Node, name: str) -> fx.Node:
-    node._rename(name)
-    return node
 
 
 def _router(layer: LayerPlan, like: Tensor, weight: Tensor) -> Router:
@@ -326,7 +310,7 @@ def _experts(
 
 
 def _owned(value: Tensor, others: AbstractSet[int]) -> Tensor:
-    """Return a contiguous tensor that lies in none of other tensors' storages."""
+    """Return a contiguous tensor that shares no storage with others."""
     if value.is_contiguous() and value.untyped_storage().data_ptr() not in others:
         return value
     return value.clone(memory_format=torch.contiguous_format)

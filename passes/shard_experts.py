@@ -63,7 +63,7 @@ def share_of(world: World, experts: int) -> range:
 
 
 def describe(layout: Layout, layer: LayerPlan) -> str:
-    """Say in one line how a layer's experts lie on the ranks."""
+    """Describe in one line how a layer's experts are spread over the ranks."""
     ep, edp = layout.ep(layer.experts), layout.edp(layer.experts)
     text = f"{layer.experts} experts over {ep} ranks, {layer.experts // ep} each"
     if ep < layout.expert:

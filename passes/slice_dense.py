@@ -1,6 +1,6 @@
 """slice-dense: decide which dense layers are sliced over the tensor ranks (analysis).
 
-Before and after, the same graph; what it says is new::
+Before and after, the same graph; the decision is new::
 
     %q   = linear(%x, attn.q.weight)                        @ attn: colwise
     %k   = linear(%x, attn.k.weight)                        @ attn: colwise
@@ -82,11 +82,8 @@ def _mark(gm: fx.GraphModule, discovery: Discovery, plan: SlicePlan) -> bool:
     alive = set(gm.graph.nodes)
     changed = False
     for linear in discovery.linear_nodes:
-        path = linear.weight.name.rpartition(".")[0]
+        path = linear.weight.module
         record = record_of(linear.node)
         if path in layer and linear.node in alive and (record is None or record.site is None):
             changed |= mark(linear.node, site=layer[path], role=plan.modules[path])
     return changed
-
-
-__all__ = ["SliceDense", "slices_of"]

@@ -34,7 +34,7 @@ from moeify.nn.experts import Experts
 from moeify.passes.infra.base import Fact, PassResult, PlanContext
 from moeify.passes.rewrite.blocks import blocks_of, layer_at
 from moeify.passes.rewrite.exchange_nodes import Group
-from moeify.passes.rewrite.nodes import calls, node
+from moeify.passes.rewrite.nodes import add_node, calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +101,12 @@ def _rewrite(graph: fx.Graph, group: Group, path: str) -> None:
         assert isinstance(rows, fx.Node)
         where = f"{path}: slices of experts"
         with graph.inserting_before(call):
-            copied = node(graph, collectives.copy_to_slices, (rows, group.name, where), "copied")
+            copied = add_node(
+                graph, collectives.copy_to_slices, (rows, group.name, where), "copied"
+            )
         call.replace_input_with(rows, copied)
         users = list(call.users)
         with graph.inserting_after(call):
-            total = node(graph, collectives.sum_of_slices, (call, group.name, where), "summed")
+            total = add_node(graph, collectives.sum_of_slices, (call, group.name, where), "summed")
         for user in users:
             user.replace_input_with(call, total)

@@ -8,7 +8,6 @@ dense one again.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from contextlib import ExitStack
 
 from torch import nn
@@ -21,6 +20,7 @@ from moeify.convert.verify import Snapshot, check, check_untouched, coarsest, co
 from moeify.convert.world import Parallel, reduce_gradients, sharded_names
 from moeify.distributed.agreement import run_on_all_ranks
 from moeify.distributed.mesh import World
+from moeify.passes.rewrite.blocks import replaced_parameters
 from moeify.plan.layer_plan import ResolvedPlan
 from moeify.plan.plan import Plan
 from moeify.sites.discovery import Discovery, block_path, find_site
@@ -57,7 +57,8 @@ class Installation:
         self.example_inputs = example_inputs
         self._before = dict(model.named_parameters(remove_duplicate=False))
         self._versions = {name: (id(p), p._version) for name, p in self._before.items()}
-        self._untouched = _untouched(self._before, resolved)
+        replaced = replaced_parameters(resolved)
+        self._untouched = [name for name in self._before if name not in replaced]
         self._compares = verify and not any(p.is_meta for p in self._before.values())
         self._installer = Installer(model)
         self._undo = ExitStack()
@@ -178,13 +179,3 @@ class Installation:
             masters=self._partitioned.masters,
             guard=self._partitioned.guard,
         )
-
-
-def _untouched(before: Mapping[str, nn.Parameter], resolved: ResolvedPlan) -> list[str]:
-    """Return the names of the parameters that stay as they are."""
-    touched = set()
-    for layer in resolved:
-        for projection in (*layer.site.up, layer.site.down):
-            touched |= {projection.weight, projection.bias}
-        touched |= set(layer.site.inner)
-    return [name for name in before if name not in touched]

@@ -49,6 +49,14 @@ def layer_at(gm: fx.GraphModule, path: str, resolved: ResolvedPlan) -> LayerPlan
     raise PassError(f"{path}: the plan has no layer for the site {site!r}")
 
 
+def replaced_parameters(resolved: ResolvedPlan) -> set[str]:
+    """Return the names of the dense parameters whose place the blocks take."""
+    sites = [layer.site for layer in resolved]
+    projections = [projection for site in sites for projection in (*site.up, site.down)]
+    names = {p.weight for p in projections} | {p.bias for p in projections if p.bias is not None}
+    return names.union(*(site.inner for site in sites))
+
+
 def spread_blocks(
     gm: fx.GraphModule, ctx: PlanContext
 ) -> Iterator[tuple[str, fx.GraphModule, LayerPlan]]:

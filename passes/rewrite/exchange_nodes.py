@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from moeify.distributed import collectives, exchange
-from moeify.passes.rewrite.nodes import items, node, ops
+from moeify.passes.rewrite.nodes import add_node, items, ops
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +42,8 @@ def send(
 ) -> fx.Node:
     """Add an all-to-all and the wait for it; return the latter."""
     args = (rows, receive, out, group, where)
-    started = node(graph, collectives.all_to_all, args, f"{name}_started")
-    return node(graph, collectives.wait, (started, where), name)
+    started = add_node(graph, collectives.all_to_all, args, f"{name}_started")
+    return add_node(graph, collectives.wait, (started, where), name)
 
 
 def round_trip(
@@ -55,21 +55,23 @@ def round_trip(
     the rows of each expert in an even layout, or -1.
     """
     to, back = f"{path}: tokens to experts", f"{path}: tokens from experts"
-    send_counts = node(graph, exchange.send_counts, (counts, capacity, group.size), "send_counts")
+    send_counts = add_node(
+        graph, exchange.send_counts, (counts, capacity, group.size), "send_counts"
+    )
     ones = [1] * group.size
     where = f"{path}: counts"
     recv_counts = send(graph, send_counts, ones, ones, group.name, where, "recv_counts")
     args = (recv_counts, capacity, path, list(group.ranks), group.rank)
-    checked = node(graph, ops.check_counts, args, "counts")
-    splits = node(graph, exchange.splits, (send_counts, checked, capacity), "splits")
+    checked = add_node(graph, ops.check_counts, args, "counts")
+    splits = add_node(graph, exchange.splits, (send_counts, checked, capacity), "splits")
     out, receive = items(graph, splits, "send_splits", "recv_splits")
-    send_rows = node(graph, exchange.cut, (rows, out), "send_rows")
+    send_rows = add_node(graph, exchange.cut, (rows, out), "send_rows")
     recv_rows = send(graph, send_rows, receive, out, group.name, to, "recv_rows")
-    total = node(graph, exchange.rows_of, (recv_rows,), "recv_total")
-    layout = node(graph, ops.receive_layout, (checked, total, capacity), "recv_layout")
+    total = add_node(graph, exchange.rows_of, (recv_rows,), "recv_total")
+    layout = add_node(graph, ops.receive_layout, (checked, total, capacity), "recv_layout")
     order, slots, offsets = items(graph, layout, "recv_order", "recv_slots", "recv_offsets")
-    by_expert = node(graph, ops.dispatch, (recv_rows, order, slots), "by_expert")
-    hidden = node(graph, "experts", (by_expert, offsets), "computed")
-    results = node(graph, ops.combine, (hidden, None, order, slots), "results")
+    by_expert = add_node(graph, ops.dispatch, (recv_rows, order, slots), "by_expert")
+    hidden = add_node(graph, "experts", (by_expert, offsets), "computed")
+    results = add_node(graph, ops.combine, (hidden, None, order, slots), "results")
     returned = send(graph, results, out, receive, group.name, back, "returned")
-    return node(graph, exchange.padded, (returned, rows), "padded")
+    return add_node(graph, exchange.padded, (returned, rows), "padded")

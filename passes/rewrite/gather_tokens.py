@@ -30,7 +30,7 @@ from moeify.distributed import allgather
 from moeify.kernels import route
 from moeify.passes.rewrite.exchange_nodes import Group
 from moeify.passes.rewrite.local_experts import LocalExperts
-from moeify.passes.rewrite.nodes import items, node, ops
+from moeify.passes.rewrite.nodes import add_node, items, ops
 
 
 def gather_tokens(graph: fx.Graph, group: Group, experts: int, path: str, splits: str) -> None:
@@ -43,24 +43,24 @@ def gather_tokens(graph: fx.Graph, group: Group, experts: int, path: str, splits
 
     def gathered(rows: Any, most: fx.Node, what: str, name: str) -> fx.Node:
         args = (rows, most, group.size, group.name, f"{path}: {what}")
-        return node(graph, allgather.gather, args, name)
+        return add_node(graph, allgather.gather, args, name)
 
     with graph.inserting_before(local.combine):
         capacity = local.capacity(splits)
         sizes = (local.tokens, capacity, group.name, list(group.ranks), group.rank, path)
-        most = node(graph, allgather.most_tokens, sizes, "most")
-        ids = node(graph, operator.getitem, (local.routing, route.IDS), "ids")
-        kept = node(graph, allgather.kept_ids, (ids, local.slots), "kept")
+        most = add_node(graph, allgather.most_tokens, sizes, "most")
+        ids = add_node(graph, operator.getitem, (local.routing, route.IDS), "ids")
+        kept = add_node(graph, allgather.kept_ids, (ids, local.slots), "kept")
         everyone = gathered(local.tokens, most, "tokens to all ranks", "everyone")
         gates = gathered(local.weights, most, "weights to all ranks", "gates")
         routes = gathered(kept, most, "routes to all ranks", "routes")
         first = group.place * each + 1
-        found = node(graph, ops.local_routes, (routes, first, each), "local")
+        found = add_node(graph, ops.local_routes, (routes, first, each), "local")
         slots, order, offsets = items(graph, found, "local_slots", "local_order", "local_offsets")
-        rows = node(graph, ops.dispatch, (everyone, order, slots), "packed")
-        hidden = node(graph, "experts", (rows, offsets), "computed")
-        part = node(graph, ops.combine, (hidden, gates, order, slots), "part")
+        rows = add_node(graph, ops.dispatch, (everyone, order, slots), "packed")
+        hidden = add_node(graph, "experts", (rows, offsets), "computed")
+        part = add_node(graph, ops.combine, (hidden, gates, order, slots), "part")
         back = (part, local.tokens, group.size, group.name, f"{path}: sums from experts")
-        result = node(graph, allgather.scatter_sum, back, "result")
+        result = add_node(graph, allgather.scatter_sum, back, "result")
     local.replace(result)
     graph.eliminate_dead_code()

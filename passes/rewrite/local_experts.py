@@ -10,7 +10,7 @@ from torch import fx
 
 from moeify.errors import PassError
 from moeify.kernels import route
-from moeify.passes.rewrite.nodes import node, ops
+from moeify.passes.rewrite.nodes import add_node, ops
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class LocalExperts:
         if splits != "auto":
             return -1
         index = (self.routing, route.CAPACITY)
-        return node(self.combine.graph, operator.getitem, index, "capacity")
+        return add_node(self.combine.graph, operator.getitem, index, "capacity")
 
     def replace(self, result: fx.Node) -> None:
         """Let `result` take their place."""

@@ -18,7 +18,7 @@ from moeify.kernels import dispatch as _dispatch  # noqa: F401
 ops = torch.ops.moeify
 
 
-def node(
+def add_node(
     graph: fx.Graph, target: Callable[..., Any] | str, args: tuple[Any, ...], name: str
 ) -> fx.Node:
     """Add a call of a function, or of the module at a path, named `name` or `name_1`, ..."""
@@ -34,7 +34,7 @@ def node(
 
 def items(graph: fx.Graph, source: fx.Node, *names: str) -> list[fx.Node]:
     """Add the first results of a node that returns several, one for each name."""
-    return [node(graph, operator.getitem, (source, i), name) for i, name in enumerate(names)]
+    return [add_node(graph, operator.getitem, (source, i), name) for i, name in enumerate(names)]
 
 
 def calls(graph: fx.Graph, target: Callable[..., Any]) -> list[fx.Node]:
