@@ -38,11 +38,11 @@ from typing import ClassVar
 
 from torch import fx
 
-from moeify.distributed import allgather, collectives, exchange
+from moeify.distributed import exchange
 from moeify.passes.infra.base import Fact, PassResult, PlanContext
 from moeify.passes.rewrite.blocks import spread_blocks
 from moeify.passes.rewrite.exchange_choice import chosen_form
-from moeify.passes.rewrite.exchange_nodes import Group, round_trip
+from moeify.passes.rewrite.exchange_nodes import Group, has_exchange, round_trip
 from moeify.passes.rewrite.gather_tokens import gather_tokens
 from moeify.passes.rewrite.local_experts import LocalExperts
 from moeify.passes.rewrite.nodes import add_node, items, ops
@@ -64,7 +64,7 @@ class InsertAllToAll:
             return PassResult(gm, False)
         changed = False
         for path, block, layer in spread_blocks(gm, ctx):
-            if _exchanges(block.graph):
+            if has_exchange(block.graph):
                 continue
             group = Group.of(world.sparse(layer.experts), "ep", world.rank)
             splits = ctx.plan.parallel.splits
@@ -76,11 +76,6 @@ class InsertAllToAll:
                 _rewrite(block.graph, group, path, splits)
             changed = True
         return PassResult(gm, changed)
-
-
-def _exchanges(graph: fx.Graph) -> bool:
-    """Tell whether a block's graph has its exchange."""
-    return any(n.target in (collectives.all_to_all, allgather.gather) for n in graph.nodes)
 
 
 def _rewrite(graph: fx.Graph, group: Group, path: str, splits: str) -> None:

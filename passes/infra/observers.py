@@ -35,56 +35,28 @@ class Observer:
     """Hooks that the manager calls, each doing nothing. Override the ones you need."""
 
     def begin(self, names: Sequence[str], gm: GraphModule) -> None:
-        """Note that a run begins.
-
-        Args:
-            names: The passes in the order of the run.
-            gm: The graph before the first pass.
-        """
+        """Note that a run begins; `names` are its passes in order, `gm` is the graph before them."""
 
     def skips(self, pass_: Pass) -> bool:
-        """Return True to leave a pass out.
-
-        Args:
-            pass_: The pass.
-        """
+        """Return True to leave a pass out."""
         return False
 
     def before(self, pass_: Pass, gm: GraphModule) -> None:
-        """Note that a pass is about to run.
-
-        Args:
-            pass_: The pass.
-            gm: The graph before it.
-        """
+        """Note that a pass is about to run."""
 
     def after(self, pass_: Pass, gm: GraphModule, report: PassReport) -> None:
-        """Note that a pass has run, and that the graph after it obeys all rules.
-
-        Args:
-            pass_: The pass.
-            gm: The graph after it.
-            report: What it did.
-        """
+        """Note that a pass has run, and that the graph after it obeys all rules."""
 
     def failed(self, pass_: Pass, gm: GraphModule) -> str:
-        """Note that a pass has failed, and not because of what the user gave.
+        """Return the file to which the graph was written after a fault in a pass, or "".
 
-        Args:
-            pass_: The pass.
-            gm: The graph as it left it; may break rules.
-
-        Returns:
-            The file to which the graph was written, for the error; "" if none was.
+        Not called for errors in what the user gave. The graph is as the pass left it, and may break
+        rules.
         """
         return ""
 
     def end(self, reports: Sequence[PassReport]) -> None:
-        """Note that the run is over, or has failed.
-
-        Args:
-            reports: What the passes did, up to the one that failed.
-        """
+        """Note that the run is over, or has failed; `reports` go up to the pass that failed."""
 
 
 class LogPasses(Observer):
@@ -106,11 +78,7 @@ class LogGraphs(Observer):
 
 
 class PrintAfter(Observer):
-    """Log the graph after some passes.
-
-    Args:
-        names: Names of passes, or `all`.
-    """
+    """Log the graph after the named passes, or after `all`."""
 
     def __init__(self, *names: str) -> None:
         self.names = frozenset(names)
@@ -180,11 +148,7 @@ class Dump(Observer):
 
 
 class DisableByName(Observer):
-    """Leave passes out. The manager refuses if a later pass needs what they provide.
-
-    Args:
-        names: Names of passes.
-    """
+    """Leave the named passes out. The manager refuses if a later pass needs what they provide."""
 
     def __init__(self, *names: str) -> None:
         self.names = frozenset(names)

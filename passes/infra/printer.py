@@ -39,12 +39,6 @@ _MODULE_NAMES = {
 def target_name(target: Callable[..., Any] | str) -> str:
     """Name a node's target the same way in every torch release.
 
-    Args:
-        target: What `node.target` holds: a function, an op, or a path or method name.
-
-    Returns:
-        Such as `F.linear`, `torch.add`, `operator.mul`, `aten.mm.default`, `layers.0`.
-
     Example:
         >>> target_name(torch.nn.functional.linear), target_name(torch.add)
         ('F.linear', 'torch.add')
@@ -110,15 +104,7 @@ def _lines(gm: GraphModule, numbers: bool, meta: bool) -> Iterator[str]:
 
 
 def format_node(node: Node, *, meta: bool = True) -> str:
-    """Print one node, as `print_graph` does.
-
-    Args:
-        node: The node.
-        meta: Print shape, dtype and module path as well.
-
-    Returns:
-        One line without a number.
-    """
+    """Print one node on one line, without a number, as `print_graph` does."""
     target = target_name(node.target)
     if node.op == "call_module" and (module := _resolve(node)) is not None:
         target += f": {type(module).__name__}"
@@ -137,15 +123,12 @@ def format_node(node: Node, *, meta: bool = True) -> str:
 
 
 def diff_graphs(before: GraphModule | str, after: GraphModule | str) -> str:
-    """Compare two graphs line by line.
+    """Return a unified diff of two graphs; empty if their texts are equal.
 
     Args:
-        before: A module, or the text of one by `print_graph(gm, numbers=False)` (which a pass
-            that works in place calls for).
+        before: A module, or the text of one by `print_graph(gm, numbers=False)`, where a pass works
+            in place.
         after: Likewise.
-
-    Returns:
-        A unified diff; empty if the texts are equal.
     """
     old, new = (
         side if isinstance(side, str) else print_graph(side, numbers=False)

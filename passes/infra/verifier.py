@@ -162,12 +162,7 @@ def find_problems(
 
 
 def verify_graph(gm: GraphModule, ctx: PlanContext, rules: Sequence[Rule] = DEFAULT_RULES) -> None:
-    """Raise if a graph breaks a rule.
-
-    Args:
-        gm: The graph.
-        ctx: Its context; `ctx.facts` decides which rules apply.
-        rules: What must hold.
+    """Raise if a graph breaks a rule; `ctx.facts` decides which rules apply.
 
     Raises:
         PassError: Lists every problem with its node.

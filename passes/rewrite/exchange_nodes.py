@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import fx
 
-from moeify.distributed import collectives, exchange
-from moeify.passes.rewrite.nodes import add_node, items, ops
+from moeify.distributed import allgather, collectives, exchange
+from moeify.passes.rewrite.nodes import add_node, calls, items, ops
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,11 @@ class Group:
         part = mesh[dimension]
         group = part.get_group()
         return cls(group.group_name, tuple(part.mesh.flatten().tolist()), rank)
+
+
+def has_exchange(graph: fx.Graph) -> bool:
+    """Tell whether a block's graph exchanges tokens with other ranks, in either form."""
+    return bool(calls(graph, collectives.all_to_all) or calls(graph, allgather.gather))
 
 
 def send(

@@ -1,4 +1,4 @@
-"""How to see in a graph whether a fact of moeify's passes holds.
+"""Checks that tell whether a fact of moeify's passes holds for a graph.
 
 A check returns one sentence for each place where it does not. Where there is nothing to do (one
 process, a plan that asks for nothing), the fact holds.
@@ -12,13 +12,14 @@ from typing import Final
 
 from torch import fx
 
-from moeify.distributed import allgather, collectives, exchange
+from moeify.distributed import collectives, exchange
 from moeify.distributed.dtensor import is_sharded
 from moeify.nn.experts import Experts
 from moeify.passes.infra.base import Fact, PlanContext
 from moeify.passes.infra.records import record_of
 from moeify.passes.infra.verifier import Check
 from moeify.passes.rewrite.blocks import MOE_ROLE, ZERO, blocks_of, spread_blocks
+from moeify.passes.rewrite.exchange_nodes import has_exchange
 from moeify.passes.rewrite.local_experts import LocalExperts
 from moeify.passes.rewrite.nodes import calls, ops
 
@@ -85,8 +86,7 @@ def _dispatched(gm: fx.GraphModule, ctx: PlanContext) -> list[str]:
     return [
         f"{path}: its tokens reach only the experts of this rank"
         for path, block, _ in spread_blocks(gm, ctx)
-        if not calls(block.graph, collectives.all_to_all)
-        and not calls(block.graph, allgather.gather)
+        if not has_exchange(block.graph)
     ]
 
 

@@ -46,12 +46,12 @@ def before_and_after(
     ctx: PlanContext | None = None,
     show: Callable[[GraphModule], str] = print_graph,
 ) -> str:
-    """Run a pass that must find something to do, and print the graph before and after it.
+    """Run a pass that must find something to do, and return the graph before and after it.
 
     Args:
-        pass_: The pass.
+        pass_: The pass; it, `gm` and `ctx` are as for `run_pass`.
         gm: The graph to run it on.
-        ctx: Its context, as for `run_pass`.
+        ctx: Its context.
         show: Prints what the pass is about: one block of the graph, say.
 
     Returns:
@@ -68,12 +68,7 @@ def before_and_after(
 
 
 def assert_untouched(pass_: Pass, gm: GraphModule, ctx: PlanContext | None = None) -> None:
-    """Run a pass on a graph in which it must find nothing to do.
-
-    Args:
-        pass_: The pass.
-        gm: The graph to run it on.
-        ctx: Its context, as for `run_pass`.
+    """Run a pass, as `run_pass` does, on a graph in which it must find nothing to do.
 
     Raises:
         AssertionError: The pass changed something. (A change that it does not report is a
@@ -87,12 +82,7 @@ def assert_untouched(pass_: Pass, gm: GraphModule, ctx: PlanContext | None = Non
 
 
 def assert_idempotent(pass_: Pass, gm: GraphModule, ctx: PlanContext | None = None) -> GraphModule:
-    """Run a pass twice; the second time it must find nothing to do.
-
-    Args:
-        pass_: The pass.
-        gm: The graph to run it on.
-        ctx: Its context, as for `run_pass`.
+    """Run a pass twice, as `run_pass` does; the second time it must find nothing to do.
 
     Returns:
         The module after the pass.
