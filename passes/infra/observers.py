@@ -35,7 +35,7 @@ class Observer:
     """Hooks that the manager calls, each doing nothing. Override the ones you need."""
 
     def begin(self, names: Sequence[str], gm: GraphModule) -> None:
-        """Note that a run begins; `names` are its passes in order, `gm` is the graph before them."""
+        """Note that a run begins; `names` are its passes in order, `gm` the graph before them."""
 
     def skips(self, pass_: Pass) -> bool:
         """Return True to leave a pass out."""
