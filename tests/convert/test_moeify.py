@@ -97,18 +97,18 @@ def test_the_block_reads_like_the_design():
 def test_nothing_global_is_drawn_and_seeds_decide():
     torch.manual_seed(3)
     model = Stack()
-    twin = copy.deepcopy(model)
+    duplicate = copy.deepcopy(model)
     other = copy.deepcopy(model)
     rng = torch.get_rng_state()
     x = torch.ones(2, 8)
     mf.moeify(model, ALL4, example_inputs=x)
     assert torch.equal(rng, torch.get_rng_state())
     torch.rand(7)
-    mf.moeify(twin, ALL4, example_inputs=x)
+    mf.moeify(duplicate, ALL4, example_inputs=x)
     mf.moeify(other, {**ALL4, "init": {"seed": 1}}, example_inputs=x)
     for (name, a), (_, b), (_, c) in zip(
         model.state_dict().items(),
-        twin.state_dict().items(),
+        duplicate.state_dict().items(),
         other.state_dict().items(),
         strict=True,
     ):
@@ -208,13 +208,13 @@ def test_a_failure_leaves_the_dense_model(where, name, monkeypatch):
     elif where == "compare":
         monkeypatch.setattr(install, "compare", _raise)
     elif where == "install":
-        real, calls = install._install, []
+        real, calls = install.Installer.install, []
 
         def second_fails(*args: Any) -> Any:
             calls.append(args)
             return real(*args) if len(calls) < 2 else _raise()
 
-        monkeypatch.setattr(install, "_install", second_fails)
+        monkeypatch.setattr(install.Installer, "install", second_fails)
     elif where == "pass":
         passes = (ScaleHidden(factor=0.0, fails=True),)
     else:
@@ -233,7 +233,7 @@ def _raise(*args: Any, **kwargs: Any) -> Any:
 
 @dataclass(frozen=True)
 class ScaleHidden:
-    """A user's pass: multiply what the experts give."""
+    """A user's pass that multiplies what the experts return."""
 
     factor: float
     fails: bool = False
@@ -426,7 +426,7 @@ def test_losses_and_stats_of_a_dense_model_raise():
             call(Stack())
 
 
-def test_stats_tell_load_entropy_and_drops():
+def test_stats_report_load_entropy_and_drops():
     plan = {**ALL4, "router": {"capacity_factor": 0.5, "min_capacity": 0}}
     model = mf.moeify(Stack(2), plan, example_inputs=torch.ones(2, 8))
     assert mf.router_stats(model) == {}
@@ -501,13 +501,13 @@ def test_one_mlp_right_after_another():
 
 def test_another_default_device_changes_nothing():
     model = Stack()
-    twin = copy.deepcopy(model)
+    duplicate = copy.deepcopy(model)
     x = torch.ones(2, 8)
     mf.moeify(model, {**ALL4, "init": {"experts": "drop"}}, example_inputs=x)
     with torch.device("meta"):
-        mf.moeify(twin, {**ALL4, "init": {"experts": "drop"}}, example_inputs=x)
+        mf.moeify(duplicate, {**ALL4, "init": {"experts": "drop"}}, example_inputs=x)
     for (name, a), (_, b) in zip(
-        model.state_dict().items(), twin.state_dict().items(), strict=True
+        model.state_dict().items(), duplicate.state_dict().items(), strict=True
     ):
         assert torch.equal(a, b), name
 
@@ -558,11 +558,11 @@ def test_a_final_norm_verifies_and_still_catches_wrong_gradients(top_k, monkeypa
     mf.moeify(NormLast(), plan, example_inputs=x)
     real = install.compare
 
-    def bent(dense: Any, moe: Any, layers: Any) -> Any:
+    def wrong_gradients(dense: Any, moe: Any, layers: Any) -> Any:
         moe.gradients["embed.weight"].mul_(1.001)
         return real(dense, moe, layers)
 
-    monkeypatch.setattr(install, "compare", bent)
+    monkeypatch.setattr(install, "compare", wrong_gradients)
     with pytest.raises(mf.VerificationError, match="gradients differ"):
         mf.moeify(NormLast(), plan, example_inputs=x)
 
@@ -613,7 +613,7 @@ def test_a_gradient_that_vanishes_is_caught():
     assert isinstance(model[1], Mlp)
 
 
-def test_mixed_dtypes_are_held_to_the_coarsest():
+def test_mixed_dtypes_are_compared_at_the_coarsest():
     model = nn.Sequential(nn.Embedding(9, 8), Cast(), Mlp().bfloat16(), Mlp().bfloat16())
     plan = {"layers": [{"select": "all", "experts": 3, "top_k": 2}]}
     mf.moeify(model, plan, example_inputs=torch.arange(9)[None])
