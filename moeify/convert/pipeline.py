@@ -204,7 +204,7 @@ def _refuse_changes_outside(gm: fx.GraphModule, outside: dict[str, tuple[str, st
 def _outside(
     gm: fx.GraphModule, discovery: Discovery, resolved: ResolvedPlan
 ) -> dict[str, tuple[str, str]]:
-    """Return what must be left of the graph once the planned sites are gone."""
+    """Return what must be left of the graph once the planned sites are replaced."""
     chosen = {layer.site.down.weight for layer in resolved if layer.expert == "mlp"}
     inside = {n for r in discovery.regions if r.down.weight.name in chosen for n in r.nodes}
     linear = {layer.site.down.weight for layer in resolved if layer.expert == "linear"}

@@ -118,7 +118,7 @@ def _check_layers(old: Sequence[LayerRecord], new: Sequence[LayerRecord], then: 
 
 
 def _check_facts(old: LayerRecord, new: LayerRecord, then: Recorded) -> None:
-    """Compare what the plan made of a layer and where it stands."""
+    """Compare what the plan made of a layer, and where it is in the model."""
     was = {**old.plan.data(), "block": old.block, "swaps": old.swaps}
     now = {**new.plan.data(), "block": new.block, "swaps": new.swaps}
     for key in was if then.only is None else then.only:

@@ -54,7 +54,7 @@ def _warn_of_averages(names: Sequence[str]) -> None:
     if names:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         log.warning(
-            "demoeify: the experts of %s%s are no copies of one another: they were averaged, and "
+            "demoeify: the experts of %s%s are not copies of one another: they were averaged, and "
             "the dense model does not compute what the MoE model did",
             ", ".join(names[:3]),
             more,
@@ -255,11 +255,11 @@ class RevertedLayer:
     # -- `expert: linear`
 
     def _fold(self, experts: LinearExperts) -> None:
-        """Multiply the experts into the layer behind them."""
+        """Multiply the experts into the layer after them."""
         projection = self.block.get_submodule("projection")
         if not isinstance(projection, nn.Linear):
             reason = (
-                f"the layer behind its experts is a {type(projection).__name__}, not an nn.Linear"
+                f"the layer after its experts is a {type(projection).__name__}, not an nn.Linear"
             )
             raise UnsupportedModuleError(self.name, reason)
         _refuse_sharded(self.name, [*experts.parameters(), *projection.parameters()])

@@ -41,7 +41,7 @@ class Snapshot:
     """What the model gave on the example inputs."""
 
     outputs: tuple[Tensor, ...]  # the floating-point ones, detached
-    # Of a random projection of the outputs. (Not of their squares: behind a final norm those are
+    # Of a random projection of the outputs. (Not of their squares: after a final norm those are
     # nearly constant.)
     gradients: dict[str, Tensor]
     failure: str = ""  # why the backward pass fails, or ""

@@ -1,6 +1,6 @@
 """Tensor parallelism of dense layers: what is sliced, and slicing it.
 
-A column-wise projection keeps one block of its outputs on each rank, the row-wise one behind it
+A column-wise projection keeps one block of its outputs on each rank, the row-wise one after it
 the matching block of its inputs; what the ranks compute there is summed by an all-reduce. Outside
 such a pair every value is whole and the same on all tensor ranks, so nothing else has to know.
 `moeify.tensor_parallel.derive` decides which pairs there are.

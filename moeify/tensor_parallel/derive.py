@@ -261,9 +261,9 @@ def _refuse_failing(trial: TrialRun, candidates: Sequence[_Candidate]) -> None:
         kinds.setdefault(candidate.structure, []).append(candidate)
     if not candidates or not _failure(trial, candidates):
         return
-    for alike in kinds.values():
-        reason = _failure(trial, alike)
-        for candidate in alike:
+    for same_kind in kinds.values():
+        reason = _failure(trial, same_kind)
+        for candidate in same_kind:
             candidate.reason = reason
 
 

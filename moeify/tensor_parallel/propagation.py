@@ -1,9 +1,9 @@
 """How a slice of one dimension travels through a recorded graph.
 
 A column-wise projection leaves each of N ranks with one of N equal, contiguous blocks of its last
-dimension. Every operation behind it either works on such a block as it would on the whole, and
-then says which dimension of its result is sliced, or it does not, and says why. Sizes are those of
-the recorded, unsliced run. Nothing is decided by names of modules.
+dimension. An operation after it either works on such a block as it would on the whole, and its rule
+returns the sliced dimension of the result; or it does not, and its rule raises the reason. Sizes
+are those of the recorded, unsliced run. Nothing is decided by names of modules.
 """
 
 from __future__ import annotations

@@ -125,6 +125,6 @@ class Pass(Protocol):
             ctx: Plan, mesh, and the facts that hold.
 
         Returns:
-            The module to go on with, and whether anything changed.
+            The module to continue with, and whether anything changed.
         """
         ...

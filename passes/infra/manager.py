@@ -82,7 +82,7 @@ class PassManager:
             ctx: Plan and mesh; `ctx.facts` are the facts that hold for `gm`.
 
         Returns:
-            The module to go on with, and whether any pass changed it.
+            The module to continue with, and whether any pass changed it.
 
         Raises:
             PassOrderError: A required fact does not hold, or only a disabled pass provides it.

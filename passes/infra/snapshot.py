@@ -27,7 +27,7 @@ __all__ = ["Changes", "Snapshot"]
 class Changes:
     """What differs from a snapshot, in words; "" if nothing does."""
 
-    program: str = ""  # new records on new nodes included: whoever makes a node says what it is
+    program: str = ""  # includes the records of new nodes
     notes: str = ""
 
     def __bool__(self) -> bool:

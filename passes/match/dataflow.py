@@ -25,7 +25,7 @@ from moeify.passes.match.operations import (
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A parameter behind a view chain."""
+    """A parameter, possibly seen through a chain of views."""
 
     name: str
     shape: tuple[int, ...]  # as stored
@@ -138,7 +138,7 @@ Operands = tuple[object, object, object, bool, str]
 
 
 def _operands(node: fx.Node) -> Operands | None:
-    """Return (source, weight, bias, weight stored as [in, out], problem) of what multiplies."""
+    """Return (source, weight, bias, weight stored as [in, out], problem) of a product."""
     name = op_name(node)
     if name == "linear" or name in _CONVOLUTIONS:
         source, weight = argument(node, 0, "input"), argument(node, 1, "weight")

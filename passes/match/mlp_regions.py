@@ -43,13 +43,13 @@ _INNER = ELEMENTWISE | RESHAPES | CASTS | DROPOUTS | OVER_WIDTH | SPLITS | {"glu
 _TRANSPARENT = TRANSPOSES | frozenset(
     "setitem batch_norm group_norm instance_norm roll flip cumsum masked_scatter".split()
 )
-"""Not elementwise, but what lies before is worth a look: an MLP with this inside is a near miss."""
+"""Not elementwise, but the search passes them: an MLP with one of these inside is a near miss."""
 
 _CONTRACTIONS = frozenset(
     "scaled_dot_product_attention multi_head_attention_forward matmul bmm baddbmm einsum conv1d "
     "conv2d conv3d conv_transpose1d conv_transpose2d grouped_mm".split()
 )
-"""What lies behind these is another layer."""
+"""The search ends here: what comes before these is another layer."""
 
 
 @dataclass(frozen=True, slots=True)

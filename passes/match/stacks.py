@@ -128,10 +128,10 @@ def _block(path: str, call: ModuleCall, found: Capture) -> Block | str:
         return "returns no tensor"
     out = call.outputs[0]
     inside = set(nodes)
-    alike = [node for _, node in call.inputs if shape_of(node) == shape_of(out)]
-    if not alike:
+    same_shape = [node for _, node in call.inputs if shape_of(node) == shape_of(out)]
+    if not same_shape:
         return f"returns a hidden state of another shape ({list(shape_of(out))}) than it takes"
-    source = next((node for node in alike if _reaches(node, out, inside)), None)
+    source = next((node for node in same_shape if _reaches(node, out, inside)), None)
     if source is None:
         return "has no residual path from its input to its output"
     return Block(path, source, out, nodes)
@@ -171,16 +171,16 @@ def _with_roles(stacks: list[Stack]) -> list[Stack]:
     if len(stacks) != 2:
         return stacks
     first, second = stacks
-    behind, todo = {first.blocks[-1].out}, [first.blocks[-1].out]
+    downstream, todo = {first.blocks[-1].out}, [first.blocks[-1].out]
     inside = {node for block in second.blocks for node in block.nodes}
     crossed = False
     while todo:
         for user in todo.pop().users:
             crossed |= user in inside
-            if user not in behind and user not in inside:
-                behind.add(user)
+            if user not in downstream and user not in inside:
+                downstream.add(user)
                 todo.append(user)
-    if not crossed or second.blocks[0].source in behind:
+    if not crossed or second.blocks[0].source in downstream:
         return stacks
     return [
         Stack(first.path, first.blocks, "encoder"),

@@ -1,4 +1,4 @@
-"""Reading an exchange from a block's graph: its layout, its rows, and the trips that they make.
+"""Reading an exchange from a block's graph: its layout, its rows, and their round trips.
 
 `Exchange` is what passes match before they rewrite one; `RoundTrip` is one way there and back, of
 which an exchange in pieces has several. A graph that has an exchange of another shape than these
@@ -79,7 +79,7 @@ class RoundTrip:
         recv_rows: fx.Node,
         returned: fx.Node,
     ) -> None:
-        """Let other nodes carry the rows; what lies between arrival and `results` stays."""
+        """Let other nodes carry the rows; what is between arrival and `results` stays."""
         self.recv_counts.replace_all_uses_with(recv_counts)
         self.send_splits.replace_all_uses_with(send_splits)
         self.recv_rows.replace_all_uses_with(recv_rows)
@@ -151,7 +151,7 @@ class Exchange:
         return [RoundTrip.of(counts, self.path) for counts in self.own_counts]
 
     def lay_out(self, parts: int) -> None:
-        """Lay the rows out in so many parts."""
+        """Lay the rows out in another number of parts."""
         self.layout.update_arg(3, parts)
         self.capacity.update_arg(1, parts)
 

@@ -23,7 +23,7 @@ class LocalExperts:
 
     @classmethod
     def match(cls, call: fx.Node) -> LocalExperts | None:
-        """Return what stands around a call of experts; None if another pass has changed it."""
+        """Return what surrounds a call of experts; None if another pass has changed it."""
         rows, users = call.args[0], list(call.users)
         if not isinstance(rows, fx.Node) or rows.target != ops.dispatch or len(rows.users) != 1:
             return None
