@@ -26,6 +26,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, fx, nn
 
+from moeify.distributed.dtensor import is_sharded
 from moeify.distributed.mesh import World
 from moeify.nn.block import DenseMLP
 from moeify.passes.infra.base import Fact, PassResult, PlanContext
@@ -106,7 +107,7 @@ def _names(gm: fx.GraphModule, ctx: PlanContext, world: World) -> dict[str, Part
         for leaf, parameter in block.named_parameters():
             name = f"{path}.{leaf}"
             if leaf.startswith("experts."):
-                sharded = hasattr(parameter, "to_local")
+                sharded = is_sharded(parameter)
                 ranks = world.layout.edp(layer.experts) if sharded else world.layout.dp
                 over = "edp" if sharded else "dp"
                 parts[name] = _part(name, parameter, world, (), "expert", over, ranks)
@@ -137,7 +138,7 @@ def _part(
     ranks: int,
 ) -> Part:
     shape = list(parameter.shape)
-    if hasattr(parameter, "to_local"):
+    if is_sharded(parameter):
         sharded: Any = parameter
         shape = list(sharded.to_local().shape)
         taken = tuple(p.dim for p in sharded.placements if hasattr(p, "dim"))

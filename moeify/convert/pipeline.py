@@ -11,6 +11,7 @@ from typing import Any, Final, Literal
 from torch import fx, nn
 
 from moeify.capture.capture import ExampleInputs
+from moeify.distributed.dtensor import is_sharded
 from moeify.distributed.mesh import World
 from moeify.errors import PassError, UnsupportedModuleError
 from moeify.hf.detect import example_inputs_for
@@ -231,5 +232,5 @@ def refuse_wrapped(model: nn.Module) -> None:
         )
     refuse_adapters(model)
     for name, parameter in model.named_parameters():
-        if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
+        if is_sharded(parameter) or is_sharded(parameter.data):
             raise UnsupportedModuleError(name, "it is sharded already: convert first, then shard")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from moeify import compat
+from moeify.distributed.dtensor import is_sharded
 from moeify.errors import UnsupportedModuleError
 from moeify.hf.dense_class import become_dense
 from moeify.init.merge import joined_columns, joined_rows, merged, same_bits, widened
@@ -334,5 +335,5 @@ def _block_of(model: nn.Module, converted: ConvertedLayer) -> fx.GraphModule:
 
 
 def _refuse_sharded(name: str, parameters: Iterable[Tensor]) -> None:
-    if any(type(p).__name__ == "DTensor" or type(p.data).__name__ == "DTensor" for p in parameters):
+    if any(is_sharded(p) or is_sharded(p.data) for p in parameters):
         raise UnsupportedModuleError(name, "its parameters are sharded: gather them first")

@@ -22,10 +22,9 @@ from moeify.hf.detect import example_inputs_for
 from moeify.passes.infra.records import module_path_of
 from moeify.passes.match.dataflow import Linear
 from moeify.passes.match.operations import dtype_of, op_name, shape_of
-from moeify.passes.match.placement import memory_of
+from moeify.passes.match.placement import has_hooks, memory_of
 from moeify.plan.layer_plan import LayerPlan, ResolvedPlan
 from moeify.sites.discovery import Discovery, FoundSite, block_path, find_site
-from moeify.sites.install import HOOK_TABLES
 from moeify.tensor_parallel.apply import SlicedPair, SlicePlan, Way
 from moeify.tensor_parallel.attention import find_attention
 from moeify.tensor_parallel.propagation import Slicing, Unsliceable, follow
@@ -171,9 +170,7 @@ class _Owners:
             return f"{path or name} is no plain nn.Linear"
         if linear.bias is not None and linear.bias.name != f"{path}.bias":
             return f"{path}: its bias {linear.bias.name} is added outside"
-        if any(
-            getattr(module, table) for table in HOOK_TABLES if table != "_is_full_backward_hook"
-        ):
+        if has_hooks(module):
             return f"{path} has hooks, which would see slices"
         for parameter in module.parameters():
             if type(parameter) is not nn.Parameter or not parameter.is_floating_point():

@@ -232,8 +232,7 @@ class Placer:
             if "forward" in self.modules[path].__dict__:
                 return f"the forward of {path} is patched: remove the patch first"
         for path in sorted(lost):
-            module = self.modules[path]
-            if any(getattr(module, table) for table in _HOOKS):
+            if has_hooks(self.modules[path]):
                 return f"{path} has hooks, which would be lost: remove them first"
         return ""
 
@@ -290,6 +289,11 @@ def parameter_names(region: Region) -> tuple[str, ...]:
         if linear.bias is not None:
             names.append(linear.bias.name)
     return (*names, *region.program.params)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Tell whether a module itself has forward or backward hooks."""
+    return any(getattr(module, table) for table in _HOOKS)
 
 
 def memory_of(parameter: nn.Parameter) -> object:
