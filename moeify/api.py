@@ -17,12 +17,12 @@ from torch import nn
 from moeify.capture.capture import ExampleInputs
 from moeify.checkpoint import single
 from moeify.convert.convert_model import convert
+from moeify.convert.pipeline import resolve_on
 from moeify.convert.revert import revert
 from moeify.formats.save_hook import guard, unguard
 from moeify.passes.infra.base import Pass
 from moeify.plan.layer_plan import ResolvedPlan
 from moeify.plan.plan import Plan
-from moeify.plan.resolve import resolve_sites
 from moeify.sites.discovery import discover
 from moeify.tensor_parallel.derive import derive
 
@@ -91,8 +91,8 @@ def demoeify(model: Model) -> Model:
     Exact, bit for bit, if nothing has been trained and the experts are copies (`init: copy`, or
     `granular` with a power of two; other granularities scale by a number that rounds). Where
     experts differ, their weights are averaged, the dense branch of a residual block is mixed in
-    with the shares it starts with, and a warning says so: such a step changes what the model
-    computes. Routers, coefficients and what passes of your own added to the blocks are dropped.
+    with the shares it starts with, and a warning is logged: such a step changes what the model
+    computes. Routers, coefficients and what your own passes added to the blocks are dropped.
 
     The dense MLPs follow the device, dtype, training flag and hooks of the blocks they replace.
     Their parameters are new objects (unless a residual block still held the dense ones, and they
@@ -145,7 +145,7 @@ def load(
         model: For a model that is not of transformers: an instance of its dense class, as it was
             before the conversion. Its weights do not matter and may be on meta; it is converted
             in place and returned.
-        passes: The graph passes of your own that the model was converted with.
+        passes: Your own graph passes with which the model was converted.
         verify: Compare every file with its SHA-256.
 
     Returns:
@@ -154,7 +154,7 @@ def load(
     Raises:
         CheckpointError: The folder is incomplete or damaged, or does not fit the model. A model
             that was passed is then as it was.
-        ValueError: `dtype` is no floating-point dtype.
+        ValueError: `dtype` is not a floating-point dtype.
     """
     loaded = single.load(
         directory, device=device, dtype=dtype, model=model, passes=passes, verify=verify
@@ -166,14 +166,7 @@ def load(
 def resolve_plan(plan: Plan, model: nn.Module, example_inputs: Any = None) -> ResolvedPlan:
     """Apply a plan to a model, changing nothing: the body of `Plan.resolve`."""
     found = discover(model, example_inputs)
-    resolved = resolve_sites(
-        plan,
-        found.sites,
-        parameters=found.parameters,
-        parameter_bytes=found.parameter_bytes,
-        linears=found.linears,
-        near_misses=[str(miss) for miss in found.near_misses],
-    )
+    resolved = resolve_on(plan, found)
     if plan.parallel.tensor == 1:
         return resolved
     slices = derive(

@@ -1,1 +1,1 @@
-"""Graph passes, one file each. What they are built from lies in the rooms below."""
+"""Graph passes, one file each; the rooms below hold what they are built from."""

@@ -1,4 +1,4 @@
-"""coordinate-all-to-all: the ranks of a tensor group share out the rows that they all hold.
+"""coordinate-all-to-all: the ranks of a tensor group divide the rows that they all hold.
 
 Behind a sliced layer every rank of its tensor group has the same tokens. Without coordination each
 sends all of them; with it each sends 1/tp of every expert's rows through the all-to-all of its own
@@ -34,11 +34,11 @@ from typing import ClassVar
 from torch import fx
 
 from moeify.distributed import collectives
-from moeify.distributed.mesh import World
 from moeify.passes.infra.base import Fact, PassResult, PlanContext
 from moeify.passes.rewrite.blocks import blocks_of
-from moeify.passes.rewrite.exchange_nodes import Group, node
+from moeify.passes.rewrite.exchange_nodes import Group
 from moeify.passes.rewrite.exchange_view import Exchange
+from moeify.passes.rewrite.nodes import add_node
 
 log = logging.getLogger("moeify")
 
@@ -52,12 +52,7 @@ class CoordinateAllToAll:
     provides: ClassVar[frozenset[str]] = frozenset({Fact.COORDINATED})
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
-        """Rewrite the exchanges of all blocks.
-
-        Raises:
-            PassError: A block's exchange has been cut into pieces before.
-        """
-        world: World | None = ctx.mesh
+        world = ctx.mesh
         if world is None or ctx.plan is None or world.layout.tensor == 1:
             return PassResult(gm, False)
         if ctx.plan.parallel.coordinated is False or world.layout.etp > 1:
@@ -90,10 +85,10 @@ def _rewrite(found: Exchange, group: Group) -> None:
     (own,) = found.own_counts
     own.update_arg(1, group.place)
     with graph.inserting_after(found.rows):
-        part = node(graph, collectives.share, (found.rows, *arguments), "part")
+        part = add_node(graph, collectives.share, (found.rows, *arguments), "part")
     found.rows.replace_all_uses_with(part, delete_user_cb=lambda user: user is not part)
     returned = found.result.args[0]
     assert isinstance(returned, fx.Node)
     with graph.inserting_before(found.result):
-        whole = node(graph, collectives.unshare, (returned, *arguments), "whole")
+        whole = add_node(graph, collectives.unshare, (returned, *arguments), "whole")
     found.result.replace_input_with(returned, whole)

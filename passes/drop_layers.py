@@ -11,9 +11,9 @@ After, without the second::
     h_1 = layers.0(h_0)
     h_3 = layers.2(h_1)
 
-What a layer gives the rest of the model besides its hidden state (a shared position bias, keys and
-values that a later layer reads) cannot go with it: such a layer is refused. What it only returned
-to the caller (its cache entry) is returned no more.
+A layer that gives the rest of the model more than its hidden state (a shared position bias, keys
+and values that a later layer reads) is refused. What it only returned to the caller (its cache
+entry) is no longer returned.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import fx
 
 from moeify.errors import UnsupportedModuleError
 from moeify.passes.infra.base import Fact, PassResult, PlanContext
-from moeify.passes.infra.records import record_of
+from moeify.passes.infra.records import module_path_of
 from moeify.passes.match.stacks import Block, Stack
 
 
@@ -36,7 +36,7 @@ class DropLayers:
 
     Args:
         stacks: The stacks of this graph.
-        kept: Positions to keep, by the path of their stack; a stack that is not there stays whole.
+        kept: Positions to keep, by the path of their stack; a stack that is missing stays whole.
     """
 
     stacks: Sequence[Stack]
@@ -46,11 +46,6 @@ class DropLayers:
     provides: ClassVar[frozenset[str]] = frozenset()
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
-        """Erase the nodes of every dropped layer.
-
-        Raises:
-            UnsupportedModuleError: Something else in the model reads what a dropped layer computes.
-        """
         alive = set(gm.graph.nodes)
         dropped = [
             block
@@ -79,14 +74,10 @@ def _erase(graph: fx.Graph, block: Block, source: fx.Node) -> None:
     for node in reversed(block.nodes):
         reader = next(iter(node.users), None)
         if reader is not None:
-            record = record_of(reader)
-            where = (record.module_path if record else "") or "the model"
+            where = module_path_of(reader) or "the model"
             raise UnsupportedModuleError(
                 block.path,
                 f"cannot be dropped: {where} reads what it computes besides its hidden state "
                 f"(%{node.name}); keep this layer",
             )
         graph.erase_node(node)
-
-
-__all__ = ["DropLayers"]

@@ -8,7 +8,7 @@ Before and after, the same graph::
     %mul    = mul(%silu, %up)                                role=inner
     %down   = linear(%mul, down_proj.weight)                 role=down
 
-Where the MLPs are is decided in `mlp_regions`.
+`match.mlp_regions` decides where the MLPs are.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from moeify.passes.match.mlp_regions import Region, find_regions
 
 @dataclass(frozen=True, slots=True)
 class FindMlps:
-    """Write `site` and `role` on the nodes of every MLP, for whoever replaces them.
+    """Write `site` and `role` on the nodes of every MLP, for the pass that replaces them.
 
     Args:
         regions: The MLPs, where they have been found before; searched for if None.
@@ -37,7 +37,6 @@ class FindMlps:
     provides: ClassVar[frozenset[str]] = frozenset({Fact.MLP_SITES})
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
-        """Mark the regions of `gm`; the site's provisional name is its last projection's weight."""
         regions = self.regions if self.regions is not None else find_regions(gm.graph)[0]
         changed = False
         for region in regions:

@@ -1,4 +1,4 @@
-"""gather-partitions: gathers of ZeRO's pieces become nodes of a block, ahead of what reads them.
+"""gather-partitions: gather ZeRO's pieces by nodes of a block, ahead of what reads them.
 
 Before::
 
@@ -7,15 +7,15 @@ Before::
 
 After::
 
-    router_weight        = zero_graph.gather(self.router, 'weight')
-    experts_up_proj, ... = zero_graph.gather(self.experts, 'up_proj'), ...
-    routing  = zero_graph.run(self.router, ('weight',), (router_weight,), tokens)
-    computed = zero_graph.run(self.experts, ('up_proj', ...), (experts_up_proj, ...), rows, ...)
+    router_weight        = graph_engine.gather(self.router, 'weight')
+    experts_up_proj, ... = graph_engine.gather(self.experts, 'up_proj'), ...
+    routing  = graph_engine.run(self.router, ('weight',), (router_weight,), tokens)
+    computed = graph_engine.run(self.experts, ('up_proj', ...), (experts_up_proj, ...), rows, ...)
 
 A gather returns the parameter itself until it has been partitioned, so that a conversion is proven
 on whole parameters. With `prefetch` they all stand in front of the block, experts' last; without,
 each right before its module. One node for each parameter: bucketing them is the compiler's job.
-What other blocks and the layers between them gather is none of this graph.
+What other blocks and the layers between them gather is not part of this graph.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import fx
 
 from moeify.passes.infra.base import Fact, PassResult, PlanContext
 from moeify.passes.rewrite.blocks import blocks_of
-from moeify.passes.rewrite.exchange_nodes import node
+from moeify.passes.rewrite.nodes import add_node
 from moeify.zero import graph_engine
 
 
@@ -43,7 +43,6 @@ class GatherPartitions:
     provides: ClassVar[frozenset[str]] = frozenset()
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
-        """Add the gathers; stages below 2 and other engines leave the graph as it is."""
         if ctx.plan is None or ctx.mesh is None:
             return PassResult(gm, False)
         zero = ctx.plan.zero
@@ -56,7 +55,7 @@ class GatherPartitions:
 
 
 def _rewrite(block: fx.GraphModule, *, ahead: bool) -> bool:
-    """Gather the parameters of each module that the block calls; tell whether there were any."""
+    """Gather the parameters of each module that the block calls; return whether there are any."""
     calls: dict[str, list[fx.Node]] = {}
     for call in block.graph.find_nodes(op="call_module"):
         calls.setdefault(str(call.target), []).append(call)
@@ -71,7 +70,7 @@ def _rewrite(block: fx.GraphModule, *, ahead: bool) -> bool:
             module = graph.get_attr(target)
             module._rename(_flat(f"{target}_module"))
             values = tuple(
-                node(graph, graph_engine.gather, (module, name), _flat(f"{target}_{name}"))
+                add_node(graph, graph_engine.gather, (module, name), _flat(f"{target}_{name}"))
                 for name in names
             )
         for call in calls[target]:
@@ -88,10 +87,7 @@ def _replace(graph: fx.Graph, call: fx.Node, gathered: tuple[fx.node.Argument, .
     name = call.name
     with graph.inserting_before(call):
         made = graph.call_function(graph_engine.run, (*gathered, *call.args), call.kwargs)
-    made.meta = {**call.meta, "is_wrapped": True}  # as `exchange_nodes.node` says
+    made.meta = {**call.meta, "is_wrapped": True}  # as `add_node` says
     call.replace_all_uses_with(made)
     graph.erase_node(call)
     made._rename(name)
-
-
-__all__ = ["GatherPartitions"]

@@ -37,13 +37,13 @@ from typing import Any, ClassVar
 from torch import fx
 
 from moeify.distributed import exchange
-from moeify.distributed.mesh import World
 from moeify.errors import PassError
 from moeify.passes.infra.base import Fact, PassResult, PlanContext
-from moeify.passes.rewrite.blocks import blocks_of, layer_at
+from moeify.passes.rewrite.blocks import spread_blocks
 from moeify.passes.rewrite.exchange_choice import chosen_form
-from moeify.passes.rewrite.exchange_nodes import Group, items, node, ops, send
+from moeify.passes.rewrite.exchange_nodes import Group, send
 from moeify.passes.rewrite.exchange_view import Exchange, RoundTrip
+from moeify.passes.rewrite.nodes import add_node, items, ops
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,21 +55,11 @@ class HierarchicalAllToAll:
     provides: ClassVar[frozenset[str]] = frozenset()
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
-        """Rewrite the exchanges of all blocks.
-
-        Raises:
-            PlanError: The plan asks for it, and the ranks of a layer are not spread evenly over
-                several nodes.
-            PassError: A block has no exchange to split.
-        """
-        world: World | None = ctx.mesh
+        world = ctx.mesh
         if world is None or ctx.plan is None or ctx.resolved is None:
             return PassResult(gm, False)
         parallel, changed, spread = ctx.plan.parallel, False, False
-        for path, block in blocks_of(gm):
-            layer = layer_at(gm, path, ctx.resolved)
-            if world.layout.ep(layer.experts) == 1:
-                continue
+        for path, block, layer in spread_blocks(gm, ctx):
             if chosen_form(parallel, world, layer, gm, path).kind != "hierarchical":
                 continue
             mesh = world.staged(layer.experts)
@@ -111,31 +101,22 @@ class _Groups:
 
 @dataclass(frozen=True, slots=True)
 class _Stage:
-    """One stage: rows are sorted by the place in a group that they go to, and go there.
+    """One stage: rows are sorted by the place in a group that they go to, and go there."""
 
-    Attributes:
-        name: What the nodes' names begin with.
-        group: The ranks among which they travel.
-        where: The block and this stage, for messages: on the way there, and on the way back.
-        segments: How many rows lie next to each other before they are sorted, [A, B].
-        send: Rows to each rank of the group.
-        receive: Rows from each rank of the group.
-    """
-
-    name: str
-    group: Group
-    where: tuple[str, ...]
-    segments: fx.Node
-    send: fx.Node
-    receive: fx.Node
+    name: str  # what the nodes' names begin with
+    group: Group  # the ranks among which they travel
+    where: tuple[str, ...]  # block and stage, for messages: on the way there, and on the way back
+    segments: fx.Node  # how many rows lie next to each other before they are sorted, [A, B]
+    send: fx.Node  # rows to each rank of the group
+    receive: fx.Node  # rows from each rank of the group
 
     def carry(self, graph: fx.Graph, rows: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
         """Add the way there; return the rows that arrive, and how those that left were sorted."""
         name, group, where = self.name, self.group.name, self.where[0]
-        total = node(graph, exchange.rows_of, (rows,), f"{name}_total")
-        layout = node(graph, ops.receive_layout, (self.segments, total, -1), f"{name}_layout")
+        total = add_node(graph, exchange.rows_of, (rows,), f"{name}_total")
+        layout = add_node(graph, ops.receive_layout, (self.segments, total, -1), f"{name}_layout")
         order, slots = items(graph, layout, f"{name}_order", f"{name}_slots")
-        rows = node(graph, ops.dispatch, (rows, order, slots), f"{name}_sorted")
+        rows = add_node(graph, ops.dispatch, (rows, order, slots), f"{name}_sorted")
         rows = send(graph, rows, self.receive, self.send, group, where, f"{name}_rows")
         return rows, [order, slots]
 
@@ -143,7 +124,7 @@ class _Stage:
         """Add the way back; return the results in the order of the rows before the sort."""
         name, group, where = self.name, self.group.name, self.where[1]
         rows = send(graph, results, self.send, self.receive, group, where, f"{name}_results")
-        return node(graph, ops.combine, (rows, None, *sorting), f"{name}_returned")
+        return add_node(graph, ops.combine, (rows, None, *sorting), f"{name}_returned")
 
 
 def _rewrite(trip: RoundTrip, groups: _Groups) -> None:
@@ -172,11 +153,11 @@ def _exchange_counts(graph: fx.Graph, trip: RoundTrip, groups: _Groups) -> tuple
     local, across = groups.local, groups.node
     on_node, over_nodes = groups.where("counts on the node", "counts over nodes")
     args = (trip.send_counts, across.size, local.size)
-    rows = node(graph, exchange.transposed, args, "counts_by_place")
+    rows = add_node(graph, exchange.transposed, args, "counts_by_place")
     each = [across.size] * local.size
     local_counts = send(graph, rows, each, each, local.name, on_node, "local_counts")
     args = (local_counts, local.size, across.size)
-    rows = node(graph, exchange.transposed, args, "counts_by_node")
+    rows = add_node(graph, exchange.transposed, args, "counts_by_node")
     each = [local.size] * across.size
     return local_counts, send(graph, rows, each, each, across.name, over_nodes, "recv_counts")
 
@@ -187,14 +168,16 @@ def _stages(
     """Add the sizes of both stages; return the stages, and the splits of all rows that leave."""
     places, nodes, capacity = groups.local.size, groups.node.size, trip.capacity
     counts = (trip.send_counts, local_counts, trip.counts)
-    splits = node(graph, exchange.staged_splits, (*counts, capacity, nodes, places), "stage_splits")
+    splits = add_node(
+        graph, exchange.staged_splits, (*counts, capacity, nodes, places), "stage_splits"
+    )
     names = ("local_send", "local_recv", "node_send", "node_recv")
     local_send, local_recv, node_send, node_recv = items(graph, splits, *names)
     args = (trip.send_counts, capacity, nodes, places)
-    local_segments = node(graph, exchange.segments, args, "local_segments")
+    local_segments = add_node(graph, exchange.segments, args, "local_segments")
     args = (local_counts, capacity, places, nodes)
-    node_segments = node(graph, exchange.segments, args, "node_segments")
-    send_splits = node(graph, operator.getitem, (splits, 4), "send_splits")
+    node_segments = add_node(graph, exchange.segments, args, "node_segments")
+    send_splits = add_node(graph, operator.getitem, (splits, 4), "send_splits")
     where = groups.where("tokens on the node", "results on the node")
     first = _Stage("local", groups.local, where, local_segments, local_send, local_recv)
     where = groups.where("tokens to experts over nodes", "tokens from experts over nodes")

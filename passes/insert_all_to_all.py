@@ -26,7 +26,7 @@ After::
 
 While a capacity limits the experts all splits are even and known before the routing is; else they
 are exchanged and checked first, and the host waits for them. Where `all_to_all: allgather` is
-asked for or cheaper, the tokens themselves are gathered instead (`passes.gather_tokens`).
+asked for or cheaper, the tokens themselves are gathered instead (`passes.rewrite.gather_tokens`).
 """
 
 from __future__ import annotations
@@ -38,13 +38,14 @@ from typing import ClassVar
 
 from torch import fx
 
-from moeify.distributed import allgather, collectives, exchange
-from moeify.distributed.mesh import World
+from moeify.distributed import exchange
 from moeify.passes.infra.base import Fact, PassResult, PlanContext
-from moeify.passes.rewrite.blocks import blocks_of, layer_at
+from moeify.passes.rewrite.blocks import spread_blocks
 from moeify.passes.rewrite.exchange_choice import chosen_form
-from moeify.passes.rewrite.exchange_nodes import Group, LocalExperts, items, node, ops, round_trip
+from moeify.passes.rewrite.exchange_nodes import Group, has_exchange, round_trip
 from moeify.passes.rewrite.gather_tokens import gather_tokens
+from moeify.passes.rewrite.local_experts import LocalExperts
+from moeify.passes.rewrite.nodes import add_node, items, ops
 
 log = logging.getLogger("moeify")
 
@@ -58,19 +59,12 @@ class InsertAllToAll:
     provides: ClassVar[frozenset[str]] = frozenset({Fact.DISPATCHED})
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
-        """Rewrite the blocks.
-
-        Raises:
-            PassError: A block's graph has no dispatch, experts, combine in this order.
-        """
-        world: World | None = ctx.mesh
-        changed = False
-        if world is None or ctx.resolved is None or ctx.plan is None:
+        world = ctx.mesh
+        if world is None or ctx.plan is None:
             return PassResult(gm, False)
-        for path, block in blocks_of(gm):
-            layer = layer_at(gm, path, ctx.resolved)
-            ranks = world.layout.ep(layer.experts)
-            if ranks == 1 or _exchanges(block.graph):
+        changed = False
+        for path, block, layer in spread_blocks(gm, ctx):
+            if has_exchange(block.graph):
                 continue
             group = Group.of(world.sparse(layer.experts), "ep", world.rank)
             splits = ctx.plan.parallel.splits
@@ -84,22 +78,18 @@ class InsertAllToAll:
         return PassResult(gm, changed)
 
 
-def _exchanges(graph: fx.Graph) -> bool:
-    """Tell whether a block's graph has its exchange."""
-    return any(n.target in (collectives.all_to_all, allgather.gather) for n in graph.nodes)
-
-
 def _rewrite(graph: fx.Graph, group: Group, path: str, splits: str) -> None:
     """Put the exchange around one block's experts."""
     local = LocalExperts.of(graph, path)
     with graph.inserting_before(local.combine):
         capacity = local.capacity(splits)
         args = (local.slots, local.offsets, capacity, 1)
-        layout = node(graph, ops.send_layout, args, "send_layout")
+        layout = add_node(graph, ops.send_layout, args, "send_layout")
         order, slots, counts = items(graph, layout, "send_order", "send_slots", "part_counts")
-        rows = node(graph, ops.dispatch, (local.tokens, order, slots), "packed")
-        own = node(graph, operator.getitem, (counts, 0), "own_counts")
-        each = node(graph, exchange.send_capacity, (capacity, 1), "send_capacity")
+        rows = add_node(graph, ops.dispatch, (local.tokens, order, slots), "packed")
+        own = add_node(graph, operator.getitem, (counts, 0), "own_counts")
+        each = add_node(graph, exchange.send_capacity, (capacity, 1), "send_capacity")
         returned = round_trip(graph, group, path, rows, own, each)
-        result = node(graph, ops.combine, (returned, local.weights, order, slots), "result")
+        result = add_node(graph, ops.combine, (returned, local.weights, order, slots), "result")
     local.replace(result)
+    graph.eliminate_dead_code()

@@ -2,7 +2,7 @@
 
 The graphs stay as they are; each block's router learns two groups. Over the ranks that hold
 different tokens (dp) it sums losses and statistics in training; from the first of the ranks that
-hold the same tokens (tp) it takes whatever is drawn at random, so that all of them route alike.
+hold the same tokens (tp) it takes whatever is drawn at random, so that they all route the same way.
 
     router(tokens)   ->   router(tokens), losses over 4 ranks, draws of the first of 2 ranks
 """
@@ -29,8 +29,7 @@ class JoinRouters:
     provides: ClassVar[frozenset[str]] = frozenset()
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
-        """Set the routers' groups; in one process nothing changes."""
-        world: World | None = ctx.mesh
+        world = ctx.mesh
         if world is None:
             return PassResult(gm, False)
         changed = False

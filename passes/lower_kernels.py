@@ -1,4 +1,4 @@
-"""lower-kernels: replace gather, experts and combine by one fused call, in the chosen kernel.
+"""lower-kernels: replace dispatch, experts and combine by one fused call, in the chosen kernel.
 
 Before::
 
@@ -21,7 +21,6 @@ import logging
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import fx
 
 from moeify.errors import PlanError
@@ -30,6 +29,7 @@ from moeify.nn.experts import Experts
 from moeify.passes.infra.base import Fact, PassResult, PlanContext
 from moeify.passes.infra.records import NodeRecord, record_of, set_record
 from moeify.passes.rewrite.blocks import blocks_of, site_of
+from moeify.passes.rewrite.local_experts import LocalExperts
 
 log = logging.getLogger("moeify")
 
@@ -39,7 +39,7 @@ class LowerKernels:
     """Fuse every MoE block as far as its graph allows.
 
     Args:
-        kernel: What to use where the plan says `auto`; a name of `kernels.lowering.KERNELS`.
+        kernel: What to use where the plan says `auto`; a name of `kernels.choose.KERNELS`.
     """
 
     kernel: str = "auto"
@@ -48,11 +48,6 @@ class LowerKernels:
     provides: ClassVar[frozenset[str]] = frozenset({Fact.LOWERED})
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
-        """Choose a kernel for each block and rewrite its graph.
-
-        Raises:
-            PlanError: The plan asks for a kernel that cannot run a layer.
-        """
         asked = {} if ctx.resolved is None else {la.name: la.kernel for la in ctx.resolved}
         changed = False
         for path, block in blocks_of(gm):
@@ -66,16 +61,18 @@ class LowerKernels:
                     choice = choose(workload(experts), wanted)
                 except ValueError as error:
                     raise PlanError(f"{path}: {error}", path="layers") from None
-                if _fuse(block.graph, call, choice):
-                    log.info("%s: kernel %s: %s", path, choice.kernel, choice.why)
-                    changed = True
-                else:
+                local = LocalExperts.match(call)
+                if local is None:
                     log.info("%s: not fused: other nodes lie between its experts", path)
+                    continue
+                _fuse(block.graph, local, choice)
+                log.info("%s: kernel %s: %s", path, choice.kernel, choice.why)
+                changed = True
         return PassResult(gm, changed)
 
 
 def workload(experts: Experts) -> Workload:
-    """Return what there is to know of some experts before they run."""
+    """Return what is known of experts before they run."""
     weight = experts.down_proj
     return Workload(
         device=weight.device.type,
@@ -86,28 +83,10 @@ def workload(experts: Experts) -> Workload:
     )
 
 
-def _fuse(graph: fx.Graph, call: fx.Node, choice: Choice) -> bool:
-    """Rewrite dispatch, `call` and combine to one call; False if the graph has another shape."""
-    ops = torch.ops.moeify
-    rows, offsets = call.args
-    if not isinstance(rows, fx.Node) or rows.target is not ops.dispatch or len(rows.users) != 1:
-        return False
-    if len(call.users) != 1:
-        return False
-    (combine,) = call.users
-    if combine.target is not ops.combine or combine.args[0] is not call:
-        return False
-    tokens, order, slots = rows.args
-    _, weights, order_back, slots_back = combine.args
-    if (order, slots) != (order_back, slots_back):
-        return False
-    arguments = (tokens, offsets, weights, order, slots)
-    with graph.inserting_before(combine):
+def _fuse(graph: fx.Graph, local: LocalExperts, choice: Choice) -> None:
+    arguments = (local.tokens, local.offsets, local.weights, local.order, local.slots)
+    with graph.inserting_before(local.combine):
         fused = graph.call_module("experts", arguments, {"kernel": choice.kernel})
-    old = record_of(call) or NodeRecord("experts")
-    set_record(fused, old)
-    combine.replace_all_uses_with(fused)
-    for node in (combine, call, rows):
-        graph.erase_node(node)
+    set_record(fused, record_of(local.experts) or NodeRecord("experts"))
+    local.replace(fused)
     fused._rename("experts_out")
-    return True

@@ -31,8 +31,8 @@ from torch import fx
 from moeify.distributed import exchange
 from moeify.passes.infra.base import Fact, PassResult, PlanContext
 from moeify.passes.rewrite.blocks import blocks_of
-from moeify.passes.rewrite.exchange_nodes import node
 from moeify.passes.rewrite.exchange_view import Exchange, RoundTrip
+from moeify.passes.rewrite.nodes import add_node
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +44,6 @@ class OverlapChunks:
     provides: ClassVar[frozenset[str]] = frozenset({Fact.OVERLAPPED})
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
-        """Rewrite the exchanges of all blocks; 1 piece changes nothing.
-
-        Raises:
-            PassError: A block's exchange is in two stages already.
-        """
         pieces = 1 if ctx.plan is None else ctx.plan.parallel.overlap_chunks
         changed = False
         for path, block in blocks_of(gm) if pieces > 1 else ():
@@ -78,21 +73,20 @@ def _rewrite(found: Exchange, pieces: int) -> None:
     assert isinstance(place, int)
     found.lay_out(parts * pieces)
     with graph.inserting_before(found.result):
-        cut = node(graph, exchange.pieces, (found.rows, pieces), "pieces")
+        cut = add_node(graph, exchange.pieces, (found.rows, pieces), "pieces")
         copies: list[dict[fx.Node, fx.Node]] = []
         for piece in range(pieces):
-            own = node(graph, operator.getitem, (cut, piece), f"piece_{piece}")
+            own = add_node(graph, operator.getitem, (cut, piece), f"piece_{piece}")
             copies.append({found.rows: own})
         for piece, copied in enumerate(copies):  # small, and a group is a queue: before any rows
             index = (found.part_counts, place + piece * parts)
-            copied[trip.own_counts] = node(graph, operator.getitem, index, "own_counts")
+            copied[trip.own_counts] = add_node(graph, operator.getitem, index, "own_counts")
             _copy(graph, announce, copied)
         for turn in range(pieces + len(steps) - 1):
             for late, step in enumerate(steps):
                 if 0 <= turn - late < pieces:
                     _copy(graph, step, copies[turn - late])
-        whole = graph.call_function(torch.cat, ([copied[returned] for copied in copies],))
-        whole._rename("whole_rows")
+        whole = add_node(graph, torch.cat, ([copied[returned] for copied in copies],), "whole_rows")
     found.result.replace_input_with(returned, whole)
     graph.eliminate_dead_code()
 

@@ -24,32 +24,18 @@ and the block `h.0.mlp`, printed by `print(block.code)`::
 
 from __future__ import annotations
 
-import copy
-import operator
 from collections.abc import Iterator, Mapping
-from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx
 
-from moeify.errors import UnsupportedModuleError
 from moeify.init.calibration import Calibration
-from moeify.init.strategies import MlpWeights, init_experts
-from moeify.init.weights import expert_weights, router_weight
-from moeify.kernels import combine as _combine  # noqa: F401  registers the op
-from moeify.kernels import dispatch as _dispatch  # noqa: F401  registers the op
-from moeify.kernels import route
-from moeify.nn.block import DenseMLP, LinearExperts, ResidualMix, StoredLinear
-from moeify.nn.experts import Experts
-from moeify.nn.router import Router
 from moeify.passes.infra.base import Fact, PassResult, PlanContext
 from moeify.passes.infra.records import NodeRecord, record_of, set_record
 from moeify.passes.match.dataflow import linear_of, weight_of
-from moeify.passes.match.mlp_regions import Region
-from moeify.passes.match.placement import parameter_names
 from moeify.passes.rewrite.blocks import MOE_ROLE
+from moeify.passes.rewrite.moe_block import build_block
 from moeify.plan.layer_plan import LayerPlan
 from moeify.plan.site import Site
 from moeify.sites.discovery import Discovery, FoundSite, block_path, find_site
@@ -73,11 +59,6 @@ class ReplaceMlps:
     provides: ClassVar[frozenset[str]] = frozenset({Fact.MOE_BLOCKS, Fact.EXPERT_CALLS})
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
-        """Build the blocks of `ctx.resolved` and call them instead of the MLPs.
-
-        Raises:
-            UnsupportedModuleError: A planned site cannot be replaced.
-        """
         assert ctx.resolved is not None
         assert ctx.model is not None
         changed = False
@@ -141,9 +122,7 @@ def _marked_runs(
 
 def _role(node: fx.Node, site: str) -> str:
     record = record_of(node)
-    if record is None or record.site != site or record.role is None:
-        return ""
-    return record.role
+    return "" if record is None or record.site != site else record.role or ""
 
 
 def _source(projection: fx.Node) -> fx.Node:
@@ -164,15 +143,7 @@ def _call_block(
     with gm.graph.inserting_before(out):
         call = gm.graph.call_module(path, (source,))
     old = record_of(out) or NodeRecord("")
-    record = NodeRecord(
-        module_path=path,
-        modules=old.modules,
-        shapes=old.shapes,
-        dtypes=old.dtypes,
-        call=old.call,
-        site=name,
-        role=MOE_ROLE,
-    )
+    record = replace(old, module_path=path, params=(), mutates=False, site=name, role=MOE_ROLE)
     set_record(call, record)
     out.replace_all_uses_with(call)
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
@@ -189,222 +160,3 @@ def _call_block(
             gm.graph.erase_node(node)
             alive.discard(node)
     return call
-
-
-def build_block(
-    model: nn.Module,
-    layer: LayerPlan,
-    found: FoundSite | None,
-    share: range | None = None,
-    inputs: Calibration | None = None,
-) -> fx.GraphModule:
-    """Build the block of one layer, with experts from the model's weights.
-
-    Args:
-        model: The dense model; read only. On `meta` the block is on `meta` too.
-        layer: The resolved plan of this layer.
-        found: Its site, or None for `expert: linear`.
-        share: The experts to build; None for all.
-        inputs: What goes into the MLP, if `layer.init` looks at it.
-
-    Raises:
-        UnsupportedModuleError: The layer asks for something that this site does not have.
-    """
-    weight = model.get_parameter(layer.site.down.weight)
-    root = nn.Module()
-    root.add_module("router", _router(layer, weight, router_weight(model, layer, found, inputs)))
-    if found is None:
-        _linear_parts(root, model, layer, share)
-        channel, tail, argument = -1, 0.0, "input"
-    else:
-        root.add_module("experts", _experts(model, layer, found, share, inputs))
-        if layer.residual != "none":
-            half = 0.5 if layer.residual == "add" else 1.0
-            root.add_module("mlp", _dense(model, found.region, half))
-            mix = ResidualMix(
-                layer.residual, layer.site.d_in, device=weight.device, dtype=weight.dtype
-            )
-            root.add_module("residual_mix", mix)
-        channel, tail = found.region.down.channel, found.placement.tail_dropout
-        argument = found.placement.argument or "hidden_states"
-    if tail:
-        root.add_module("dropout", nn.Dropout(tail))
-    graph = _block_graph(layer, channel, argument, root)
-    return fx.GraphModule(root, graph, class_name="MoEBlock")
-
-
-def _block_graph(layer: LayerPlan, channel: int, argument: str, root: nn.Module) -> fx.Graph:
-    graph = fx.Graph()
-    x = graph.placeholder(argument)
-    last = x if channel == -1 else graph.call_method("movedim", (x, channel, -1))
-    tokens = _named(graph.call_method("reshape", (last, -1, layer.site.d_in)), "tokens")
-    routing = _named(graph.call_module("router", (tokens,)), "routing")
-    parts = {}
-    for name, index in (
-        ("weights", route.WEIGHTS),
-        ("slots", route.SLOTS),
-        ("order", route.ORDER),
-        ("offsets", route.OFFSETS),
-    ):
-        parts[name] = _named(graph.call_function(operator.getitem, (routing, index)), name)
-    ops = torch.ops.moeify
-    sent = (tokens, parts["order"], parts["slots"])
-    rows = _named(graph.call_function(ops.dispatch, sent), "rows")
-    hidden = _named(graph.call_module("experts", (rows, parts["offsets"])), "hidden")
-    back = (hidden, parts["weights"], parts["order"], parts["slots"])
-    y = _named(graph.call_function(ops.combine, back), "y")
-    if hasattr(root, "mlp"):
-        mlp = _named(graph.call_module("mlp", (tokens,)), "dense")
-        y = _named(graph.call_module("residual_mix", (y, mlp, tokens)), "mixed")
-    width = layer.site.d_in
-    if hasattr(root, "projection"):
-        y = _named(graph.call_module("projection", (y,)), "projected")
-        width = layer.site.d_out
-    if hasattr(root, "dropout"):
-        y = _named(graph.call_module("dropout", (y,)), "dropped")
-    shape = graph.call_function(getattr, (last, "shape"))
-    if width != layer.site.d_in:
-        lead = graph.call_function(operator.getitem, (shape, slice(None, -1)))
-        shape = graph.call_function(operator.add, (lead, (width,)))
-    out = _named(graph.call_method("reshape", (y, shape)), "out")
-    if channel != -1:
-        out = graph.call_method("movedim", (out, -1, channel))
-    graph.output(out)
-    return graph
-
-
-def _named(node: fx.Node, name: str) -> fx.Node:
-    node._rename(name)
-    return node
-
-
-def _router(layer: LayerPlan, like: Tensor, weight: Tensor) -> Router:
-    spec = layer.router
-    router = Router(
-        layer.site.d_in,
-        experts=layer.experts,
-        top_k=layer.top_k,
-        score=spec.score,
-        combine=spec.combine,
-        noise=spec.noise,
-        jitter_eps=spec.jitter_eps,
-        capacity_factor=spec.capacity_factor,
-        eval_capacity_factor=spec.eval_capacity_factor,
-        min_capacity=spec.min_capacity,
-        drop=spec.drop,
-        balance=spec.balance,
-        aux_loss=spec.aux_loss,
-        z_loss=spec.z_loss,
-        bias_update=spec.bias_update,
-        calls=layer.site.calls,
-        device="meta",
-        dtype=like.dtype,
-    )
-    router.weight = nn.Parameter(weight)
-    for name, buffer in list(router.named_buffers()):
-        setattr(router, name, torch.zeros_like(buffer, device=like.device))
-    return router
-
-
-def _experts(
-    model: nn.Module,
-    layer: LayerPlan,
-    found: FoundSite,
-    share: range | None,
-    inputs: Calibration | None,
-) -> Experts:
-    weights = expert_weights(model, layer, found, None, share, inputs)
-    region = found.region
-    program = region.program
-    experts = Experts(
-        experts=layer.experts,
-        d_in=layer.site.d_in,
-        d_ff=weights.down.shape[2],
-        activation=program.activation if program.module is None else "identity",
-        gated=weights.gated,
-        up_bias=weights.up_bias is not None,
-        down_bias=weights.down_bias is not None,
-        inner=None if program.module is None else copy.deepcopy(program.module),
-        inner_params=len(weights.inner),
-        dropout=program.dropout,
-        device="meta",
-        dtype=weights.up.dtype,
-    )
-    trains = model.get_parameter(region.down.weight.name).requires_grad
-    dense = {model.get_parameter(n).untyped_storage().data_ptr() for n in parameter_names(region)}
-    for name, value in weights.named().items():
-        setattr(experts, name, nn.Parameter(_owned(value, dense), requires_grad=trains))
-    return experts
-
-
-def _owned(value: Tensor, others: AbstractSet[int]) -> Tensor:
-    """Return a contiguous tensor that lies in none of other tensors' storages."""
-    if value.is_contiguous() and value.untyped_storage().data_ptr() not in others:
-        return value
-    return value.clone(memory_format=torch.contiguous_format)
-
-
-def _dense(model: nn.Module, region: Region, scale: float) -> DenseMLP:
-    """Move the dense MLP's own parameters into a module of its own; `scale` the last projection."""
-    linears = (*region.ups, region.down)
-    names = _leaf_names([linear.weight.name for linear in linears])
-    modules = []
-    for linear, name in zip(linears, names, strict=True):
-        weight = model.get_parameter(linear.weight.name)
-        bias = None if linear.bias is None else model.get_parameter(linear.bias.name)
-        if linear is region.down and scale != 1.0:
-            weight = nn.Parameter(weight.detach() * scale, requires_grad=weight.requires_grad)
-            if bias is not None:
-                bias = nn.Parameter(bias.detach() * scale, requires_grad=bias.requires_grad)
-        modules.append((name, StoredLinear(weight, bias, transposed=linear.transposed)))
-    program = region.program
-    return DenseMLP(
-        modules[:-1],
-        modules[-1],
-        activation=program.activation,
-        gated=program.gated,
-        swap=program.swap,
-        inner=None if program.module is None else copy.deepcopy(program.module),
-        params={f"inner_{i}": model.get_parameter(n) for i, n in enumerate(program.params)},
-        dropout=program.dropout,
-    )
-
-
-def _leaf_names(weights: list[str]) -> list[str]:
-    """Shorten parameter names to distinct module names: `h.0.mlp.c_fc.weight` -> `c_fc`."""
-    parts = [w.removesuffix(".weight").split(".") for w in weights]
-    for depth in range(1, max(map(len, parts)) + 1):
-        names = ["_".join(p[-depth:]) for p in parts]
-        if len(set(names)) == len(names):
-            return names
-    return [f"projection_{i}" for i in range(len(weights))]
-
-
-def _linear_parts(root: nn.Module, model: nn.Module, layer: LayerPlan, share: range | None) -> None:
-    """`expert: linear`: square linear experts, then the layer itself.
-
-    There is no square map to copy, so experts start as the identity, which keeps step 0; `random`
-    draws them from N(0, 1/D).
-    """
-    if layer.residual != "none" or layer.init.experts not in ("copy", "random"):
-        what = "residual" if layer.residual != "none" else f"init `{layer.init.experts}`"
-        raise UnsupportedModuleError(layer.name, f"`expert: linear` has no {what}; remove it")
-    own = model.get_submodule(layer.site.name)
-    weight = model.get_parameter(layer.site.down.weight)
-    width = layer.site.d_in
-    identity = torch.eye(width, dtype=weight.dtype, device=weight.device)
-    dense = MlpWeights(identity, None, identity, None, (), False)
-    stacked = init_experts(dense, layer.experts, layer.init, layer.name, share=share).up
-    if layer.init.experts == "random" and not weight.is_meta:
-        stacked = stacked / identity.float().std(correction=0).to(stacked.dtype) / width**0.5
-    bias = torch.zeros(stacked.shape[0], width, dtype=weight.dtype, device=weight.device)
-    trains = weight.requires_grad
-    experts = LinearExperts(
-        nn.Parameter(stacked.contiguous(), requires_grad=trains),
-        nn.Parameter(bias, requires_grad=trains),
-    )
-    root.add_module("experts", experts)
-    root.add_module("projection", own)
-
-
-__all__ = ["ReplaceMlps", "build_block", "expert_weights", "router_weight"]

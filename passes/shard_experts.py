@@ -26,7 +26,7 @@ from moeify.distributed.layout import Layout
 from moeify.distributed.mesh import World
 from moeify.errors import PassError
 from moeify.passes.infra.base import Fact, PassResult, PlanContext
-from moeify.passes.rewrite.blocks import blocks_of, layer_at
+from moeify.passes.rewrite.blocks import spread_blocks
 from moeify.plan.layer_plan import LayerPlan
 
 log = logging.getLogger("moeify")
@@ -41,15 +41,13 @@ class ShardExperts:
     provides: ClassVar[frozenset[str]] = frozenset({Fact.SHARDED})
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
-        """Shard the blocks over `ctx.mesh`; without one nothing changes."""
-        world: World | None = ctx.mesh
-        if world is None or ctx.resolved is None:
+        world = ctx.mesh
+        if world is None:
             return PassResult(gm, False)
         changed = False
-        for path, block in blocks_of(gm):
-            layer = layer_at(gm, path, ctx.resolved)
+        for path, block, layer in spread_blocks(gm, ctx):
             experts = block.get_submodule("experts")
-            if world.layout.ep(layer.experts) == 1 or any(map(is_sharded, experts.parameters())):
+            if any(map(is_sharded, experts.parameters())):
                 continue
             _shard(experts, world, layer, path)
             log.info("%s: %s", path, describe(world.layout, layer))
@@ -65,7 +63,7 @@ def share_of(world: World, experts: int) -> range:
 
 
 def describe(layout: Layout, layer: LayerPlan) -> str:
-    """Say in one line how a layer's experts lie on the ranks."""
+    """Describe in one line how a layer's experts are spread over the ranks."""
     ep, edp = layout.ep(layer.experts), layout.edp(layer.experts)
     text = f"{layer.experts} experts over {ep} ranks, {layer.experts // ep} each"
     if ep < layout.expert:

@@ -1,6 +1,6 @@
 """slice-dense: decide which dense layers are sliced over the tensor ranks (analysis).
 
-Before and after, the same graph; what it says is new::
+Before and after, the same graph; the decision is new::
 
     %q   = linear(%x, attn.q.weight)                        @ attn: colwise
     %k   = linear(%x, attn.k.weight)                        @ attn: colwise
@@ -51,7 +51,6 @@ class SliceDense:
     provides: ClassVar[frozenset[str]] = frozenset()
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
-        """Derive the slices, log them and write them down, on nodes and in the graph's `meta`."""
         assert ctx.resolved is not None
         assert ctx.model is not None
         plan = derive(
@@ -83,11 +82,8 @@ def _mark(gm: fx.GraphModule, discovery: Discovery, plan: SlicePlan) -> bool:
     alive = set(gm.graph.nodes)
     changed = False
     for linear in discovery.linear_nodes:
-        path = linear.weight.name.rpartition(".")[0]
+        path = linear.weight.module
         record = record_of(linear.node)
         if path in layer and linear.node in alive and (record is None or record.site is None):
             changed |= mark(linear.node, site=layer[path], role=plan.modules[path])
     return changed
-
-
-__all__ = ["SliceDense", "slices_of"]

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from moeify.distributed import collectives
 from moeify.distributed.dtensor import local, shard_parameter
@@ -33,7 +33,8 @@ from moeify.errors import UnsupportedModuleError
 from moeify.nn.experts import Experts
 from moeify.passes.infra.base import Fact, PassResult, PlanContext
 from moeify.passes.rewrite.blocks import blocks_of, layer_at
-from moeify.passes.rewrite.exchange_nodes import Group, node
+from moeify.passes.rewrite.exchange_nodes import Group
+from moeify.passes.rewrite.nodes import add_node, calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,39 +46,33 @@ class SliceExperts:
     provides: ClassVar[frozenset[str]] = frozenset()
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:
-        """Slice the weights and rewrite the blocks.
-
-        Raises:
-            UnsupportedModuleError: Experts that cannot be sliced.
-        """
-        world: World | None = ctx.mesh
+        world = ctx.mesh
         if world is None or world.layout.etp == 1 or ctx.resolved is None:
             return PassResult(gm, False)
         changed = False
         for path, block in blocks_of(gm):
-            experts = block.get_submodule("experts")
-            done = block.graph.find_nodes(op="call_function", target=collectives.sum_of_slices)
-            if done:
+            if calls(block.graph, collectives.sum_of_slices):
                 continue
-            slices = world.layout.etp
-            if not isinstance(experts, Experts) or experts.inner is not None:
-                kind = "linear experts" if not isinstance(experts, Experts) else "an inner module"
-                raise UnsupportedModuleError(
-                    path, f"{kind} cannot be sliced; use `experts_in_tp: replicate` or `fold`"
-                )
-            if experts.d_ff % slices or experts.d_out % slices:
-                raise UnsupportedModuleError(
-                    path,
-                    f"widths {experts.d_ff} and {experts.d_out} do not slice over {slices} tensor "
-                    "ranks; use `experts_in_tp: replicate` or `fold`",
-                )
-            group = Group.of(
-                world.sparse(layer_at(gm, path, ctx.resolved).experts), "etp", world.rank
-            )
-            _slice(experts, world, layer_at(gm, path, ctx.resolved).experts)
-            _rewrite(block.graph, group, path)
+            experts = _sliceable(block.get_submodule("experts"), world.layout.etp, path)
+            count = layer_at(gm, path, ctx.resolved).experts
+            _slice(experts, world, count)
+            _rewrite(block.graph, Group.of(world.sparse(count), "etp", world.rank), path)
             changed = True
         return PassResult(gm, changed)
+
+
+def _sliceable(experts: nn.Module, slices: int, path: str) -> Experts:
+    """Return the experts, or refuse those that cannot be sliced."""
+    if not isinstance(experts, Experts):
+        reason = "linear experts cannot be sliced"
+    elif experts.inner is not None:
+        reason = "an inner module cannot be sliced"
+    elif experts.d_ff % slices or experts.d_out % slices:
+        widths = f"widths {experts.d_ff} and {experts.d_out}"
+        reason = f"{widths} do not slice over {slices} tensor ranks"
+    else:
+        return experts
+    raise UnsupportedModuleError(path, f"{reason}; use `experts_in_tp: replicate` or `fold`")
 
 
 def _slice(experts: Experts, world: World, count: int) -> None:
@@ -106,10 +101,12 @@ def _rewrite(graph: fx.Graph, group: Group, path: str) -> None:
         assert isinstance(rows, fx.Node)
         where = f"{path}: slices of experts"
         with graph.inserting_before(call):
-            copied = node(graph, collectives.copy_to_slices, (rows, group.name, where), "copied")
+            copied = add_node(
+                graph, collectives.copy_to_slices, (rows, group.name, where), "copied"
+            )
         call.replace_input_with(rows, copied)
         users = list(call.users)
         with graph.inserting_after(call):
-            total = node(graph, collectives.sum_of_slices, (call, group.name, where), "summed")
+            total = add_node(graph, collectives.sum_of_slices, (call, group.name, where), "summed")
         for user in users:
             user.replace_input_with(call, total)

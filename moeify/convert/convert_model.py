@@ -84,18 +84,8 @@ def convert_without_values(
     """Convert a model whose parameters are on meta, or whose values do not matter, unverified.
 
     A model that reads values while it runs does not run on fake tensors. It is then converted with
-    zeros for its parameters on meta, and all its parameters go to meta afterwards.
-
-    Args:
-        model: The dense model; changed in place.
-        plan: The plan.
-        inputs: Example inputs; made from the config of a Hugging Face model if None.
-        passes: The user's own graph passes.
-        rebuild: Called before zeros are filled in; gives buffers on meta their values.
-
-    Raises:
-        CaptureError: The model does not run with zeros either.
-        MoeifyError: The conversion failed, see `convert`.
+    zeros for its parameters on meta, and all its parameters go to meta afterwards. `rebuild` is
+    called before that: it gives buffers on meta their values.
     """
     try:
         convert(model, plan, example_inputs=inputs, passes=passes, verify=False)
@@ -119,6 +109,3 @@ def _fill_with_zeros(model: nn.Module) -> None:
                 empty = torch.zeros_like(tensor, device="cpu")
                 zeros[id(tensor)] = nn.Parameter(empty, tensor.requires_grad)
             setattr(item.module, item.key, zeros[id(tensor)])
-
-
-__all__ = ["convert", "convert_without_values"]

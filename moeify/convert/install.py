@@ -8,10 +8,9 @@ dense one again.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from contextlib import ExitStack
 
-from torch import fx, nn
+from torch import nn
 
 from moeify import compat
 from moeify.capture.capture import ExampleInputs
@@ -21,9 +20,10 @@ from moeify.convert.verify import Snapshot, check, check_untouched, coarsest, co
 from moeify.convert.world import Parallel, reduce_gradients, sharded_names
 from moeify.distributed.agreement import run_on_all_ranks
 from moeify.distributed.mesh import World
-from moeify.plan.layer_plan import LayerPlan, ResolvedPlan
+from moeify.passes.rewrite.blocks import replaced_parameters
+from moeify.plan.layer_plan import ResolvedPlan
 from moeify.plan.plan import Plan
-from moeify.sites.discovery import Discovery, FoundSite, block_path, find_site
+from moeify.sites.discovery import Discovery, block_path, find_site
 from moeify.sites.install import Installer, make_ledger, skeleton
 from moeify.sites.record import ATTRIBUTE, Conversion, ConvertedLayer, Fate
 from moeify.tensor_parallel.apply import PartialSums, apply
@@ -37,17 +37,7 @@ class Installation:
     """The transaction that turns a dense model into a converted one.
 
     `run` takes the steps in their order: `install`, `slice_dense`, `verify`, `partition`, and then
-    `commit`; after an error `roll_back`.
-
-    Args:
-        model: The dense model.
-        plan: The plan.
-        resolved: What it became.
-        discovery: What was found in the model, or in another instance of it.
-        built: From `run_pipeline`.
-        example_inputs: To compare on.
-        verify: Compare with the dense model at all; a model on meta is never compared.
-        world: The ranks; None for one process.
+    `commit`; after an error `roll_back`. A model on meta is never compared, whatever `verify` says.
     """
 
     def __init__(
@@ -67,7 +57,8 @@ class Installation:
         self.example_inputs = example_inputs
         self._before = dict(model.named_parameters(remove_duplicate=False))
         self._versions = {name: (id(p), p._version) for name, p in self._before.items()}
-        self._untouched = _untouched(self._before, resolved)
+        replaced = replaced_parameters(resolved)
+        self._untouched = [name for name in self._before if name not in replaced]
         self._compares = verify and not any(p.is_meta for p in self._before.values())
         self._installer = Installer(model)
         self._undo = ExitStack()
@@ -79,11 +70,7 @@ class Installation:
         self._partitioned = Partitioned()
 
     def run(self) -> None:
-        """Take all steps, or leave the model as it was.
-
-        Raises:
-            MoeifyError: A step failed, here or on another rank.
-        """
+        """Take all steps, or leave the model as it was."""
         try:
             # One after the other on all ranks: blocks that run wait for those of other ranks.
             run_on_all_ranks("install its blocks", self.install)
@@ -102,8 +89,13 @@ class Installation:
             self._dense = snapshot(self.model, self.example_inputs, self._untouched)
         for layer in self.resolved:
             found = find_site(self.discovery, layer)
-            block = self.built.blocks[layer.name]
-            self._layers.append(_install(self._installer, layer, found, block))
+            path = block_path(found, layer)
+            swaps = self._installer.install(layer, found, path, self.built.blocks[layer.name])
+            converted = ConvertedLayer(layer, path, swaps)
+            if found is not None:
+                program = found.region.program
+                converted = ConvertedLayer(layer, path, swaps, program.swap, program.params)
+            self._layers.append(converted)
 
     def slice_dense(self) -> None:
         """Account for every dense parameter, then slice dense layers over the tensor ranks."""
@@ -115,7 +107,7 @@ class Installation:
             self._sums = sliced.sums
 
     def verify(self) -> None:
-        """Compare with what the dense model gave, and then let its replaced weights go."""
+        """Compare with what the dense model gave, then drop the weights that were replaced."""
         if self._dense is not None:
             now = snapshot(self.model, self.example_inputs, self._untouched)
             difference = compare(self._dense, now, self.resolved.layers)
@@ -167,7 +159,7 @@ class Installation:
         )
 
     def _parallel(self, world: World) -> Parallel:
-        """Hook the reduction of gradients in, and return what is remembered of the ranks."""
+        """Hook the reduction of gradients in, and return what is recorded of the ranks."""
         zero = self.built.zero
         # From stage 2 on parameters are pieces, whose engine reduces gradients itself.
         in_pieces = zero is not None and zero.stage >= 2
@@ -187,27 +179,3 @@ class Installation:
             masters=self._partitioned.masters,
             guard=self._partitioned.guard,
         )
-
-
-def _install(
-    installer: Installer, layer: LayerPlan, found: FoundSite | None, block: fx.GraphModule
-) -> ConvertedLayer:
-    path = block_path(found, layer)
-    swaps = installer.install(layer, found, path, block)
-    if found is None:
-        return ConvertedLayer(layer, path, swaps)
-    program = found.region.program
-    return ConvertedLayer(layer, path, swaps, program.swap, program.params)
-
-
-def _untouched(before: Mapping[str, nn.Parameter], resolved: ResolvedPlan) -> list[str]:
-    """Return the names of the parameters that stay as they are."""
-    touched = set()
-    for layer in resolved:
-        for projection in (*layer.site.up, layer.site.down):
-            touched |= {projection.weight, projection.bias}
-        touched |= set(layer.site.inner)
-    return [name for name in before if name not in touched]
-
-
-__all__ = ["Installation"]

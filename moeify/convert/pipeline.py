@@ -11,8 +11,10 @@ from typing import Any, Final, Literal
 from torch import fx, nn
 
 from moeify.capture.capture import ExampleInputs
+from moeify.distributed.dtensor import is_sharded
 from moeify.distributed.mesh import World
 from moeify.errors import PassError, UnsupportedModuleError
+from moeify.hf.detect import example_inputs_for
 from moeify.init.calibration import Calibration
 from moeify.passes.coordinate_all_to_all import CoordinateAllToAll
 from moeify.passes.find_mlps import FindMlps
@@ -28,12 +30,12 @@ from moeify.passes.join_routers import JoinRouters
 from moeify.passes.lower_kernels import LowerKernels
 from moeify.passes.match.dataflow import weight_of
 from moeify.passes.overlap_chunks import OverlapChunks
-from moeify.passes.partition_zero import PartitionZero
+from moeify.passes.partition_zero import PartitionZero, zero_of
 from moeify.passes.replace_mlps import ReplaceMlps
-from moeify.passes.rewrite.blocks import MOE_ROLE, SLICES, ZERO
+from moeify.passes.rewrite.blocks import MOE_ROLE
 from moeify.passes.rewrite.facts import CHECKS
 from moeify.passes.shard_experts import ShardExperts, share_of
-from moeify.passes.slice_dense import SliceDense
+from moeify.passes.slice_dense import SliceDense, slices_of
 from moeify.passes.slice_experts import SliceExperts
 from moeify.plan.layer_plan import LayerPlan, ResolvedPlan
 from moeify.plan.plan import Plan
@@ -41,33 +43,29 @@ from moeify.plan.resolve import resolve_sites
 from moeify.sites.discovery import Discovery, block_path, find_site
 from moeify.sites.record import ATTRIBUTE
 from moeify.sites.unsupported import discover_float, refuse_adapters, refuse_quantised
+from moeify.tensor_parallel.apply import SlicePlan
+from moeify.zero.plan import ZeroPlan
 
 log = logging.getLogger("moeify")
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
-    """What passes are made from.
-
-    Attributes:
-        discovery: The sites of the graph.
-        world: The ranks; None in one process.
-        example_inputs: What the graph was recorded with; made from the config if None.
-        shares: The experts of each layer that this rank keeps, by layer name; all where missing.
-        calibrated: What goes into the MLPs, by layer name, where `init` looks at it.
-        yours: The user's own passes.
-    """
+class PassInputs:
+    """What passes are made from."""
 
     discovery: Discovery
     world: World | None = None
+    # the graph was recorded with these; made from the config if None
     example_inputs: ExampleInputs | None = None
+    # experts of each layer that this rank keeps; all where missing
     shares: Mapping[str, range] = field(default_factory=dict)
+    # inputs of the MLPs, by layer name, where `init` looks at them
     calibrated: Mapping[str, Calibration] = field(default_factory=dict)
-    yours: Sequence[Pass] = ()
+    user_passes: Sequence[Pass] = ()
 
 
 Needs = Literal["", "ranks", "tensor ranks"]
-Make = Callable[[Given], Sequence[Pass]]
+Make = Callable[[PassInputs], Sequence[Pass]]
 
 PIPELINE: Final[Sequence[tuple[Needs, Make]]] = (
     # The dense graph: everything that reads it comes before the pass that replaces parts of it.
@@ -86,47 +84,39 @@ PIPELINE: Final[Sequence[tuple[Needs, Make]]] = (
     ("ranks", lambda it: [JoinRouters()]),
     ("ranks", lambda it: [PartitionZero()]),
     # `passes=` of the user, unless their facts ask for another place.
-    ("", lambda it: it.yours),
+    ("", lambda it: it.user_passes),
     # The device's kernels, where no pass has put anything between dispatch, experts and combine.
     ("", lambda it: [LowerKernels()]),
-    # Last: it hides the calls of experts from whoever looks for them.
+    # Last: it turns the calls of experts, which other passes look for, into functions.
     ("ranks", lambda it: [GatherPartitions()]),
 )
-"""The passes in the order in which they run, each with what it needs to be there at all."""
+"""The passes in the order in which they run, each with what it needs to run at all."""
 
 
-def passes_for(given: Given) -> list[Pass]:
+def passes_for(inputs: PassInputs) -> list[Pass]:
     """Make the passes of one conversion, the user's own among them.
 
     A pass of the user comes after the last pass that provides what it requires and before the
     first one that requires what it provides; where that leaves a choice, right before
     `lower-kernels`. The order of `PIPELINE` stays as it is.
-
-    Raises:
-        PassOrderError: The user's passes do not fit in.
     """
-    tensor = given.world is not None and given.world.layout.tensor > 1
-    there = {"": True, "ranks": given.world is not None, "tensor ranks": tensor}
-    passes = [p for needs, make in PIPELINE if there[needs] for p in make(given)]
-    yours = {id(p) for p in given.yours}
-    fixed = {p.name for p in passes if id(p) not in yours}
+    world = inputs.world
+    tensor = world is not None and world.layout.tensor > 1
+    available = {"": True, "ranks": world is not None, "tensor ranks": tensor}
+    passes = [p for needs, make in PIPELINE if available[needs] for p in make(inputs)]
+    users = {id(p) for p in inputs.user_passes}
+    fixed = {p.name for p in passes if id(p) not in users}
     checked = frozenset(str(fact) for fact in CHECKS)
     return order_passes(passes, given=checked, fixed=fixed)
 
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """What the passes made of a model.
+    """What the passes made of a model."""
 
-    Attributes:
-        blocks: The finished blocks by layer name.
-        slices: How dense layers are sliced over the tensor ranks (a `SlicePlan`), or None.
-        zero: What is partitioned (a `ZeroPlan`), or None.
-    """
-
-    blocks: dict[str, fx.GraphModule]
-    slices: Any = None
-    zero: Any = None
+    blocks: dict[str, fx.GraphModule]  # by layer name
+    slices: SlicePlan | None = None
+    zero: ZeroPlan | None = None
 
 
 def read_plan(model: nn.Module, plan: Plan | Mapping[str, Any] | str | os.PathLike[str]) -> Plan:
@@ -140,21 +130,24 @@ def prepare(
 ) -> tuple[ExampleInputs, Discovery, ResolvedPlan]:
     """Find the model's sites and apply the plan to them; inputs are made up if there are none."""
     if example_inputs is None:
-        from moeify.hf.detect import example_inputs_for
-
         example_inputs = example_inputs_for(model)
     discovery = discover_float(model, example_inputs)
-    resolved = resolve_sites(
-        plan,
-        discovery.sites,
-        parameters=discovery.parameters,
-        parameter_bytes=discovery.parameter_bytes,
-        linears=discovery.linears,
-        near_misses=[str(miss) for miss in discovery.near_misses],
-    )
+    resolved = resolve_on(plan, discovery)
     for layer in resolved:
         refuse_quantised(model, [p.weight for p in (*layer.site.up, layer.site.down)])
     return example_inputs, discovery, resolved
+
+
+def resolve_on(plan: Plan, found: Discovery) -> ResolvedPlan:
+    """Apply a plan to what was found in a model."""
+    return resolve_sites(
+        plan,
+        found.sites,
+        parameters=found.parameters,
+        parameter_bytes=found.parameter_bytes,
+        linears=found.linears,
+        near_misses=[str(miss) for miss in found.near_misses],
+    )
 
 
 def run_pipeline(
@@ -171,9 +164,9 @@ def run_pipeline(
 ) -> Built:
     """Run the passes of `PIPELINE` and the user's; the model is only read."""
     shares = {} if world is None else {la.name: share_of(world, la.experts) for la in resolved}
-    given = Given(discovery, world, example_inputs, shares, calibrated or {}, passes)
-    watching = [*observers_from_env(), *observers]
-    manager = PassManager(passes_for(given), observers=watching, checks=CHECKS)
+    inputs = PassInputs(discovery, world, example_inputs, shares, calibrated or {}, passes)
+    observers = [*observers_from_env(), *observers]
+    manager = PassManager(passes_for(inputs), observers=observers, checks=CHECKS)
     gm = discovery.capture.graph_module
     outside = _outside(gm, discovery, resolved)
     ctx = PlanContext(plan=plan, resolved=resolved, mesh=world, model=model)
@@ -182,7 +175,7 @@ def run_pipeline(
         log.debug("%s", report)
     blocks = {layer.name: _block(gm, discovery, layer) for layer in resolved}
     _refuse_changes_outside(gm, outside)
-    return Built(blocks, gm.meta.get(SLICES), gm.meta.get(ZERO))
+    return Built(blocks, slices_of(gm), zero_of(gm))
 
 
 def _block(gm: fx.GraphModule, discovery: Discovery, layer: LayerPlan) -> fx.GraphModule:
@@ -212,7 +205,7 @@ def _refuse_changes_outside(gm: fx.GraphModule, outside: dict[str, tuple[str, st
 def _outside(
     gm: fx.GraphModule, discovery: Discovery, resolved: ResolvedPlan
 ) -> dict[str, tuple[str, str]]:
-    """Return what must be left of the graph once the planned sites are gone."""
+    """Return what must be left of the graph once the planned sites are replaced."""
     chosen = {layer.site.down.weight for layer in resolved if layer.expert == "mlp"}
     inside = {n for r in discovery.regions if r.down.weight.name in chosen for n in r.nodes}
     linear = {layer.site.down.weight for layer in resolved if layer.expert == "linear"}
@@ -226,12 +219,7 @@ def _signature(nodes: Iterable[fx.Node]) -> dict[str, tuple[str, str]]:
 
 
 def refuse_wrapped(model: nn.Module) -> None:
-    """Refuse what cannot be converted in place.
-
-    Raises:
-        UnsupportedModuleError: The model is already converted, wrapped or sharded.
-        TypeError: It is no module.
-    """
+    """Refuse a model that is already converted, wrapped or sharded."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     if ATTRIBUTE in model.__dict__:
@@ -244,17 +232,5 @@ def refuse_wrapped(model: nn.Module) -> None:
         )
     refuse_adapters(model)
     for name, parameter in model.named_parameters():
-        if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
+        if is_sharded(parameter) or is_sharded(parameter.data):
             raise UnsupportedModuleError(name, "it is sharded already: convert first, then shard")
-
-
-__all__ = [
-    "PIPELINE",
-    "Built",
-    "Given",
-    "passes_for",
-    "prepare",
-    "read_plan",
-    "refuse_wrapped",
-    "run_pipeline",
-]

@@ -1,8 +1,8 @@
-"""Convert a model again as it once was, and prove that it became the same.
+"""Repeat a recorded conversion on a dense model, and prove that the result is the same.
 
 A folder keeps the plan, the form of the example inputs and a few facts of every converted layer.
-Whatever loads one converts a dense model without values by that plan, and holds what came out
-against these facts: a checkpoint, a model of generated code, and the way back to a dense folder.
+Whatever loads one (a checkpoint, a model of generated code, the way back to a dense folder)
+converts a dense model without values by that plan, and compares the result with these facts.
 """
 
 from __future__ import annotations
@@ -35,33 +35,23 @@ _ADVICE = "the library changed, or another model was given"
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """What was kept of a conversion: enough to do it again, and to tell whether it is the same.
+    """What was kept of a conversion: enough to do it again, and to tell whether it is the same."""
 
-    Attributes:
-        where: The folder or file, for messages.
-        fields: What stands before the name of a field in messages, such as "out/moeify.json: ".
-        plan: The plan's data.
-        plan_sha256: Its digest.
-        inputs: Description of the example inputs; None where they are made from the config.
-        layers: What must come out, in order; None where nothing is known of it.
-        only: Compare only these fields of a layer's plan, and not what its block computes.
-        ignore: Fields of a layer's plan that may differ.
-        ledger: Where every dense parameter must go; None where that was not kept.
-        versions: Versions of the packages that wrote it.
-        passes: What to do if a block computes something else, as it does with passes of one's own.
-    """
-
-    where: str
-    fields: str
-    plan: Mapping[str, Any]
+    where: str  # the folder or file, for messages
+    fields: str  # precedes the name of a field in messages, such as "out/moeify.json: "
+    plan: Mapping[str, Any]  # the plan's data
     plan_sha256: str
-    inputs: Any
+    inputs: Any  # description of the example inputs; None: made from the config
+    # what must come out, in order; None: nothing is known of it
     layers: Sequence[LayerRecord] | None
+    # compare only these fields of a layer's plan, and not what its block computes
     only: Collection[str] | None = None
-    ignore: Collection[str] = ()
+    ignore: Collection[str] = ()  # fields of a layer's plan that may differ
+    # where every dense parameter must go; None: that was not kept
     ledger: Mapping[str, Sequence[str]] | None = None
-    versions: Mapping[str, str] | None = None
-    passes: str = "if the model was converted with passes of your own, give them again as passes="
+    versions: Mapping[str, str] | None = None  # of the packages that wrote it
+    # what to do if a block computes something else
+    passes: str = "if the model was converted with your own passes, give them again as passes="
 
 
 def replay(
@@ -72,15 +62,6 @@ def replay(
     rebuild: Callable[[], None] | None = None,
 ) -> Conversion:
     """Convert a dense model whose values do not matter as it once was, and prove it.
-
-    Args:
-        model: Changed in place; its parameters may be on meta.
-        then: What was kept.
-        passes: The user's own graph passes.
-        rebuild: See `convert_without_values`.
-
-    Returns:
-        The record of the conversion.
 
     Raises:
         CheckpointError: What was kept is damaged, does not fit this model, or something else came
@@ -137,7 +118,7 @@ def _check_layers(old: Sequence[LayerRecord], new: Sequence[LayerRecord], then: 
 
 
 def _check_facts(old: LayerRecord, new: LayerRecord, then: Recorded) -> None:
-    """Compare what the plan made of a layer and where it stands."""
+    """Compare what the plan made of a layer, and where it is in the model."""
     was = {**old.plan.data(), "block": old.block, "swaps": old.swaps}
     now = {**new.plan.data(), "block": new.block, "swaps": new.swaps}
     for key in was if then.only is None else then.only:
@@ -151,10 +132,10 @@ def _check_facts(old: LayerRecord, new: LayerRecord, then: Recorded) -> None:
 def _check_graphs(old: LayerRecord, new: LayerRecord, then: Recorded) -> None:
     """Compare what a block computes.
 
-    Graphs may be written differently by another release, which is worth a warning and no more.
+    Another release may write a graph differently, which is only worth a warning.
     """
     here = versions()
-    # The block's own graph is moeify's doing, the graphs inside it come from all of them.
+    # moeify alone makes the block's own graph; the graphs inside it come from all packages.
     outer = ["moeify"] if old.graph != new.graph else []
     inner = list(here) if old.inner != new.inner else []
     if not outer and not inner:
@@ -162,7 +143,7 @@ def _check_graphs(old: LayerRecord, new: LayerRecord, then: Recorded) -> None:
     wrote = then.versions or {}
     if any(wrote.get(key, here[key]) != here[key] for key in (*outer, *inner)):
         log.warning(
-            "%s: %s: the graph of its block is not the one that %s wrote: compare outputs",
+            "%s: %s: its block has another graph than the one that %s wrote: compare outputs",
             then.where,
             old.plan.name,
             wrote,
@@ -215,11 +196,3 @@ def versions() -> dict[str, str]:
     with contextlib.suppress(PackageNotFoundError):
         found["transformers"] = version("transformers")
     return found
-
-
-__all__ = [
-    "Recorded",
-    "layer_records",
-    "replay",
-    "versions",
-]

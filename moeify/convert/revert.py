@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from moeify import compat
+from moeify.distributed.dtensor import is_sharded
 from moeify.errors import UnsupportedModuleError
 from moeify.hf.dense_class import become_dense
 from moeify.init.merge import joined_columns, joined_rows, merged, same_bits, widened
+from moeify.init.strategies import MlpWeights
 from moeify.nn.block import DenseMLP, LinearExperts, ResidualMix, StoredLinear
 from moeify.nn.experts import Experts
 from moeify.plan.site import Projection
@@ -39,12 +40,7 @@ log = logging.getLogger("moeify")
 
 
 def revert(model: nn.Module) -> None:
-    """Turn a converted model back into the dense one, in place; see `moeify.demoeify`.
-
-    Raises:
-        MoeifyError: The model was not converted.
-        UnsupportedModuleError: A block cannot be reverted; the model is then unchanged.
-    """
+    """Turn a converted model back into the dense one, in place; see `moeify.demoeify`."""
     conversion = require_conversion(model)
     require_one_process(model, "demoeify")
     with torch.no_grad():
@@ -59,7 +55,7 @@ def _warn_of_averages(names: Sequence[str]) -> None:
     if names:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         log.warning(
-            "demoeify: the experts of %s%s are no copies of one another: they were averaged, and "
+            "demoeify: the experts of %s%s are not copies of one another: they were averaged, and "
             "the dense model does not compute what the MoE model did",
             ", ".join(names[:3]),
             more,
@@ -67,7 +63,7 @@ def _warn_of_averages(names: Sequence[str]) -> None:
 
 
 def _forget(model: nn.Module, conversion: Conversion) -> None:
-    """Take away what the conversion left on the model beside its blocks."""
+    """Remove what the conversion left on the model besides its blocks."""
     for path, value in conversion.fused.items():
         compat.restore_fused_encoder(model.get_submodule(path), value)
     parallel = conversion.parallel
@@ -83,19 +79,7 @@ def _forget(model: nn.Module, conversion: Conversion) -> None:
 class RevertedLayer:
     """The dense parts of one layer, ready to be put in place.
 
-    Args:
-        model: The converted model; read only until `install`. What is not in this layer's block
-            may be on meta.
-        converted: The layer's record.
-
-    Attributes:
-        name: The layer's name.
-        exact: Whether the parts compute what the block computes before any training.
-        parameters: The dense parameters that come out of the block, by their dense names.
-
-    Raises:
-        UnsupportedModuleError: The block was replaced or sharded, or has learned something that
-            the dense module has no place for.
+    The model is only read until `install`; what is not in this layer's block may be on meta.
     """
 
     def __init__(self, model: nn.Module, converted: ConvertedLayer) -> None:
@@ -103,8 +87,8 @@ class RevertedLayer:
         self.name = converted.layer.name
         self.block = _block_of(model, converted)
         self.device = next(self.block.parameters()).device
-        self.exact = True
-        self.parameters: dict[str, nn.Parameter] = {}
+        self.exact = True  # whether the parts compute what the block does before any training
+        self.parameters: dict[str, nn.Parameter] = {}  # those of the block, by dense names
         self._tables: dict[str, dict[str, Any]] = {}
         self.modules: list[tuple[Swap, nn.Module]] = []
         experts = self.block.get_submodule("experts")
@@ -146,7 +130,7 @@ class RevertedLayer:
             values[name] = (value, getattr(experts, f"inner_{i}").requires_grad)
         last = {site.down.weight, site.down.bias}
         for name, (value, trains) in values.items():
-            table, held = self._home(name)
+            table, held = self._table_of(name)
             value = self._stored(name, value, table[name.rpartition(".")[2]])
             if name in branch:
                 held = branch[name]
@@ -154,7 +138,7 @@ class RevertedLayer:
             self._keep(name, table, value, trains, held)
         self.modules = [(swap, swap.original) for swap in self.converted.swaps]
 
-    def _experts_as_one(self, experts: Experts) -> _Dense:
+    def _experts_as_one(self, experts: Experts) -> MlpWeights:
         """Return the one MLP that the experts make up: slices joined, copies merged."""
         layer, gated = self.converted.layer, experts.gated
         slices, split = layer.slices, layer.init.experts == "split"
@@ -169,12 +153,13 @@ class RevertedLayer:
         one_bias = None if down_bias is None else self._one(down_bias)
         if split and one_bias is not None:  # each of the top-k has its part of it
             one_bias = one_bias * layer.top_k
-        return _Dense(
+        return MlpWeights(
             self._one(up),
             None if up_bias is None else self._one(up_bias),
             self._one(down),
             one_bias,
-            [self._one(getattr(experts, f"inner_{i}")) for i in range(experts.inner_params)],
+            tuple(self._one(getattr(experts, f"inner_{i}")) for i in range(experts.inner_params)),
+            gated,
         )
 
     def _one(self, stacked: Tensor) -> Tensor:
@@ -182,7 +167,7 @@ class RevertedLayer:
         self.exact &= alike
         return value
 
-    def _split(self, dense: _Dense) -> list[tuple[Tensor, Tensor | None]]:
+    def _split(self, dense: MlpWeights) -> list[tuple[Tensor, Tensor | None]]:
         """Return (weight [out, in], bias) of each first projection, in the order of the site."""
         ups = self.converted.layer.site.up
         if self.converted.swap_halves and len(ups) == 1:
@@ -219,13 +204,13 @@ class RevertedLayer:
             raise UnsupportedModuleError(projection.module or projection.weight, reason)
         return placed
 
-    def _stored(self, name: str, value: Tensor, twin: Tensor) -> Tensor:
-        """Give `value` the shape in which the dense model stores it."""
-        if value.numel() == twin.numel():
-            return value.reshape(twin.shape)
-        if twin.numel() == 1:  # one number that was spread over the width
-            return self._one(value.flatten()).reshape(twin.shape)
-        what = f"{tuple(value.shape)} does not fit the dense {tuple(twin.shape)}"
+    def _stored(self, name: str, value: Tensor, like: Tensor) -> Tensor:
+        """Return `value` in the shape in which the dense model stores it."""
+        if value.numel() == like.numel():
+            return value.reshape(like.shape)
+        if like.numel() == 1:  # one number that was spread over the width
+            return self._one(value.flatten()).reshape(like.shape)
+        what = f"{tuple(value.shape)} does not fit the dense {tuple(like.shape)}"
         raise UnsupportedModuleError(self.name, f"{name}: {what}")
 
     # -- the dense branch of a residual block
@@ -271,10 +256,13 @@ class RevertedLayer:
     # -- `expert: linear`
 
     def _fold(self, experts: LinearExperts) -> None:
-        """Multiply the experts into the layer behind them."""
+        """Multiply the experts into the layer after them."""
         projection = self.block.get_submodule("projection")
         if not isinstance(projection, nn.Linear):
-            raise UnsupportedModuleError(self.name, "the layer behind its experts is no nn.Linear")
+            reason = (
+                f"the layer after its experts is a {type(projection).__name__}, not an nn.Linear"
+            )
+            raise UnsupportedModuleError(self.name, reason)
         _refuse_sharded(self.name, [*experts.parameters(), *projection.parameters()])
         weight, bias = self._one(experts.weight), self._one(experts.bias)
         self.modules = [(swap, projection) for swap in self.converted.swaps]
@@ -284,20 +272,21 @@ class RevertedLayer:
         if not weight.is_meta and not torch.equal(weight, torch.eye(len(weight)).to(weight)):
             folded = (own @ widened(weight)).to(old.dtype)
         self._keep(f"{path}.weight", table, folded, old.requires_grad, old)
-        there = projection.bias
-        if there is None:
-            if not bias.is_meta and bool(bias.any()):
+        learned = not bias.is_meta and bool(bias.any())
+        old_bias = projection.bias
+        if old_bias is None:
+            if learned:
                 reason = "its experts have learned a bias, and the dense layer has none to hold it"
                 raise UnsupportedModuleError(self.name, reason)
             return
-        folded = there.detach()
-        if not bias.is_meta and bool(bias.any()):
-            folded = (own @ widened(bias) + widened(folded)).to(there.dtype)
-        self._keep(f"{path}.bias", table, folded, there.requires_grad, there)
+        folded = old_bias.detach()
+        if learned:
+            folded = (own @ widened(bias) + widened(folded)).to(old_bias.dtype)
+        self._keep(f"{path}.bias", table, folded, old_bias.requires_grad, old_bias)
 
     # -- both
 
-    def _home(self, name: str) -> tuple[dict[str, Any], nn.Parameter | None]:
+    def _table_of(self, name: str) -> tuple[dict[str, Any], nn.Parameter | None]:
         """Return the table of a dense parameter, and the parameter if it is in the model."""
         path, _, leaf = name.rpartition(".")
         inside: nn.Module | None = None
@@ -313,7 +302,7 @@ class RevertedLayer:
     def _keep(
         self, name: str, table: dict[str, Any], value: Tensor, trains: bool, held: Tensor | None
     ) -> None:
-        """Note a parameter to put in place: the one at hand, if it is what came out."""
+        """Note a parameter to put in place: the one that is held, if it has this value."""
         self._tables[name] = table
         if (
             isinstance(held, nn.Parameter)
@@ -327,43 +316,24 @@ class RevertedLayer:
         self.parameters[name] = nn.Parameter(fresh, requires_grad=trains)
 
 
-@dataclass(frozen=True, slots=True)
-class _Dense:
-    """The MLP that the experts make up, the gate first.
-
-    Attributes:
-        up: [wide, D].
-        up_bias: [wide] or None.
-        down: [D, F].
-        down_bias: [D] or None.
-        inner: Further parameters, [F] each.
-    """
-
-    up: Tensor
-    up_bias: Tensor | None
-    down: Tensor
-    down_bias: Tensor | None
-    inner: list[Tensor]
-
-
 def _block_of(model: nn.Module, converted: ConvertedLayer) -> fx.GraphModule:
     block: nn.Module | None = None
     for swap in converted.swaps:
         try:
-            stands = model.get_submodule(swap.path)
+            current = model.get_submodule(swap.path)
         except AttributeError:
-            stands = None
-        if stands is not swap.replacement:
-            found = "nothing" if stands is None else f"a {type(stands).__name__}"
+            current = None
+        if current is not swap.replacement:
+            found = "nothing" if current is None else f"a {type(current).__name__}"
             reason = f"{found} stands there instead of what moeify put in: put that back first"
             raise UnsupportedModuleError(swap.path, reason)
         if swap.path == converted.block:
             block = swap.replacement
     if not isinstance(block, fx.GraphModule):
-        raise UnsupportedModuleError(converted.block, "it is no MoE block")
+        raise UnsupportedModuleError(converted.block, "it is not a MoE block")
     return block
 
 
 def _refuse_sharded(name: str, parameters: Iterable[Tensor]) -> None:
-    if any(type(p).__name__ == "DTensor" or type(p.data).__name__ == "DTensor" for p in parameters):
+    if any(is_sharded(p) or is_sharded(p.data) for p in parameters):
         raise UnsupportedModuleError(name, "its parameters are sharded: gather them first")

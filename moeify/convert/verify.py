@@ -33,38 +33,27 @@ _FLOOR = 1e-2
 of the largest output."""
 
 _SMALL = 1e-30
-"""Numbers below it are compared as they are: relative to denormals everything differs."""
+"""Smaller numbers are not divided by: relative to denormals everything differs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What the model gave on the example inputs.
+    """What the model gave on the example inputs."""
 
-    Attributes:
-        outputs: Its floating-point outputs, detached.
-        gradients: Gradients by parameter name, of a random projection of the outputs. (Not of their
-            squares: behind a final norm those are nearly constant.)
-        failure: Why the backward pass fails, or "".
-    """
-
-    outputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]  # the floating-point ones, detached
+    # Of a random projection of the outputs. (Not of their squares: after a final norm those are
+    # nearly constant.)
     gradients: dict[str, Tensor]
-    failure: str = ""
+    failure: str = ""  # why the backward pass fails, or ""
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """How far a converted model is from the dense one.
+    """How far a converted model is from the dense one."""
 
-    Attributes:
-        outputs: Largest difference over the largest value.
-        gradients: Norm of the difference over the norm, over all untouched parameters.
-        promised: Whether the plan promises the same numbers at step 0.
-    """
-
-    outputs: float
-    gradients: float
-    promised: bool
+    outputs: float  # largest difference over the largest value
+    gradients: float  # norm of the difference over the norm, over all untouched parameters
+    promised: bool  # the plan promises the same numbers at step 0
 
 
 def is_exact(layer: LayerPlan) -> bool:
@@ -79,12 +68,9 @@ def is_exact(layer: LayerPlan) -> bool:
 
 
 def snapshot(model: nn.Module, example_inputs: ExampleInputs, names: Iterable[str]) -> Snapshot:
-    """Run a model as it is in evaluation and return what it gives.
+    """Run a model in evaluation mode, leave it exactly as it was, and return what it gives.
 
-    Args:
-        model: Left exactly as it was: gradients, flags, buffers and random state too.
-        example_inputs: As for `moeify`.
-        names: The parameters whose gradients are wanted.
+    `names` are the parameters whose gradients are wanted.
     """
     args, kwargs = split_inputs(example_inputs)
     parameters = dict(model.named_parameters())
@@ -118,11 +104,7 @@ def _projected(output: Tensor) -> Tensor:
 
 
 def compare(dense: Snapshot, moe: Snapshot, layers: Sequence[LayerPlan]) -> Difference:
-    """Measure the difference of two snapshots of the same parameters.
-
-    Raises:
-        VerificationError: The model no longer returns the same kind of outputs.
-    """
+    """Measure the difference of two snapshots of the same parameters."""
     shapes = [tuple(t.shape) for t in dense.outputs], [tuple(t.shape) for t in moe.outputs]
     if shapes[0] != shapes[1]:
         raise VerificationError(f"the outputs changed shape: {shapes[0]} became {shapes[1]}")
@@ -154,14 +136,9 @@ def coarsest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
 
 
 def check(difference: Difference, dtype: torch.dtype) -> None:
-    """Hold a promised conversion to its promise.
+    """Raise if a conversion that promises the dense numbers differs by more than rounding.
 
-    Args:
-        difference: What `compare` measured.
-        dtype: The coarsest dtype of the model's parameters.
-
-    Raises:
-        VerificationError: It differs from the dense model by more than rounding.
+    `dtype` is the coarsest of the model's parameters.
     """
     if not difference.promised:
         return
@@ -176,14 +153,9 @@ def check(difference: Difference, dtype: torch.dtype) -> None:
 
 
 def check_untouched(before: dict[str, tuple[int, int]], model: nn.Module) -> None:
-    """Check that no parameter that was there before has been written to.
+    """Check that no parameter of the dense model has been written to.
 
-    Args:
-        before: Name to (id, version) of the dense model's parameters.
-        model: The converted model.
-
-    Raises:
-        VerificationError: A tensor has been changed in place.
+    `before` maps names to (id, version).
     """
     versions = {id(p): compat.version(p) for p in model.parameters()}
     for name, (key, version) in before.items():

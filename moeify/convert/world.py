@@ -28,53 +28,34 @@ from moeify.plan.plan import Plan
 from moeify.plan.zero_checks import check_process
 
 if TYPE_CHECKING:
-    from moeify.tensor_parallel.apply import PartialSums
+    from moeify.tensor_parallel.apply import PartialSums, SlicePlan
     from moeify.zero.plan import ZeroPlan
     from moeify.zero.stage1 import Cut, Guard
-
-__all__ = ["Parallel", "assert_same_layers", "init_world", "reduce_gradients"]
 
 _SAME_CALL = "call moeify on every rank with the same plan, weights and form of example inputs"
 
 
 @dataclass(slots=True)
 class Parallel:
-    """What a conversion remembers of its ranks; travels with copies of the model.
-
-    Attributes:
-        layout: How the world is cut.
-        rank: This rank.
-        reducer: Reduces gradients in every backward pass, or None.
-        slices: How dense layers are sliced over the tensor ranks (a `SlicePlan`), or None.
-        sums: Sums gradients of whole parameters within slices, or None.
-        zero: What ZeRO partitions, or None.
-        cuts: How optimizer states are cut, by parameter name, at stages 0 and 1.
-        masters: Pieces of the weights in float32, until an optimizer takes them.
-        guard: Makes optimizers that know nothing of `zero` refuse the parameters, or None.
-    """
+    """What a conversion records of its ranks; copied with the model."""
 
     layout: Layout
     rank: int
     reducer: GradientReducer | None = None
-    slices: Any = None
-    sums: PartialSums | None = None
+    slices: SlicePlan | None = None
+    sums: PartialSums | None = None  # of gradients of whole parameters within slices
     zero: ZeroPlan | None = None
+    # how optimizer states are cut at stages 0 and 1, by parameter name
     cuts: dict[str, Cut] = field(default_factory=dict)
+    # weights in float32, until an optimizer takes them
     masters: dict[str, Tensor] = field(default_factory=dict)
-    guard: Guard | None = None
+    guard: Guard | None = None  # makes optimizers that know nothing of `zero` refuse
 
 
 def init_world(plan: Plan, mesh: Any, model: nn.Module, *, verify: bool = True) -> World | None:
     """Return the meshes of a plan in the running world; None where one process is the world.
 
-    Args:
-        plan: The plan.
-        mesh: The user's own dense mesh, or None.
-        model: Tells the device.
-        verify: Whether the conversion will be verified, which all ranks do or none.
-
-    Raises:
-        PlanError: The plan does not fit the world, or the ranks have different plans or meshes.
+    `mesh` is the user's own dense mesh, or None; `model` tells the device.
     """
     world = world_size()
     running = dist.is_available() and dist.is_initialized()
@@ -111,24 +92,19 @@ def _fit(plan: Plan, world: int) -> Layout:
 
 
 def assert_same_layers(resolved: ResolvedPlan, model: nn.Module, example_inputs: Any) -> None:
-    """Compare what is about to be converted, and the dense weights, over all ranks.
-
-    Raises:
-        PlanError: Ranks differ.
-        DispatchError: A rank died.
-    """
+    """Compare what is about to be converted, and the dense weights, over all ranks."""
     if not can_talk():
         return
     layers = [(la.name, la.experts, la.top_k, la.residual, la.site.d_in) for la in resolved]
     facts = {"the number of layers": str(len(layers))}
     facts |= {f"layer {i}": " ".join(map(str, layer)) for i, layer in enumerate(layers)}
-    facts |= weights_of(model)
+    facts |= _weight_digests(model)
     # Their size decides how rows travel.
     facts["the example inputs"] = json.dumps(describe_inputs(example_inputs))
     assert_same_on_ranks(facts, _SAME_CALL)
 
 
-def weights_of(model: nn.Module) -> dict[str, str]:
+def _weight_digests(model: nn.Module) -> dict[str, str]:
     """Return a digest of each module's own parameters, cheap enough to compare at set-up."""
     digests: dict[str, str] = {}
     for path, module in model.named_modules():
@@ -166,16 +142,11 @@ def reduce_gradients(
 ) -> GradientReducer | None:
     """Hook the reduction of gradients into every backward pass of a converted model.
 
-    The single process minimises the mean of the ranks' losses. So dense gradients are averaged
-    over dp; an expert's are summed over all the ranks that sent it tokens, which is what its
-    backward pass does within ep and this does over edp, and divided by dp.
+    The single process minimises the mean of the ranks' losses. So dense gradients are averaged over
+    dp; an expert's are summed over all the ranks that sent it tokens, which is what its backward
+    pass does within ep and this does over edp, and divided by dp.
 
-    Args:
-        model: The converted model.
-        world: Its meshes.
-        resolved: Its layers.
-        blocks: Path of each layer's block.
-        which: "all", "experts" or "none".
+    `blocks` are the paths by layer name; `which` is "all", "experts" or "none".
     """
     layout = world.layout
     if which == "none" or layout.world == 1:

@@ -22,7 +22,8 @@ from moeify.errors import CaptureError, MoeifyError
 from moeify.hf.local_folder import build_on_meta, model_folder
 from moeify.hf.tensor_names import DenseTensors, open_dense_folder
 from moeify.init.from_checkpoints import rest_of, sources_for
-from moeify.passes.replace_mlps import build_block, expert_weights
+from moeify.init.weights import expert_weights
+from moeify.passes.rewrite.moe_block import build_block
 from moeify.plan.layer_plan import LayerPlan, ResolvedPlan
 from moeify.plan.plan import Plan
 from moeify.plan.selection import shorten

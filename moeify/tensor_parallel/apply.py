@@ -1,6 +1,6 @@
 """Tensor parallelism of dense layers: what is sliced, and slicing it.
 
-A column-wise projection keeps one block of its outputs on each rank, the row-wise one behind it
+A column-wise projection keeps one block of its outputs on each rank, the row-wise one after it
 the matching block of its inputs; what the ranks compute there is summed by an all-reduce. Outside
 such a pair every value is whole and the same on all tensor ranks, so nothing else has to know.
 `moeify.tensor_parallel.derive` decides which pairs there are.
@@ -33,49 +33,35 @@ Way = Literal["colwise", "rowwise"]
 
 @dataclass(frozen=True, slots=True)
 class SlicedPair:
-    """Projections that are sliced together.
+    """Projections that are sliced together."""
 
-    Attributes:
-        name: The layer: path of the module that runs it.
-        kind: "attention" or "mlp".
-        colwise: Paths of the projections whose outputs are sliced.
-        rowwise: Path of the projection that sums the slices up.
-        partial: Whole parameters used between them, such as a norm over each head: every rank has
-            the gradient of its own slice only, and `apply` sums them over the tensor ranks.
-    """
-
-    name: str
-    kind: str
-    colwise: tuple[str, ...]
-    rowwise: str
+    name: str  # path of the module that runs it
+    kind: str  # "attention" or "mlp"
+    colwise: tuple[str, ...]  # the projections whose outputs are sliced
+    rowwise: str  # the projection that sums the slices up
+    # Whole parameters used between them, such as a norm over each head: every rank has the gradient
+    # of its own slice only, and `apply` sums them over the tensor ranks.
     partial: tuple[str, ...] = ()
 
     @property
     def modules(self) -> dict[str, Way]:
-        """How each of its modules is sliced, by path."""
+        """Return how each of its modules is sliced, by path."""
         return {**dict.fromkeys(self.colwise, "colwise"), self.rowwise: "rowwise"}
 
 
 @dataclass(frozen=True, slots=True)
 class SlicePlan:
-    """What is sliced over the tensor ranks, and what is not.
-
-    Attributes:
-        tensor: Number of tensor ranks.
-        pairs: What is sliced.
-        refused: (name, reason) of each attention and dense MLP that stays whole on every rank.
-        branches: Paths of the dense branches of Residual-MoE blocks that are sliced; they exist
-            once the blocks are in the model.
-    """
+    """What is sliced over the tensor ranks, and what is not."""
 
     tensor: int
     pairs: tuple[SlicedPair, ...] = ()
-    refused: tuple[tuple[str, str], ...] = ()
+    refused: tuple[tuple[str, str], ...] = ()  # (name, reason) of what stays whole on every rank
+    # Sliced dense branches of Residual-MoE blocks, which exist once the blocks are in the model.
     branches: tuple[str, ...] = ()
 
     @property
     def modules(self) -> dict[str, Way]:
-        """How each module of the dense model is sliced, by path."""
+        """Return how each module of the dense model is sliced, by path."""
         return {path: way for pair in self.pairs for path, way in pair.modules.items()}
 
     def lines(self) -> Iterator[str]:
@@ -91,45 +77,31 @@ class SlicePlan:
 
 
 @dataclass(slots=True)
-class Undo:
-    """Takes slices out of a model again.
+class AppliedSlices:
+    """What has been sliced, and how to undo it.
 
-    Attributes:
-        sums: The hooks that sum gradients over the tensor ranks; they go with copies of the model
-            if this is kept where the model is.
+    `sums` goes with copies of the model if this is kept where the model is.
     """
 
     sums: PartialSums | None = None
     _steps: list[Callable[[], None]] = field(default_factory=list)
 
     def undo(self) -> None:
-        """Put the original parameters back, the very same objects, and remove our hooks.
+        """Put the original parameter objects back, with their former values, and remove our hooks.
 
-        Values are those of before: what was trained since stays in the slices. Keeping this object
-        keeps the whole weights in memory.
+        What was trained since stays in the slices. This object keeps the whole weights in memory.
         """
         while self._steps:
             self._steps.pop()()
 
 
-def apply(model: nn.Module, plan: SlicePlan, tp_mesh: DeviceMesh) -> Undo:
+def apply(model: nn.Module, plan: SlicePlan, tp_mesh: DeviceMesh) -> AppliedSlices:
     """Slice a model in place. Every rank holds the same weights before; nothing is sent.
 
     With dropout between sliced projections each rank drops units of its own slice: in training the
     numbers are then not those of one process, as with any tensor parallelism. The hooks that sum
     the gradients of `SlicedPair.partial` are on the parameters: copies of the model have their own
     (`PartialSums`), and what replaces these objects later has to sum them itself.
-
-    Args:
-        model: The model, with its MoE blocks installed; real or on `meta`.
-        plan: What to slice.
-        tp_mesh: The one-dimensional mesh of this rank's tensor group.
-
-    Returns:
-        What undoes it.
-
-    Raises:
-        PlanError: The mesh has another size than the plan.
     """
     if tp_mesh.ndim != 1 or tp_mesh.size() != plan.tensor:
         raise PlanError(
@@ -137,36 +109,33 @@ def apply(model: nn.Module, plan: SlicePlan, tp_mesh: DeviceMesh) -> Undo:
             'give `mesh["tp"]` of the mesh that the plan was resolved for',
             path="parallel.tensor",
         )
-    undo = Undo()
+    applied = AppliedSlices()
     if plan.tensor == 1:
-        return undo
+        return applied
+    steps = applied._steps
     try:
         for path, way in plan.modules.items():
-            _slice(model.get_submodule(path), way, tp_mesh, undo._steps)
+            _slice(model.get_submodule(path), way, tp_mesh, steps)
         for path in plan.branches:
             branch = model.get_submodule(path)
             assert isinstance(branch, DenseMLP)
             for name in branch.up_names:
-                _slice(branch.get_submodule(name), "colwise", tp_mesh, undo._steps)
-            _slice(branch.get_submodule(branch.down_name), "rowwise", tp_mesh, undo._steps)
+                _slice(branch.get_submodule(name), "colwise", tp_mesh, steps)
+            _slice(branch.get_submodule(branch.down_name), "rowwise", tp_mesh, steps)
         names = dict.fromkeys(name for pair in plan.pairs for name in pair.partial)
         group = tp_mesh.get_group().group_name
-        undo.sums = PartialSums([model.get_parameter(name) for name in names], group)
-        undo._steps.append(undo.sums.remove)
+        applied.sums = PartialSums([model.get_parameter(name) for name in names], group)
+        steps.append(applied.sums.remove)
     except BaseException:
-        undo.undo()
+        applied.undo()
         raise
-    return undo
+    return applied
 
 
 class PartialSums:
-    """Sums the gradients of whole parameters that slices use, by hooks on the parameters.
+    """Sum the gradients of whole parameters that slices use, by hooks on the parameters.
 
     A copy by `copy.deepcopy` or pickle, together with the model, has hooks on the copied ones.
-
-    Args:
-        parameters: The parameters; those that do not train are left alone.
-        group: Name of the group of tensor ranks.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], group: str) -> None:
@@ -284,6 +253,3 @@ def _own_memory(module: nn.Module, key: str, whole: nn.Parameter) -> None:
         stride=sliced.stride(),
     )
     module._parameters[key] = nn.Parameter(made, requires_grad=whole.requires_grad)
-
-
-__all__ = ["SlicePlan", "SlicedPair", "Undo", "apply"]

@@ -1,7 +1,7 @@
-"""Find attention in a recorded graph: values weighed by a softmax, and the projections around.
+"""Find attention in a recorded graph: values weighted by a softmax, and the projections around.
 
-From the product of both, which `scaled_dot_product_attention` is in one node, one goes back to the
-projections that it depends on and forward to the one that reads it.
+From the product of both, which `scaled_dot_product_attention` is in one node, the search goes back
+to the projections that it depends on and forward to the one that reads it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from moeify.passes.infra.records import record_of
+from moeify.passes.infra.records import module_path_of
 from moeify.passes.match.dataflow import Linear
 from moeify.passes.match.operations import CASTS, DROPOUTS, ELEMENTWISE, VIEWS, op_name
 
@@ -23,28 +23,16 @@ _BETWEEN = ELEMENTWISE | CASTS | DROPOUTS | VIEWS
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Attention:
-    """One run of one attention layer.
+    """One run of one attention layer."""
 
-    Attributes:
-        name: Path of the module that runs its core, or the core's name.
-        ups: The projections that it depends on, in execution order.
-        down: The one projection that reads its result, or None.
-        reason: Why there is no such pair, or "".
-    """
-
-    name: str
-    ups: tuple[Linear, ...]
-    down: Linear | None
-    reason: str = ""
+    name: str  # path of the module that runs its core, or the core's name
+    ups: tuple[Linear, ...]  # the projections that it depends on, in execution order
+    down: Linear | None  # the one projection that reads its result
+    reason: str = ""  # why there is no such pair, or ""
 
 
 def find_attention(graph: fx.Graph, linears: Sequence[Linear]) -> list[Attention]:
-    """Return every run of every attention layer, in execution order.
-
-    Args:
-        graph: A graph whose nodes carry records.
-        linears: All its projections.
-    """
+    """Return every run of every attention layer, in execution order."""
     by_out = {linear.out: linear for linear in linears}
     by_node = {linear.node: linear for linear in linears}
     order = {node: i for i, node in enumerate(graph.nodes)}
@@ -72,11 +60,11 @@ def find_attention(graph: fx.Graph, linears: Sequence[Linear]) -> list[Attention
 
 
 def _name(node: fx.Node) -> str:
-    return getattr(record_of(node), "module_path", "") or node.name
+    return module_path_of(node) or node.name
 
 
 def _weighted(node: fx.Node, projections: dict[fx.Node, Linear]) -> fx.Node | None:
-    """Return the product in which a softmax weighs values, or None."""
+    """Return the product of a softmax and the values, or None."""
     if op_name(node) != "softmax":
         return None
     todo, seen = list(node.users), {node}
@@ -108,6 +96,3 @@ def _reach(
         else:
             todo += step(node)
     return found
-
-
-__all__ = ["Attention", "find_attention"]

@@ -2,11 +2,11 @@
 
 Three steps, none of which knows a model by name:
 
-1. Candidates: attention (`tensor_parallel_attention`) and the MLPs that the plan leaves dense,
+1. Candidates: attention (`attention`) and the MLPs that the plan leaves dense,
    each as projections whose outputs are sliced and one that sums the slices up.
-2. The slices are followed through the graph (`tensor_parallel_rules`); what needs whole values
+2. The slices are followed through the graph (`propagation`); what needs whole values
    refuses the candidate.
-3. Proof (`tensor_parallel_proof`): the model runs once more with projections of one rank's width.
+3. Trial run (`trial_run`): the model runs once more with projections of one rank's width.
    Where that fails, each kind of layer is tried alone.
 """
 
@@ -17,19 +17,18 @@ from dataclasses import dataclass, field
 
 from torch import fx, nn
 
-from moeify import compat
 from moeify.capture.capture import ExampleInputs
 from moeify.hf.detect import example_inputs_for
-from moeify.passes.infra.records import record_of
+from moeify.passes.infra.records import module_path_of
 from moeify.passes.match.dataflow import Linear
 from moeify.passes.match.operations import dtype_of, op_name, shape_of
+from moeify.passes.match.placement import has_hooks, memory_of
 from moeify.plan.layer_plan import LayerPlan, ResolvedPlan
 from moeify.sites.discovery import Discovery, FoundSite, block_path, find_site
-from moeify.sites.install import HOOK_TABLES
 from moeify.tensor_parallel.apply import SlicedPair, SlicePlan, Way
 from moeify.tensor_parallel.attention import find_attention
 from moeify.tensor_parallel.propagation import Slicing, Unsliceable, follow
-from moeify.tensor_parallel.trial_run import Proof
+from moeify.tensor_parallel.trial_run import TrialRun
 
 _Run = tuple[tuple[Linear, ...], Linear]
 
@@ -53,8 +52,8 @@ class _Candidate:
 
     def pair(self) -> SlicedPair:
         ups, down = self.runs[0]
-        paths = tuple(dict.fromkeys(_owner(up) for up in ups))
-        return SlicedPair(self.name, self.kind, paths, _owner(down), self.partial)
+        paths = tuple(dict.fromkeys(up.weight.module for up in ups))
+        return SlicedPair(self.name, self.kind, paths, down.weight.module, self.partial)
 
 
 def derive(
@@ -65,16 +64,7 @@ def derive(
     model: nn.Module,
     example_inputs: ExampleInputs | None = None,
 ) -> SlicePlan:
-    """Decide what is sliced over `tensor` ranks; needs no process group and changes nothing.
-
-    Args:
-        discovery: What was found in the dense model, before its graph was rewritten.
-        resolved: The plan applied to it: what becomes experts is no dense layer.
-        tensor: Number of tensor ranks.
-        model: The dense model, real or on `meta`.
-        example_inputs: The inputs of the discovery; made from the config of a Hugging Face model
-            if None.
-    """
+    """Decide what is sliced over `tensor` ranks; needs no process group and changes nothing."""
     if tensor == 1:
         return SlicePlan(1)
     if example_inputs is None:
@@ -89,8 +79,8 @@ def derive(
             _follow(candidate, place, tensor, owners.parameters)
         if not candidate.reason:
             _take(candidate, taken)
-    proof = Proof(model, example_inputs, discovery.capture, tensor)
-    _prove(proof, [c for c in candidates if not c.reason])
+    trial = TrialRun(model, example_inputs, discovery.capture, tensor)
+    _refuse_failing(trial, [c for c in candidates if not c.reason])
     branches, refused = _branches(discovery, resolved, tensor)
     return SlicePlan(
         tensor,
@@ -135,7 +125,7 @@ class _Owners:
         self.becomes = {p.weight for la in resolved for p in (*la.site.up, la.site.down)}
         self.names: dict[object, list[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
-            self.names.setdefault(_memory(parameter), []).append(name)
+            self.names.setdefault(memory_of(parameter), []).append(name)
         self.calls: dict[str, int] = {}
         for call in self.capture.calls:
             self.calls[call.path] = self.calls.get(call.path, 0) + 1
@@ -146,7 +136,7 @@ class _Owners:
         """Return why one of the projections cannot be sliced, or ""."""
         first_ups, first_down = candidate.runs[0]
         if first_down.weight.name in {up.weight.name for up in first_ups}:
-            return f"{_owner(first_down)} is both ends of it"
+            return f"{first_down.weight.module} is both ends of it"
         for linear, width in (
             *((up, up.out_features) for up in first_ups),
             (first_down, first_down.in_features),
@@ -165,7 +155,7 @@ class _Owners:
         return ""
 
     def _unfit(self, linear: Linear, runs: list[Linear]) -> str:
-        path, name = _owner(linear), linear.weight.name
+        path, name = linear.weight.module, linear.weight.name
         module = self.model.get_submodule(path)
         if linear.problem:
             return f"{path}: {linear.problem}"
@@ -180,30 +170,20 @@ class _Owners:
             return f"{path or name} is no plain nn.Linear"
         if linear.bias is not None and linear.bias.name != f"{path}.bias":
             return f"{path}: its bias {linear.bias.name} is added outside"
-        if any(
-            getattr(module, table) for table in HOOK_TABLES if table != "_is_full_backward_hook"
-        ):
+        if has_hooks(module):
             return f"{path} has hooks, which would see slices"
         for parameter in module.parameters():
             if type(parameter) is not nn.Parameter or not parameter.is_floating_point():
-                return f"{path}: its parameters are no plain float ones"
-            owners = self.names[_memory(parameter)]
+                return f"{path}: its parameters are not plain floating-point parameters"
+            owners = self.names[memory_of(parameter)]
             if len(owners) > 1:
                 return f"its parameter {owners[0]} is tied to {owners[1]}"
-        if any(getattr(record_of(run.node), "module_path", "") != path for run in runs):
+        if any(module_path_of(run.node) != path for run in runs):
             return f"{name} is used outside its module"
         users = {run.node for run in runs}
         if self.calls.get(path) != len(runs) or not set(self.sources[name].users) <= users:
             return f"{path} is also used elsewhere"
         return ""
-
-
-def _owner(linear: Linear) -> str:
-    return linear.weight.name.rpartition(".")[0]
-
-
-def _memory(parameter: nn.Parameter) -> object:
-    return id(parameter) if parameter.is_meta else compat.storage_key(parameter) or id(parameter)
 
 
 def _follow(
@@ -234,11 +214,7 @@ def _take(candidate: _Candidate, taken: dict[str, str]) -> None:
 
 
 def _partial(candidate: _Candidate, parameters: dict[str, nn.Parameter]) -> tuple[str, ...]:
-    """Return the whole parameters that are combined with slices: each rank has a part of the grad.
-
-    Raises:
-        Unsliceable: Something else depends on them, whose gradient is whole.
-    """
+    """Return the whole parameters that meet slices: each rank has a part of their gradient."""
     slicing, found = candidate.slicing, set()
     for whole in slicing.joined:
         depends = _depends(whole, parameters)
@@ -247,7 +223,7 @@ def _partial(candidate: _Candidate, parameters: dict[str, nn.Parameter]) -> tupl
                 found.add(str(node.target))
             for user in node.users:
                 if user not in depends and user not in slicing.dims:
-                    path = getattr(record_of(user), "module_path", "") or "the model"
+                    path = module_path_of(user) or "the model"
                     raise Unsliceable(
                         f"what it is combined with, `{whole.name}`, has a gradient of its own "
                         f"through `{op_name(user)}` in {path}"
@@ -275,26 +251,26 @@ def _depends(whole: fx.Node, parameters: dict[str, nn.Parameter]) -> set[fx.Node
     return depends
 
 
-def _prove(proof: Proof, candidates: Sequence[_Candidate]) -> None:
-    """Refuse the kinds of layers with which the model does not run as it should."""
+def _refuse_failing(trial: TrialRun, candidates: Sequence[_Candidate]) -> None:
+    """Refuse the kinds of layers that the model does not run with as it should."""
     kinds: dict[object, list[_Candidate]] = {}
     for candidate in candidates:
         kinds.setdefault(candidate.structure, []).append(candidate)
-    if not candidates or not _failure(proof, candidates):
+    if not candidates or not _failure(trial, candidates):
         return
-    for alike in kinds.values():
-        reason = _failure(proof, alike)
-        for candidate in alike:
+    for same_kind in kinds.values():
+        reason = _failure(trial, same_kind)
+        for candidate in same_kind:
             candidate.reason = reason
 
 
-def _failure(proof: Proof, candidates: Sequence[_Candidate]) -> str:
+def _failure(trial: TrialRun, candidates: Sequence[_Candidate]) -> str:
     ways: dict[str, Way] = {}
     dims: dict[fx.Node, int] = {}
     for candidate in candidates:
         ways |= candidate.pair().modules
         dims |= candidate.slicing.dims
-    return proof.failure(ways, dims)
+    return trial.failure(ways, dims)
 
 
 def _branches(
@@ -326,6 +302,3 @@ def _branch_refusal(site: FoundSite, layer: LayerPlan, tensor: int) -> str:
     if layer.site.d_ff % tensor:
         return f"its width of {layer.site.d_ff} does not divide over {tensor} tensor ranks"
     return ""
-
-
-__all__ = ["derive"]

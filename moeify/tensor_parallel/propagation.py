@@ -1,9 +1,9 @@
 """How a slice of one dimension travels through a recorded graph.
 
 A column-wise projection leaves each of N ranks with one of N equal, contiguous blocks of its last
-dimension. Every operation behind it either works on such a block as it would on the whole, and
-then says which dimension of its result is sliced, or it does not, and says why. Sizes are those of
-the recorded, unsliced run. No module or model is ever named.
+dimension. An operation after it either works on such a block as it would on the whole, and its rule
+returns the sliced dimension of the result; or it does not, and its rule raises the reason. Sizes
+are those of the recorded, unsliced run. Nothing is decided by names of modules.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import heapq
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from moeify.passes.infra.records import record_of
+from moeify.passes.infra.records import module_path_of, record_of
 from moeify.passes.match.dataflow import Linear
 from moeify.passes.match.operations import (
     CASTS,
@@ -37,7 +38,7 @@ _ELEMENTWISE = (ELEMENTWISE | DROPOUTS) - {"softmax", "prelu", "glu"}
 _STRIDED = TRANSPOSES | SPLITS | {"getitem", "expand", "narrow", "select", "detach"}
 _REDUCTIONS = frozenset("mean sum var std amax amin norm vector_norm".split())
 _PRIMES = (10007, 20011, 30011, 40009, 50021, 60013, 70001, 80021)
-"""Strides that no view can confuse."""
+"""Strides that tell dimensions apart after any view."""
 
 
 class Unsliceable(Exception):
@@ -46,27 +47,19 @@ class Unsliceable(Exception):
 
 @dataclass(slots=True)
 class Slicing:
-    """What is sliced between projections.
+    """What is sliced between projections."""
 
-    Attributes:
-        dims: The sliced dimension of each value.
-        joined: Whole values that are combined with sliced ones.
-    """
-
-    dims: dict[fx.Node, int] = field(default_factory=dict)
+    dims: dict[fx.Node, int] = field(default_factory=dict)  # the sliced dimension of each value
+    # whole values that are combined with sliced ones
     joined: set[fx.Node] = field(default_factory=set)
 
 
 def follow(
     ups: Iterable[Linear], down: Linear, parts: int, place: Mapping[fx.Node, int]
 ) -> Slicing:
-    """Follow the slices that `ups` make until `down` sums them up.
+    """Follow the slices that the column-wise `ups` make until the row-wise `down` sums them up.
 
-    Args:
-        ups: The column-wise projections.
-        down: The row-wise one.
-        parts: Number of slices.
-        place: Position of each node in the graph.
+    `parts` is the number of slices, `place` the position of each node in the graph.
 
     Raises:
         Unsliceable: Something between needs whole values, or reads them elsewhere.
@@ -100,12 +93,12 @@ def follow(
 
 
 def _what(node: fx.Node) -> str:
-    path = getattr(record_of(node), "module_path", "")
+    path = module_path_of(node)
     return f"`{op_name(node)}`{f' in {path}' if path else ''}"
 
 
 class _Step:
-    """Applies the rule of one node after the other."""
+    """Apply the rule of one node after the other."""
 
     def __init__(self, parts: int) -> None:
         self.parts, self.state = parts, Slicing()
@@ -148,7 +141,7 @@ class _Step:
             "rms_norm": self._norm,
             "cat": self._cat,
             "concat": self._cat,
-            "stack": self._stack,
+            "stack": partial(self._cat, shift=True),
             "matmul": self._matmul,
             "bmm": self._matmul,
             "scaled_dot_product_attention": self._attention,
@@ -248,13 +241,7 @@ class _Step:
         self.state.joined |= {n for n in node.all_input_nodes if n not in self.state.dims}
         return dim
 
-    def _cat(self, node: fx.Node) -> int:
-        return self._collect(node, shift=False)
-
-    def _stack(self, node: fx.Node) -> int:
-        return self._collect(node, shift=True)
-
-    def _collect(self, node: fx.Node, *, shift: bool) -> int:
+    def _cat(self, node: fx.Node, *, shift: bool = False) -> int:
         over = argument(node, 1, "dim") or 0
         values = [n for n in node.all_input_nodes if shape_of(n) != (0,)]  # an empty cache
         ndim = len(shape_of(node))
@@ -306,6 +293,3 @@ def _call(node: fx.Node, probe: Tensor) -> object:
 def _tensors(value: object) -> list[Tensor]:
     parts = value if isinstance(value, tuple | list) else (value,)
     return [part for part in parts if isinstance(part, Tensor)]
-
-
-__all__ = ["Slicing", "Unsliceable", "follow"]

@@ -1,8 +1,8 @@
-"""Proof that a model's code runs with slices: it is run, with projections of one rank's width.
+"""Prove that a model's code runs with slices: run it with projections of one rank's width.
 
 The run is on fake tensors where discovery's was. Every value must have the shape that the rules
-foretold, and every constant must be the same, so that a head count written into the code, or a
-width used as a number, is found out.
+predict, and every constant must be the same, so that a head count written into the code, or a
+width used as a number, is detected.
 """
 
 from __future__ import annotations
@@ -23,15 +23,8 @@ _SIZED = RESHAPES | {"expand"}
 """Operations whose arguments are sizes."""
 
 
-class Proof:
-    """Runs a model with some of its projections narrower.
-
-    Args:
-        model: The dense model.
-        inputs: The inputs of the first run.
-        first: The first run, with whole projections.
-        tensor: Number of tensor ranks.
-    """
+class TrialRun:
+    """Run a model with some of its projections narrower; `first` is the run with whole ones."""
 
     def __init__(
         self, model: nn.Module, inputs: ExampleInputs, first: Capture, tensor: int
@@ -40,11 +33,9 @@ class Proof:
         self.nodes, self.fake = first.nodes, first.mode == "fake"
 
     def failure(self, ways: Mapping[str, Way], dims: Mapping[fx.Node, int]) -> str:
-        """Return why the code is not fit for these slices, or "".
+        """Return why the code does not fit these slices, or "".
 
-        Args:
-            ways: The projections by module path.
-            dims: The dimension in which each sliced value is sliced.
+        `dims` is the dimension in which each sliced value is sliced.
         """
         with self._narrow(ways):
             again, reason = self._run()
@@ -71,7 +62,7 @@ class Proof:
 
     @contextmanager
     def _narrow(self, ways: Mapping[str, Way]) -> Iterator[None]:
-        """Give projections narrower parameters, views of their own, for the time being."""
+        """Give projections narrower parameters, views of their own, inside the context."""
         former: list[tuple[nn.Module, str, nn.Parameter]] = []
         try:
             for path, way in ways.items():
@@ -117,6 +108,3 @@ def _constants(node: fx.Node) -> str:
 
 def _show(shapes: tuple[tuple[int, ...], ...]) -> str:
     return ", ".join(str(list(size)) for size in shapes)
-
-
-__all__ = ["Proof"]

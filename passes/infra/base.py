@@ -1,9 +1,9 @@
 """What a pass is: a frozen dataclass that says which facts it needs and which it makes true.
 
 Passes never name each other. One *provides* the fact `moe-blocks`, another *requires* it. A fact is
-a string, so that passes of your own can use facts of their own; `Fact` holds the ones that
-moeify's passes use. Those have a check (`moeify.passes.rewrite.facts`): the graph itself is asked
-whether they hold, before a pass that requires them and after one that provides them.
+a string, so that your own passes can use their own facts; `Fact` holds the ones that moeify's
+passes use. Those have a check (`moeify.passes.rewrite.facts`): the graph is checked for
+them before a pass that requires them and after one that provides them.
 
 There are two kinds of pass, and no pass is both. An *analysis* writes what it finds onto nodes
 (through `moeify.passes.infra.records`) or into the graph's `meta`, and leaves what the graph
@@ -50,13 +50,13 @@ class Fact(StrEnum):
     DISPATCHED = "dispatched"
     """Blocks whose experts are spread over ranks exchange tokens with those ranks."""
     COORDINATED = "coordinated"
-    """The ranks of a tensor group share out the rows that they exchange, where that was asked."""
+    """The ranks of a tensor group divide the rows that they exchange, where that was asked."""
     OVERLAPPED = "overlapped"
     """Rows travel in as many pieces as were asked for."""
     PARTITIONED = "partitioned"
     """It is decided over which ranks ZeRO partitions every parameter."""
     LOWERED = "lowered"
-    """Every block is fused as far as its graph allows. For passes of yours that come after that."""
+    """Every block is fused as far as its graph allows. For your passes that come after that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +125,6 @@ class Pass(Protocol):
             ctx: Plan, mesh, and the facts that hold.
 
         Returns:
-            The module to go on with, and whether anything changed.
+            The module to continue with, and whether anything changed.
         """
         ...

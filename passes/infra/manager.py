@@ -1,16 +1,15 @@
-"""Run passes in the order of their facts, hold them to what they say, and tell observers.
+"""Run passes in the order of their facts, enforce their contracts, and notify observers.
 
-For each pass: see that what it requires holds, run it, compare what it changed with what it says
-it changed, verify the graph (lint included), see that what it provides holds, recompile, and tell
-the observers. If something fails, the exception is raised as it is, with notes that name the pass
-and those before it. What went wrong inside a pass comes with the graph, too; what the user has to
-mend (`InputError`) does not.
+For each pass: check what it requires, run it, compare what it changed with what it reports, verify
+the graph (lint included), check what it provides, recompile, and notify the observers. An exception
+is raised unchanged, with notes that name the pass and those before it. A fault inside a pass comes
+with the graph as well; an error that the user has to fix (`InputError`) does not.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from torch.fx import GraphModule
@@ -34,10 +33,10 @@ class PassManager:
 
     Args:
         passes: In any order; see `order_passes`. What no pass here provides must hold before.
-        observers: Told about every pass; see `moeify.passes.infra.observers`.
+        observers: Notified about every pass; see `moeify.passes.infra.observers`.
         rules: What must hold for the graph after every pass.
-        checks: How to see in a graph whether a fact holds. A fact without a check holds because
-            `ctx.facts` or a pass that ran says so.
+        checks: Functions that tell whether a fact holds for a graph. A fact without one holds if
+            `ctx.facts` or a pass that ran declares it.
 
     Attributes:
         passes: The passes in the order in which they run.
@@ -47,7 +46,7 @@ class PassManager:
 
     Raises:
         PassOrderError: The passes cannot be ordered.
-        TypeError: Something in `passes` is no pass.
+        TypeError: Something in `passes` is not a pass.
 
     Example:
         >>> import torch
@@ -83,7 +82,7 @@ class PassManager:
             ctx: Plan and mesh; `ctx.facts` are the facts that hold for `gm`.
 
         Returns:
-            The module to go on with, and whether any pass changed it.
+            The module to continue with, and whether any pass changed it.
 
         Raises:
             PassOrderError: A required fact does not hold, or only a disabled pass provides it.
@@ -124,7 +123,7 @@ class PassManager:
         return PassResult(gm, modified)
 
     def _check_declared(self, facts: frozenset[str], disabled: set[str]) -> None:
-        """See before anything runs that each pass will have the facts that no check can see."""
+        """Check before anything runs that each pass will have its facts that have no check."""
         for p in self.passes:
             if p.name in disabled:
                 continue
@@ -145,13 +144,19 @@ class PassManager:
     def _check_required(
         self, p: Pass, gm: GraphModule, ctx: PlanContext, disabled: set[str]
     ) -> None:
-        for fact in sorted(p.requires & self.checks.keys()):
-            problems = self.checks[fact](gm, ctx)
-            if problems:
-                raise PassOrderError(
-                    f"{p.name} requires {str(fact)!r}, which does not hold: {_listed(problems)}"
-                    + self._provider(p, fact, disabled)
-                )
+        for fact, problems in self._violations(p.requires, gm, ctx):
+            raise PassOrderError(
+                f"{p.name} requires {str(fact)!r}, which does not hold: {problems}"
+                + self._provider(p, fact, disabled)
+            )
+
+    def _violations(
+        self, facts: frozenset[str], gm: GraphModule, ctx: PlanContext
+    ) -> Iterator[tuple[str, str]]:
+        """Yield (fact, its problems) for the facts that do not hold."""
+        for fact in sorted(facts & self.checks.keys()):
+            if problems := self.checks[fact](gm, ctx):
+                yield fact, _listed(problems)
 
     def _provider(self, p: Pass, fact: str, disabled: set[str]) -> str:
         """Name the pass that would provide a fact, and why it has not."""
@@ -163,7 +168,7 @@ class PassManager:
         return f"; {' and '.join(makers)} provided it, and a pass between has undone it"
 
     def _skip(self, p: Pass, gm: GraphModule, ctx: PlanContext) -> None:
-        """Leave a pass out; what it provides may hold all the same, where there was no work."""
+        """Leave a pass out; what it provides may hold anyway, where there was nothing to do."""
         self.facts |= {
             fact for fact in p.provides if fact in self.checks and not self.checks[fact](gm, ctx)
         }
@@ -182,7 +187,7 @@ class PassManager:
     def _finish(
         self, p: Pass, result: PassResult, ctx: PlanContext, before: Snapshot, seconds: float
     ) -> None:
-        """See that a pass did what it says, recompile what it changed, and tell about it."""
+        """Hold a pass to its contract, recompile what it changed, and report it."""
         gm = result.graph_module
         changes = before.compare(gm)
         _check_changes(p, result, changes)
@@ -208,16 +213,13 @@ class PassManager:
             observer.after(p, gm, report)
 
     def _check_provided(self, p: Pass, gm: GraphModule, ctx: PlanContext) -> None:
-        for fact in sorted(p.provides & self.checks.keys()):
-            problems = self.checks[fact](gm, ctx)
-            if problems:
-                raise PassError(
-                    f"{p.name} provides {str(fact)!r}, which does not hold after it: "
-                    f"{_listed(problems)}"
-                )
+        for fact, problems in self._violations(p.provides, gm, ctx):
+            raise PassError(
+                f"{p.name} provides {str(fact)!r}, which does not hold after it: {problems}"
+            )
 
     def _annotate(self, error: Exception, p: Pass, before: Sequence[str], gm: GraphModule) -> None:
-        """Add to an exception where it happened; and the graph, unless the message says all."""
+        """Note on an exception where it happened, and the graph unless the message suffices."""
         after = ", ".join(before) or "no other pass"
         error.add_note(f"while running pass {p.name!r}, after {after}")
         if isinstance(error, InputError | PassOrderError):
@@ -267,7 +269,7 @@ def _check_result(p: Pass, result: object) -> None:
 
 
 def _check_changes(p: Pass, result: PassResult, changes: Changes) -> None:
-    """Compare what a pass says with what it did."""
+    """Compare what a pass reports with what it did."""
     if changes and not result.modified:
         what = changes.program or changes.notes
         raise PassError(f"{p.name} changed {what} and returned modified=False; return True")

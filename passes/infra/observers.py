@@ -35,59 +35,28 @@ class Observer:
     """Hooks that the manager calls, each doing nothing. Override the ones you need."""
 
     def begin(self, names: Sequence[str], gm: GraphModule) -> None:
-        """A run begins.
-
-        Args:
-            names: The passes in the order of the run.
-            gm: The graph before the first pass.
-        """
+        """Note that a run begins; `names` are its passes in order, `gm` the graph before them."""
 
     def skips(self, pass_: Pass) -> bool:
-        """Say whether to leave a pass out.
-
-        Args:
-            pass_: The pass.
-
-        Returns:
-            True to leave it out.
-        """
+        """Return True to leave a pass out."""
         return False
 
     def before(self, pass_: Pass, gm: GraphModule) -> None:
-        """A pass is about to run.
-
-        Args:
-            pass_: The pass.
-            gm: The graph before it.
-        """
+        """Note that a pass is about to run."""
 
     def after(self, pass_: Pass, gm: GraphModule, report: PassReport) -> None:
-        """A pass has run, and the graph after it obeys all rules.
-
-        Args:
-            pass_: The pass.
-            gm: The graph after it.
-            report: What it did.
-        """
+        """Note that a pass has run, and that the graph after it obeys all rules."""
 
     def failed(self, pass_: Pass, gm: GraphModule) -> str:
-        """A pass has failed, and not because of what the user gave.
+        """Return the file to which the graph was written after a fault in a pass, or "".
 
-        Args:
-            pass_: The pass.
-            gm: The graph as it left it; may break rules.
-
-        Returns:
-            The file in which the graph is now, for the error; "" if it is in none.
+        Not called for errors in what the user gave. The graph is as the pass left it, and may break
+        rules.
         """
         return ""
 
     def end(self, reports: Sequence[PassReport]) -> None:
-        """The run is over, or has failed.
-
-        Args:
-            reports: What the passes did, up to the one that failed.
-        """
+        """Note that the run is over, or has failed; `reports` go up to the pass that failed."""
 
 
 class LogPasses(Observer):
@@ -109,11 +78,7 @@ class LogGraphs(Observer):
 
 
 class PrintAfter(Observer):
-    """Log the graph after some passes.
-
-    Args:
-        names: Names of passes, or `all`.
-    """
+    """Log the graph after the named passes, or after `all`."""
 
     def __init__(self, *names: str) -> None:
         self.names = frozenset(names)
@@ -145,8 +110,8 @@ class Dump(Observer):
     """Write each stage to a file: `00-capture.txt`, `01-find-mlps.txt`, and `01-find-mlps.diff`.
 
     Where a pass fails, `02-lower-squares.failed.txt` is the graph as it left it. Files of an
-    earlier run under the same names are overwritten. A second run that is told to the same object
-    goes on with the numbers.
+    earlier run under the same names are overwritten. A second run with the same object
+    continues the numbering.
 
     Args:
         folder: Where to write; made if missing.
@@ -183,11 +148,7 @@ class Dump(Observer):
 
 
 class DisableByName(Observer):
-    """Leave passes out. The manager refuses if a later pass needs what they provide.
-
-    Args:
-        names: Names of passes.
-    """
+    """Leave the named passes out. The manager refuses if a later pass needs what they provide."""
 
     def __init__(self, *names: str) -> None:
         self.names = frozenset(names)
@@ -211,7 +172,7 @@ def observers_from_env(environ: Mapping[str, str] | None = None) -> list[Observe
 
     Raises:
         MoeifyError: `MOEIFY_LOGS` names something that does not exist. A pass that does not exist
-            is found out when the run begins.
+            is an error when the run begins.
     """
     env = os.environ if environ is None else environ
     logs, print_after, disable = (
@@ -228,7 +189,7 @@ def observers_from_env(environ: Mapping[str, str] | None = None) -> list[Observe
     if print_after:
         observers.append(PrintAfter(*print_after))
     if observers:
-        _make_heard()
+        _configure_logging()
     if disable:
         observers.append(DisableByName(*disable))
     if env.get("MOEIFY_DUMP"):
@@ -251,7 +212,7 @@ class _Stderr(logging.Handler):
         sys.stderr.write(self.format(record) + "\n")
 
 
-def _make_heard() -> None:
+def _configure_logging() -> None:
     if not logger.hasHandlers():
         logger.addHandler(_Stderr())
     if not logger.isEnabledFor(logging.INFO):

@@ -34,8 +34,7 @@ def order_passes(
 
     Returns:
         The same passes, ordered. A pass that is not fixed stays where it was declared, unless
-        something that it requires is provided later, or somebody before it requires what it
-        provides.
+        what it requires is provided later, or a pass before it requires what it provides.
 
     Raises:
         PassOrderError: Two passes share a name, a required fact has no provider, or the facts

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from moeify.passes.infra.records import NodeRecord, record_of
+from moeify.passes.infra.records import record_or_none
 from moeify.units import dtype_name
 
 _OPS = (type(torch.ops.aten.add), type(torch.ops.aten.add.default))
-_HOMES = {
+_MODULE_NAMES = {
     "_operator": "operator",
     "builtins": "",
     "torch._C._nn": "F",
@@ -38,12 +38,6 @@ _HOMES = {
 
 def target_name(target: Callable[..., Any] | str) -> str:
     """Name a node's target the same way in every torch release.
-
-    Args:
-        target: What `node.target` holds: a function, an op, or a path or method name.
-
-    Returns:
-        Such as `F.linear`, `torch.add`, `operator.mul`, `aten.mm.default`, `layers.0`.
 
     Example:
         >>> target_name(torch.nn.functional.linear), target_name(torch.add)
@@ -59,14 +53,14 @@ def target_name(target: Callable[..., Any] | str) -> str:
     module = getattr(target, "__module__", None)
     if not isinstance(module, str):
         return _method_name(target, name)
-    home = _HOMES.get(module)
-    if home is None:
-        home = "torch" if module.split(".")[0] == "torch" and hasattr(torch, name) else module
-    return f"{home}.{name}" if home else name
+    prefix = _MODULE_NAMES.get(module)
+    if prefix is None:
+        prefix = "torch" if module.split(".")[0] == "torch" and hasattr(torch, name) else module
+    return f"{prefix}.{name}" if prefix else name
 
 
 def _method_name(target: object, name: str) -> str:
-    """Name what C++ defines without a module: `torch.add`, `Tensor.add`, `special.expit`."""
+    """Name a function that C++ defines without a module: `torch.add`, `special.expit`."""
     owner = str(getattr(target, "__qualname__", name)).rpartition(".")[0]
     if owner.startswith("_Variable"):
         return f"torch.{name}"
@@ -110,15 +104,7 @@ def _lines(gm: GraphModule, numbers: bool, meta: bool) -> Iterator[str]:
 
 
 def format_node(node: Node, *, meta: bool = True) -> str:
-    """Print one node, as `print_graph` does.
-
-    Args:
-        node: The node.
-        meta: Print shape, dtype and module path as well.
-
-    Returns:
-        One line without a number.
-    """
+    """Print one node on one line, without a number, as `print_graph` does."""
     target = target_name(node.target)
     if node.op == "call_module" and (module := _resolve(node)) is not None:
         target += f": {type(module).__name__}"
@@ -129,7 +115,7 @@ def format_node(node: Node, *, meta: bool = True) -> str:
     if not meta:
         return text
     result = _result(node)
-    rec = _record(node)
+    rec = record_or_none(node)
     where = f"  # {rec.module_path}" if rec is not None and rec.module_path else ""
     if rec is not None and rec.site is not None:
         where += f"  @ {rec.site}" + (f": {rec.role}" if rec.role else "")
@@ -137,15 +123,12 @@ def format_node(node: Node, *, meta: bool = True) -> str:
 
 
 def diff_graphs(before: GraphModule | str, after: GraphModule | str) -> str:
-    """Compare two graphs line by line.
+    """Return a unified diff of two graphs; empty if their texts are equal.
 
     Args:
-        before: A module, or the text of one by `print_graph(gm, numbers=False)` (which a pass
-            that works in place calls for).
+        before: A module, or the text of one by `print_graph(gm, numbers=False)`, where a pass works
+            in place.
         after: Likewise.
-
-    Returns:
-        A unified diff; empty if the texts are equal.
     """
     old, new = (
         side if isinstance(side, str) else print_graph(side, numbers=False)
@@ -187,8 +170,8 @@ def _value(arg: object) -> str:
 
 
 def _result(node: Node) -> str:
-    """Shape and dtype of what a node returns, from its record, its `val`, or the weight it gets."""
-    rec = _record(node)
+    """Describe what a node returns, by its record, its `val`, or the weight that it reads."""
+    rec = record_or_none(node)
     if rec is not None and rec.shapes:
         kinds = [
             f"{list(shape)} {dtype}" for shape, dtype in zip(rec.shapes, rec.dtypes, strict=False)
@@ -198,14 +181,6 @@ def _result(node: Node) -> str:
     if value is None and node.op == "get_attr":
         value = _resolve(node)
     return _described(value)
-
-
-def _record(node: Node) -> NodeRecord | None:
-    """The node's record; a broken one is the verifier's to report, and prints as none."""
-    try:
-        return record_of(node)
-    except TypeError:
-        return None
 
 
 def _described(value: object) -> str:
@@ -222,7 +197,7 @@ def _tensor(value: Any) -> str:
 
 
 def _resolve(node: Node) -> object | None:
-    """Return the module or attribute that a node names, or None if there is none."""
+    """Return the module or attribute that a node names, or None."""
     found: object = node.graph.owning_module
     for part in str(node.target).split("."):
         found = getattr(found, part, None)

@@ -17,14 +17,9 @@ _KEY = "moeify"
 
 @dataclass(frozen=True, slots=True)
 class ParamRef:
-    """One parameter or buffer that a node reads.
+    """One parameter or buffer that a node reads."""
 
-    Args:
-        name: Its full name in the model, such as `model.layers.0.mlp.up_proj.weight`.
-        shape: Its shape.
-    """
-
-    name: str
+    name: str  # in the model, such as `model.layers.0.mlp.up_proj.weight`
     shape: tuple[int, ...]
 
 
@@ -59,14 +54,8 @@ class NodeRecord:
 def record_of(node: Node) -> NodeRecord | None:
     """Return the record of a node, or None where there is none.
 
-    Args:
-        node: Any node of any graph.
-
-    Returns:
-        The record, or None.
-
     Raises:
-        TypeError: Something that is no record lies under moeify's key.
+        TypeError: Something other than a record is under moeify's key.
     """
     found = node.meta.get(_KEY)
     if found is None or isinstance(found, NodeRecord):
@@ -74,28 +63,30 @@ def record_of(node: Node) -> NodeRecord | None:
     raise TypeError(f"%{node.name}: expected a NodeRecord in node.meta, found {type(found)!r}")
 
 
-def set_record(node: Node, rec: NodeRecord) -> None:
-    """Give a node its record, over the one it may have.
+def record_or_none(node: Node) -> NodeRecord | None:
+    """Return the record of a node; None too where it is broken, which the verifier reports."""
+    try:
+        return record_of(node)
+    except TypeError:
+        return None
 
-    Args:
-        node: The node to write to.
-        rec: The record.
-    """
+
+def module_path_of(node: Node) -> str:
+    """Return the innermost module that ran a node; "" for the model itself, or without a record."""
+    record = record_of(node)
+    return "" if record is None else record.module_path
+
+
+def set_record(node: Node, rec: NodeRecord) -> None:
+    """Give a node its record, replacing the one it may have."""
     node.meta[_KEY] = rec
 
 
 def update_record(node: Node, **changes: Any) -> NodeRecord:
     """Change fields of a node's record; a node without one gets one with an empty module path.
 
-    Args:
-        node: The node to write to.
-        **changes: Fields of `NodeRecord` and their new values.
-
-    Returns:
-        The new record.
-
     Raises:
-        TypeError: A name in `changes` is no field of `NodeRecord`.
+        TypeError: A name in `changes` is not a field of `NodeRecord`.
 
     Example:
         >>> from torch.fx import Graph
@@ -109,17 +100,9 @@ def update_record(node: Node, **changes: Any) -> NodeRecord:
 
 
 def mark(node: Node, **changes: Any) -> bool:
-    """Change fields of a node's record as `update_record` does, and tell whether they differed.
+    """Change fields of a node's record as `update_record` does, and return whether they differed.
 
-    Args:
-        node: The node to write to.
-        **changes: Fields of `NodeRecord` and their new values.
-
-    Returns:
-        True if the record is another one now: what an analysis returns as `modified`.
-
-    Raises:
-        TypeError: A name in `changes` is no field of `NodeRecord`.
+    This is what an analysis returns as `modified`.
 
     Example:
         >>> from torch.fx import Graph

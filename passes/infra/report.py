@@ -1,4 +1,4 @@
-"""What the manager tells about one pass: whether it changed anything, how, and how long it took."""
+"""What the manager reports about one pass: whether it changed anything, how, in what time."""
 
 from __future__ import annotations
 
@@ -52,11 +52,7 @@ class PassReport:
 def count_ops(gm: GraphModule) -> Counter[str]:
     """Count the calls in a module's graph and in the graphs inside it.
 
-    Args:
-        gm: The module.
-
-    Returns:
-        Calls by name: functions as `F.linear`, methods as `.view`, modules by their class.
+    Functions are named as `F.linear`, methods as `.view`, modules by their class.
     """
     counts: Counter[str] = Counter()
     for module in gm.modules():
@@ -74,26 +70,11 @@ def count_ops(gm: GraphModule) -> Counter[str]:
 
 
 def count_nodes(gm: GraphModule) -> int:
-    """Count the nodes of a module's graph and of the graphs inside it.
-
-    Args:
-        gm: The module.
-
-    Returns:
-        The number of nodes.
-    """
+    """Count the nodes of a module's graph and of the graphs inside it."""
     return sum(len(m.graph.nodes) for m in gm.modules() if isinstance(m, GraphModule))
 
 
 def diff_ops(before: Counter[str], after: Counter[str]) -> dict[str, int]:
-    """Subtract op counts.
-
-    Args:
-        before: Counts before a pass.
-        after: Counts after it.
-
-    Returns:
-        The changes that are not zero, by name: losses and gains in alphabetical order.
-    """
+    """Return the changes of op counts that are not zero, by name in alphabetical order."""
     names = sorted(before.keys() | after.keys())
     return {name: after[name] - before[name] for name in names if after[name] != before[name]}

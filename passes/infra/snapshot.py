@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from moeify.passes.infra.printer import print_graph
-from moeify.passes.infra.records import NodeRecord, record_of
+from moeify.passes.infra.records import NodeRecord, record_or_none
 from moeify.passes.infra.report import count_nodes, count_ops
 
 __all__ = ["Changes", "Snapshot"]
@@ -25,15 +25,9 @@ __all__ = ["Changes", "Snapshot"]
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """What differs from a snapshot.
+    """What differs from a snapshot, in words; "" if nothing does."""
 
-    Attributes:
-        program: What runs differently, in words; "" if nothing does.
-        notes: What is known besides, in words; "" if nothing is. Records of new nodes belong to
-            the program: whoever makes a node says what it is.
-    """
-
-    program: str = ""
+    program: str = ""  # includes the records of new nodes
     notes: str = ""
 
     def __bool__(self) -> bool:
@@ -42,23 +36,14 @@ class Changes:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A graph, and all that it calls, at one moment.
-
-    Attributes:
-        ops: Calls by name, as `count_ops` counts them.
-        nodes: Number of nodes.
-        text: The graphs, without records.
-        state: Modules, parameters, buffers and attributes by path.
-        records: The record of each node.
-        meta: The graphs' `meta` by path and key.
-    """
+    """A graph, and all that it calls, at one moment."""
 
     ops: Counter[str]
     nodes: int
-    text: str
-    state: dict[str, object]
+    text: str  # the graphs, without records
+    state: dict[str, object]  # modules, parameters, buffers and attributes, by path
     records: dict[Node, NodeRecord | None]
-    meta: dict[str, object]
+    meta: dict[str, object]  # the graphs' `meta`, by path and key
 
     @classmethod
     def of(cls, gm: GraphModule) -> Snapshot:
@@ -73,7 +58,7 @@ class Snapshot:
         )
 
     def compare(self, gm: GraphModule) -> Changes:
-        """Tell what differs now."""
+        """Return what differs now."""
         if print_graph(gm, meta=False) != self.text:
             program = "the graph"
         else:
@@ -123,7 +108,7 @@ def _state(gm: GraphModule) -> Iterator[tuple[str, object]]:
 
 
 def _tensor(tensor: Tensor) -> _Object:
-    # Tensors of inference mode do not count their changes.
+    # Tensors of inference mode have no version.
     return _Object(weakref.ref(tensor), 0 if tensor.is_inference() else tensor._version)
 
 
@@ -138,14 +123,7 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, object]]:
 
 def _records(gm: GraphModule) -> dict[Node, NodeRecord | None]:
     graphs = [m.graph for m in gm.modules() if isinstance(m, GraphModule)]
-    return {node: _record(node) for graph in graphs for node in graph.nodes}
-
-
-def _record(node: Node) -> NodeRecord | None:
-    try:
-        return record_of(node)
-    except TypeError:  # for the verifier to report
-        return None
+    return {node: record_or_none(node) for graph in graphs for node in graph.nodes}
 
 
 def _meta(gm: GraphModule) -> Iterator[tuple[str, object]]:

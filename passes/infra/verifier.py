@@ -40,7 +40,7 @@ class Rule:
 
 
 def _graphs(gm: GraphModule) -> Iterator[tuple[str, GraphModule]]:
-    """All GraphModules in a module, itself first, with a prefix for messages."""
+    """Yield all GraphModules in a module, itself first, with a prefix for messages."""
     for path, module in gm.named_modules():
         if isinstance(module, GraphModule):
             yield f"{path}: " if path else "", module
@@ -150,15 +150,9 @@ DEFAULT_RULES: tuple[Rule, ...] = (
 def find_problems(
     gm: GraphModule, ctx: PlanContext, rules: Sequence[Rule] = DEFAULT_RULES
 ) -> list[str]:
-    """Apply rules to a graph.
+    """Return `rule: sentence` for each problem; empty if the graph obeys all rules.
 
-    Args:
-        gm: The graph.
-        ctx: Its context; `ctx.facts` decides which rules apply.
-        rules: What must hold.
-
-    Returns:
-        `rule: sentence` for each problem; empty if the graph obeys all rules.
+    `ctx.facts` decides which rules apply.
     """
     problems: list[str] = []
     for rule in rules:
@@ -168,12 +162,7 @@ def find_problems(
 
 
 def verify_graph(gm: GraphModule, ctx: PlanContext, rules: Sequence[Rule] = DEFAULT_RULES) -> None:
-    """Raise if a graph breaks a rule.
-
-    Args:
-        gm: The graph.
-        ctx: Its context; `ctx.facts` decides which rules apply.
-        rules: What must hold.
+    """Raise if a graph breaks a rule; `ctx.facts` decides which rules apply.
 
     Raises:
         PassError: Lists every problem with its node.

@@ -1,6 +1,6 @@
 """Reading a recorded graph: which nodes are projections by a parameter.
 
-Everything here is decided by operations, shapes and parameters; no module or model is ever named.
+Everything here is decided by operations, shapes and parameters, never by names of modules.
 """
 
 from __future__ import annotations
@@ -20,25 +20,22 @@ from moeify.passes.match.operations import (
     dtype_of,
     op_name,
     shape_of,
-    tensor_args,
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A parameter behind a view chain.
-
-    Attributes:
-        name: The parameter.
-        shape: Its stored shape.
-        flipped: The view is its transpose.
-        stacked: The view is one slice of it (an expert's weight).
-    """
+    """A parameter, possibly seen through a chain of views."""
 
     name: str
-    shape: tuple[int, ...]
-    flipped: bool = False
-    stacked: bool = False
+    shape: tuple[int, ...]  # as stored
+    flipped: bool = False  # the view is its transpose
+    stacked: bool = False  # the view is one slice of it: one expert's weight
+
+    @property
+    def module(self) -> str:
+        """The path of the module that holds it; "" for the model itself."""
+        return self.name.rpartition(".")[0]
 
 
 def weight_of(node: object) -> Weight | None:
@@ -51,13 +48,11 @@ def weight_of(node: object) -> Weight | None:
                 return None
             ref = record.params[0]
             return Weight(ref.name, ref.shape, flipped, stacked)
-        name, inputs = op_name(node), tensor_args(node)
+        name, inputs = op_name(node), node.all_input_nodes
         if not inputs:
             return None
         source = inputs[0]
-        if name in TRANSPOSES and len(shape_of(source)) == 2:
-            flipped = not flipped
-        elif name in TRANSPOSES and len(shape_of(source)) == 3:
+        if name in TRANSPOSES and len(shape_of(source)) in (2, 3):
             flipped = not flipped
         elif name in ("getitem", "select", "unbind", "index_select") and (
             stacked or len(shape_of(source)) == 3 or shape_of(node) == ()
@@ -73,41 +68,27 @@ def weight_of(node: object) -> Weight | None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Linear:
-    """A projection as found in the graph.
+    """A projection as found in the graph."""
 
-    Attributes:
-        node: The node that multiplies.
-        out: The node that holds the result, after a bias that is added separately.
-        source: The node that is projected.
-        weight: The weight's parameter.
-        bias: The bias's parameter, or None.
-        transposed: True if the weight is stored `[in, out]`.
-        channel: The dimension that is projected: -1, or 1 for a convolution.
-        problem: Why it is no projection of tokens ("kernel 3 mixes neighbours"), or "".
-    """
-
-    node: fx.Node
-    out: fx.Node
-    source: fx.Node
+    node: fx.Node  # the one that multiplies
+    out: fx.Node  # holds the result, after a bias that is added separately
+    source: fx.Node  # what is projected
     weight: Weight
     bias: Weight | None
-    transposed: bool
-    channel: int
-    problem: str
+    transposed: bool  # the weight is stored [in, out]
+    channel: int  # the dimension that is projected: -1, or 1 for a convolution
+    problem: str  # why it is not a projection of tokens, or ""
 
     @property
     def in_features(self) -> int:
-        """Input width."""
         return self.weight.shape[0 if self.transposed else 1]
 
     @property
     def out_features(self) -> int:
-        """Output width."""
         return self.weight.shape[1 if self.transposed else 0]
 
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
-        """The nodes that make it up."""
         return (self.node,) if self.out is self.node else (self.node, self.out)
 
 
@@ -135,14 +116,14 @@ def linear_of(node: fx.Node) -> Linear | None:
         problem = f"its weight is one slice of {weight.name}, as in an existing MoE block"
     elif channel == -1 and len(weight.shape) != 2:
         return None
-    problem = problem or _not_a_parameter(node.graph, weight)
+    problem = problem or _buffer_problem(node.graph, weight)
     bias: Weight | None = None
     if isinstance(bias_node, fx.Node):
         bias = weight_of(bias_node)
         if bias is None:
             problem = problem or "its bias is computed, not a parameter"
         else:
-            problem = problem or _not_a_parameter(node.graph, bias)
+            problem = problem or _buffer_problem(node.graph, bias)
     out = node
     transposed = stored_in_out != weight.flipped
     if not problem and bias is None and len(node.users) == 1:
@@ -157,7 +138,7 @@ Operands = tuple[object, object, object, bool, str]
 
 
 def _operands(node: fx.Node) -> Operands | None:
-    """Return (source, weight, bias, weight stored as [in, out], problem) of what multiplies."""
+    """Return (source, weight, bias, weight stored as [in, out], problem) of a product."""
     name = op_name(node)
     if name == "linear" or name in _CONVOLUTIONS:
         source, weight = argument(node, 0, "input"), argument(node, 1, "weight")
@@ -190,7 +171,9 @@ def _einsum(node: fx.Node) -> Operands | None:
             continue
         for inner, outer in ((right[0], right[1]), (right[1], right[0])):
             if inner in left and left.replace(inner, outer) == out and outer not in left:
-                problem = "" if left[-1] == inner else f"`{equation}` projects no last dimension"
+                problem = (
+                    "" if left[-1] == inner else f"`{equation}` does not project the last dimension"
+                )
                 return source, weight, None, right[0] == inner, problem
     return None
 
@@ -224,24 +207,24 @@ def _computed(node: fx.Node) -> Weight | None:
     return Weight(max(refs, key=lambda ref: math.prod(ref.shape)).name, shape, False, stacked)
 
 
-def _not_a_parameter(graph: fx.Graph, weight: Weight) -> str:
-    """Say so where a weight is a buffer."""
+def is_parameter(graph: fx.Graph, weight: Weight) -> bool:
+    """Tell whether a weight is a parameter, not a buffer."""
     value: object = graph.owning_module
     for part in weight.name.split("."):
         value = getattr(value, part, None)
-    if value is None or isinstance(value, nn.Parameter):
-        return ""
-    return f"{weight.name} is a buffer, not a parameter"
+    return value is None or isinstance(value, nn.Parameter)
 
 
-def _conv_problem(node: fx.Node, weight: Weight | None) -> str:
-    if weight is None:
-        return ""
+def _buffer_problem(graph: fx.Graph, weight: Weight) -> str:
+    return "" if is_parameter(graph, weight) else f"{weight.name} is a buffer, not a parameter"
+
+
+def _conv_problem(node: fx.Node, weight: Weight) -> str:
     if any(size != 1 for size in weight.shape[2:]):
         return f"a convolution of kernel {weight.shape[2:]} mixes neighbouring positions"
     groups = argument(node, 6, "groups") or 1
     if groups != 1:
-        return f"a convolution with {groups} groups is no full projection"
+        return f"a convolution with {groups} groups is not a full projection"
     for place, name, plain in ((3, "stride", 1), (4, "padding", 0)):
         value = argument(node, place, name)
         values = value if isinstance(value, tuple | list) else (plain if value is None else value,)
@@ -268,6 +251,3 @@ def linears_of(graph: fx.Graph) -> list[Linear]:
     """Return every projection by a parameter, in execution order."""
     found = (linear_of(node) for node in graph.nodes)
     return [linear for linear in found if linear is not None]
-
-
-__all__ = ["Linear", "Weight", "linear_of", "linears_of", "weight_of"]

@@ -23,12 +23,8 @@ class ExistingMoe:
     """What a graph says about MoE blocks that are already in it.
 
     Rows chosen by a mask of the inputs, as where padding is removed, are tokens like others: what
-    counts is that a projection made the choice, or that several MLPs share the tokens.
-
-    Args:
-        flow: The graph.
-        linears: Its projections.
-        sources: (input, weights) of each MLP found.
+    counts is that a projection made the choice, or that several MLPs share the tokens. `sources`
+    are (input, weights) of each MLP found.
     """
 
     def __init__(
@@ -42,11 +38,11 @@ class ExistingMoe:
         self.tokens: set[fx.Node] = set()
         for linear in linears:
             if linear.weight.stacked:
-                self.tokens |= _behind_choice(linear.source)
+                self.tokens |= _row_sources(linear.source)
         for node in flow.nodes:
             if op_name(node) in _STACKED and any(map(_is_stacked, node.all_input_nodes)):
                 for value in node.all_input_nodes:
-                    self.tokens |= _behind_choice(value)
+                    self.tokens |= _row_sources(value)
         chosen = [(source, key) for source, key in sources if _is_choice(source)]
         for source, key in chosen:
             self.choosers.setdefault(_before_choice(source), set()).add(key)
@@ -92,7 +88,7 @@ def _is_stacked(node: fx.Node) -> bool:
     return len(shape_of(node)) == 3
 
 
-def _behind_choice(node: fx.Node) -> set[fx.Node]:
+def _row_sources(node: fx.Node) -> set[fx.Node]:
     """Return the values that the rows of an expert come from: chosen, repeated or scaled."""
     found: set[fx.Node] = set()
     while True:

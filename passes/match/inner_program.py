@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from moeify import compat
-from moeify.passes.match.dataflow import Linear, weight_of
+from moeify.passes.match.dataflow import Linear, is_parameter, weight_of
 from moeify.passes.match.operations import (
     CASTS,
     DROPOUTS,
@@ -40,37 +40,23 @@ class NotTokenwise(Exception):
 
 @dataclass(frozen=True, slots=True)
 class InnerProgram:
-    """The hidden part of an MLP.
+    """The hidden part of an MLP."""
 
-    Attributes:
-        activation: Canonical name, or "custom".
-        gated: The hidden value is `activation(gate) * linear`.
-        swap: The linear half comes first in the stored weights (or is projected first).
-        dropout: Probability of the dropout right before the last projection.
-        params: Parameters of the program (an inner norm), in the order of its arguments.
-        module: `module(hidden [R, sum of up widths], *params as rows)`; None if canonical.
-        narrow: It also runs on a hidden value of this width (a placeholder's), or 0.
-    """
-
-    activation: str
-    gated: bool
-    swap: bool
-    dropout: float
+    activation: str  # canonical name, or "custom"
+    gated: bool  # the hidden value is `activation(gate) * linear`
+    swap: bool  # the linear half comes first in the stored weights, or is projected first
+    dropout: float  # probability of the one right before the last projection
+    # parameters of the program (an inner norm), in the order of its arguments
     params: tuple[str, ...]
+    # `module(hidden [R, sum of up widths], *params)`; None if canonical
     module: fx.GraphModule | None
-    narrow: int
+    narrow: int  # also runs on a hidden value of this width (a placeholder's), or 0
 
 
 def build_program(
     ups: Sequence[Linear], interior: Sequence[fx.Node], down: Linear, *, training: bool = False
 ) -> InnerProgram:
     """Rewrite the nodes between the projections over rows and name what they compute.
-
-    Args:
-        ups: The first projections.
-        interior: The nodes between, in execution order.
-        down: The last projection.
-        training: The nodes were recorded in training mode.
 
     Raises:
         NotTokenwise: A node mixes tokens or needs something that rows do not have.
@@ -91,7 +77,7 @@ def build_program(
 
 
 def _narrow_width(interior: Sequence[fx.Node]) -> int:
-    """Return the least width on which the recorded nodes run as they are, or 0 for the full one."""
+    """Return the smallest width on which the recorded nodes run as they are; 0 for the full one."""
     width = 1
     for node in interior:
         name = op_name(node)
@@ -129,7 +115,7 @@ class _Writer:
         self.graph = fx.Graph()
         self.root = nn.Module()
         self.params: list[str] = []
-        self.env: dict[fx.Node, Any] = {}
+        self.env: dict[fx.Node, fx.Node] = {}
         self.width = sum(up.out_features for up in ups)
         self.dropout = 0.0
         self.hidden = self.graph.placeholder("hidden")
@@ -154,7 +140,6 @@ class _Writer:
 
     @property
     def has_dropout(self) -> bool:
-        """Whether a dropout is left inside, which evaluation cannot see."""
         return any(isinstance(m, nn.Dropout | nn.AlphaDropout) for m in self.root.children())
 
     def _emit_ups(self) -> None:
@@ -181,7 +166,8 @@ class _Writer:
             if weight is None or value in self.env or value in self.interior:
                 continue
             if weight.name not in self._slots:
-                plain = not (weight.stacked or weight.flipped) and _is_parameter(value)
+                plain = not (weight.stacked or weight.flipped)
+                plain = plain and is_parameter(value.graph, weight)
                 if not plain or weight.shape not in ((), (1,), (self.down.in_features,)):
                     self._unfit = self._unfit or (
                         f"`{op_name(node)}` between its projections reads {weight.name} of shape "
@@ -200,7 +186,7 @@ class _Writer:
         source = node.all_input_nodes[0]
         dims = dim if isinstance(dim, tuple | list) else (dim,)
         ndim = len(shape_of(source))
-        channel = (self.ups[0].channel) % ndim
+        channel = self.ups[0].channel % ndim
         if len(dims) != 1 or dims[0] is None or dims[0] % ndim != channel:
             raise NotTokenwise(f"`{op_name(node)}` over dimension {dim} mixes tokens")
         return -1
@@ -218,7 +204,7 @@ class _Writer:
             before, after = shape_of(first), shape_of(node)
             if not before or not after or before[channel] != after[channel]:
                 raise NotTokenwise(f"`{name}` {before} -> {after} reshapes the hidden width")
-            return self._as_node(self.env[first])
+            return self.env[first]
         if name in CASTS:
             return self._cast(node, first)
         if name in DROPOUTS:
@@ -226,13 +212,7 @@ class _Writer:
         if name in ("layer_norm", "rms_norm"):
             return self._norm(node, name)
         if name == "prelu":
-            value, slope = self.env[first], self._map(_option(node, 1, "weight"))
-            per_unit = shape_of(node.all_input_nodes[-1]) not in ((), (1,))
-            if per_unit and self.ups[0].channel == -1 and len(shape_of(first)) != 2:
-                raise NotTokenwise("`prelu` has one parameter per position, not per hidden unit")
-            positive = self.graph.call_function(torch.gt, (value, 0))
-            scaled = self.graph.call_function(operator.mul, (value, slope))
-            return self.graph.call_function(torch.where, (positive, value, scaled))
+            return self._prelu(node, first)
         if name == "getitem" and op_name(first) not in SPLITS:
             index = node.args[1]
             parts = index if isinstance(index, tuple) else (index,)
@@ -244,6 +224,15 @@ class _Writer:
         if name in SPLITS | OVER_WIDTH | {"glu"}:
             self._use_last(node, name, args, kwargs)
         return self._call(node, args, kwargs)
+
+    def _prelu(self, node: fx.Node, first: fx.Node) -> fx.Node:
+        value, slope = self.env[first], self._map(_option(node, 1, "weight"))
+        per_unit = shape_of(node.all_input_nodes[-1]) not in ((), (1,))
+        if per_unit and self.ups[0].channel == -1 and len(shape_of(first)) != 2:
+            raise NotTokenwise("`prelu` has one parameter per position, not per hidden unit")
+        positive = self.graph.call_function(torch.gt, (value, 0))
+        scaled = self.graph.call_function(operator.mul, (value, slope))
+        return self.graph.call_function(torch.where, (positive, value, scaled))
 
     def _use_last(self, node: fx.Node, name: str, args: list[Any], kwargs: dict[str, Any]) -> None:
         second = ("chunk", "split", "split_with_sizes", "tensor_split", "norm", "vector_norm")
@@ -286,12 +275,8 @@ class _Writer:
                 func = getattr(torch, plain[:-1], None) or getattr(F, plain[:-1])
         return self.graph.call_function(func, tuple(args), kwargs)
 
-    def _as_node(self, value: Any) -> fx.Node:
-        assert isinstance(value, fx.Node)
-        return value
-
     def _cast(self, node: fx.Node, first: fx.Node) -> fx.Node:
-        value = self._as_node(self.env[first])
+        value = self.env[first]
         if dtype_of(first) == dtype_of(node):
             return value
         if dtype_of(node) == self._dtype:
@@ -302,7 +287,7 @@ class _Writer:
 
     def _dropout(self, node: fx.Node) -> fx.Node:
         p = self._probability(node)
-        value = self._as_node(self.env[node.all_input_nodes[0]])
+        value = self.env[node.all_input_nodes[0]]
         if p == 0.0:
             return value
         kind = nn.Dropout if op_name(node) == "dropout" else nn.AlphaDropout
@@ -336,13 +321,3 @@ class _Writer:
         if bias is not None:
             out = self.graph.call_function(operator.add, (out, bias))
         return out
-
-
-def _is_parameter(node: fx.Node) -> bool:
-    """Tell whether the tensor behind a view is a parameter, not a buffer."""
-    while node.op != "get_attr":
-        node = node.all_input_nodes[0]
-    value: object = node.graph.owning_module
-    for part in str(node.target).split("."):
-        value = getattr(value, part, None)
-    return value is None or isinstance(value, nn.Parameter)

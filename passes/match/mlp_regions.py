@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import networkx as nx
 from torch import fx
 
-from moeify.passes.infra.records import record_of
+from moeify.passes.infra.records import module_path_of
 from moeify.passes.match.dataflow import Linear, linears_of
 from moeify.passes.match.existing_moe import ExistingMoe
 from moeify.passes.match.inner_program import InnerProgram, NotTokenwise, build_program
@@ -40,31 +40,24 @@ from moeify.passes.match.operations import (
 
 _INNER = ELEMENTWISE | RESHAPES | CASTS | DROPOUTS | OVER_WIDTH | SPLITS | {"glu", "prelu"}
 
-
 _TRANSPARENT = TRANSPOSES | frozenset(
     "setitem batch_norm group_norm instance_norm roll flip cumsum masked_scatter".split()
 )
-"""Not elementwise, but what lies before is worth a look: an MLP with this inside is a near miss."""
-
+"""Not elementwise, but the search passes them: an MLP with one of these inside is a near miss."""
 
 _CONTRACTIONS = frozenset(
     "scaled_dot_product_attention multi_head_attention_forward matmul bmm baddbmm einsum conv1d "
     "conv2d conv3d conv_transpose1d conv_transpose2d grouped_mm".split()
 )
-"""What lies behind these is another layer."""
+"""The search ends here: what comes before these is another layer."""
 
 
 @dataclass(frozen=True, slots=True)
 class NearMiss:
-    """Something like an MLP that is none.
+    """Something like an MLP that is not one."""
 
-    Attributes:
-        name: Path of the module that holds its last projection, or its weight.
-        reason: The test that it failed.
-    """
-
-    name: str
-    reason: str
+    name: str  # path of the module that holds its last projection, or its weight
+    reason: str  # the test that it failed
 
     def __str__(self) -> str:
         return f"{self.name}: {self.reason}"
@@ -72,21 +65,13 @@ class NearMiss:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Region:
-    """One run of one MLP in the graph.
+    """One run of one MLP in the graph."""
 
-    Attributes:
-        ups: The first projections, in execution order.
-        down: The last projection.
-        interior: The nodes between, in execution order.
-        source: The value that is projected, before reshapes.
-        program: What the nodes between compute.
-    """
-
-    ups: tuple[Linear, ...]
+    ups: tuple[Linear, ...]  # the first projections, in execution order
     down: Linear
-    interior: tuple[fx.Node, ...]
-    source: fx.Node
-    program: InnerProgram
+    interior: tuple[fx.Node, ...]  # the nodes between, in execution order
+    source: fx.Node  # the value that is projected, before reshapes
+    program: InnerProgram  # what the nodes between compute
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -95,20 +80,14 @@ class Region:
 
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
-        """Every node of the region."""
         ups = (node for up in self.ups for node in up.nodes)
         return (*ups, *self.interior, *self.down.nodes)
 
 
 def find_regions(graph: fx.Graph, *, training: bool = False) -> tuple[list[Region], list[NearMiss]]:
-    """Return the MLPs of a recorded graph in execution order, and what nearly was one.
+    """Return the MLPs of a recorded graph in execution order, and the near misses.
 
-    Args:
-        graph: A graph whose nodes carry records, as `capture` writes it.
-        training: It was recorded in training mode.
-
-    Returns:
-        The regions (an MLP that runs twice gives two), and the near misses.
+    An MLP that runs twice gives two regions. `training`: the graph was recorded in training mode.
     """
     search = _Search(graph, training)
     found: list[Region] = []
@@ -169,7 +148,7 @@ class _Search:
     def _defect(
         self, linears: tuple[Linear, ...], obstacle: fx.Node | None, leak: str | None
     ) -> str:
-        """Return why projections around one hidden value are no MLP, or ""."""
+        """Return why projections around one hidden value are not an MLP, or ""."""
         *ups, down = linears
         for linear in linears:
             if linear.problem:
@@ -188,7 +167,7 @@ class _Search:
         return self._is_gate(down) or self._goes_on(down)
 
     def _several_inputs(self, ups: list[Linear]) -> str:
-        """Say why the first projections have different inputs: often an adapter beside one."""
+        """Return why the first projections have different inputs: often an adapter beside one."""
         by_out = {strip(linear.out): linear for linear in self.linears}
         widest = max(up.out_features for up in ups)
         for up in ups:
@@ -201,7 +180,7 @@ class _Search:
         return "its first projections do not share one input"
 
     def _adapter(self, user: fx.Node, down: Linear) -> str:
-        """Say so where a reader of the hidden value is a low-rank adapter."""
+        """Return that a reader of the hidden value is a low-rank adapter, or ""."""
         by_node = {linear.node: linear for linear in self.linears}
         while user not in by_node and len(user.users) == 1:
             user = next(iter(user.users))
@@ -211,7 +190,7 @@ class _Search:
         return f"a low-rank adapter ({_path(side)}) reads its hidden value: merge the adapter first"
 
     def _is_gate(self, down: Linear) -> str:
-        """Say so where the output only scales another value, as in squeeze-and-excitation."""
+        """Return that the output only scales another value, as in squeeze-and-excitation, or ""."""
         node, squashed = down.out, False
         while len(node.users) == 1:
             node = next(iter(node.users))
@@ -223,7 +202,7 @@ class _Search:
         return ""
 
     def _goes_on(self, down: Linear) -> str:
-        """Say so where an activation and another projection follow, as in a head."""
+        """Return that an activation and another projection follow, as in a head, or ""."""
         sources = {linear.source for linear in self.linears}
         node, activated = down.out, False
         while len(node.users) == 1 and not (activated and node in sources):
@@ -238,7 +217,7 @@ class _Search:
     ) -> tuple[list[Linear], list[fx.Node], list[fx.Node], fx.Node | None]:
         """Go backwards from `down`; return projections, nodes between, obstacles passed, the first.
 
-        An obstacle that one may look behind is passed, so that what it spoils gets a reason.
+        Some obstacles are passed, so that what would be an MLP without them is a near miss.
         """
         ups: list[Linear] = []
         interior: list[fx.Node] = []
@@ -275,14 +254,10 @@ class _Search:
             return is_slice_of_width(node, channel) or self._unpacks(node)
         if not node.all_input_nodes:
             return name in CONSTANTS and shape_of(node) == ()
-        if name not in _INNER:
-            return self._is_opaque_elementwise(node)
-        return True
-
-    def _is_opaque_elementwise(self, node: fx.Node) -> bool:
-        if opaque_call(node) is None:
-            return False
-        return shape_of(node) == shape_of(node.all_input_nodes[0])
+        if name in _INNER:
+            return True
+        same_shape = shape_of(node) == shape_of(node.all_input_nodes[0])
+        return opaque_call(node) is not None and same_shape
 
     def _unpacks(self, node: fx.Node) -> bool:
         source = node.args[0]
@@ -300,7 +275,7 @@ class _Search:
                     adapter = self._adapter(user, down)
                     if adapter:
                         return adapter
-                    path = getattr(record_of(user), "module_path", "") or "the model"
+                    path = module_path_of(user) or "the model"
                     what = "returned" if user.op == "output" else f"used by `{op_name(user)}`"
                     return f"its hidden value is also {what} in {path}"
             for user in changed_views(node):
@@ -312,7 +287,7 @@ class _Search:
 def _describe_obstacle(node: fx.Node) -> str:
     if node.op == "placeholder":
         return f"its hidden value also depends on `{node.name}`, which comes from outside"
-    path = getattr(record_of(node), "module_path", "")
+    path = module_path_of(node)
     where = f" in {path}" if path else ""
     return f"`{op_name(node)}`{where} is not elementwise"
 
@@ -327,11 +302,9 @@ def _is_nonlinear(node: fx.Node) -> bool:
 
 def _path(linear: Linear) -> str:
     """Name a projection by its weight's module, or by where it ran if that is elsewhere."""
-    own = linear.weight.name.rpartition(".")[0] or linear.weight.name
-    record = record_of(linear.node)
-    if record is None or not record.module_path or own.startswith(record.module_path):
-        return own
-    return record.module_path
+    own = linear.weight.module or linear.weight.name
+    ran_in = module_path_of(linear.node)
+    return own if not ran_in or own.startswith(ran_in) else ran_in
 
 
 def _without_overlaps(regions: list[Region]) -> tuple[list[Region], list[NearMiss]]:
@@ -344,6 +317,3 @@ def _without_overlaps(regions: list[Region]) -> tuple[list[Region], list[NearMis
         used |= set(region.nodes)
         kept.append(region)
     return kept, missed
-
-
-__all__ = ["NearMiss", "Region", "find_regions"]

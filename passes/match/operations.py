@@ -1,6 +1,6 @@
 """Reading single nodes of a recorded graph: which operation, what shape, what kind.
 
-Everything here is decided by operations and shapes; no module or model is ever named.
+Everything here is decided by operations and shapes, never by names of modules.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ NONLINEAR = frozenset(
 ACTIVATING = NONLINEAR - frozenset(
     "square pow abs sqrt rsqrt reciprocal clamp clamp_min clamp_max clip maximum minimum".split()
 )
-"""Operations that a norm written out by hand has not."""
+"""Operations that a hand-written norm does not use."""
 
 LINEAR_MAPS = frozenset(
     "add sub mul div truediv rmul radd rsub rtruediv neg where lerp addcmul ones_like zeros_like "
@@ -53,7 +53,7 @@ PLAIN_VIEWS = frozenset("detach contiguous clone alias data".split())
 def op_name(node: fx.Node) -> str:
     """Return the plain name of a node's operation: `relu` for `relu_`, `add` for `__iadd__`.
 
-    What is no operation of torch keeps its full name, so that it is never taken for one.
+    What is not an operation of torch keeps its full name, so that it is never mistaken for one.
     """
     if node.op == "call_method":
         name = str(node.target)
@@ -65,9 +65,9 @@ def op_name(node: fx.Node) -> str:
         space, name = compat.base_name(node.target)
         if space not in ("", "aten", "prims"):
             return f"{space}::{name}"
-        home = getattr(node.target, "__module__", None) or "torch"
-        if home.partition(".")[0] not in ("torch", "_operator", "builtins"):
-            return f"{home}.{name}"
+        module = getattr(node.target, "__module__", None) or "torch"
+        if module.partition(".")[0] not in ("torch", "_operator", "builtins"):
+            return f"{module}.{name}"
     else:
         return node.op
     if name.startswith("__i") and name.endswith("__") and name[3:-2] in LINEAR_MAPS | {"pow"}:
@@ -94,20 +94,14 @@ def opaque_call(node: fx.Node) -> nn.Module | None:
 
 
 class OpaqueCall(nn.Module):
-    """Calls a custom `autograd.Function` or operator on one tensor.
-
-    Args:
-        owner: The function's class, or the operator.
-        method: Name of what to call on it, or "".
-        rest: Further arguments, none of them tensors.
-    """
+    """Call a custom `autograd.Function` or operator on one tensor."""
 
     def __init__(self, owner: Any, method: str, rest: tuple[Any, ...]) -> None:
         super().__init__()
+        # The function's class, or the operator; what to call on it, or ""; no tensor in the rest.
         self.owner, self.method, self.rest = owner, method, rest
 
     def forward(self, value: Tensor) -> Tensor:
-        """Return what the function makes of `value`."""
         call = getattr(self.owner, self.method) if self.method else self.owner
         result: Tensor = call(value, *self.rest)
         return result
@@ -128,11 +122,6 @@ def dtype_of(node: fx.Node) -> str:
     return record.dtypes[0] if record and record.dtypes else ""
 
 
-def tensor_args(node: fx.Node) -> list[fx.Node]:
-    """Return the nodes that a node reads, each once, in argument order."""
-    return list(node.all_input_nodes)
-
-
 def dataflow(graph: fx.Graph) -> nx.DiGraph[fx.Node]:
     """Return the graph as a networkx DiGraph: an edge from each value to each of its readers."""
     flow: nx.DiGraph[fx.Node] = nx.DiGraph()
@@ -145,7 +134,7 @@ def strip(node: fx.Node) -> fx.Node:
     """Go back through reshapes and casts that change nothing: same elements, same width."""
     while True:
         name = op_name(node)
-        inputs = tensor_args(node)
+        inputs = node.all_input_nodes
         if not inputs or node.op not in ("call_method", "call_function"):
             return node
         same_width = _same_width(shape_of(inputs[0]), shape_of(node))

@@ -15,11 +15,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import fx, nn
 
 from moeify import compat
 from moeify.capture.capture import Capture, ModuleCall
-from moeify.passes.infra.records import record_of
+from moeify.passes.infra.records import module_path_of
 from moeify.passes.match.dataflow import Linear
 from moeify.passes.match.mlp_regions import Region
 from moeify.passes.match.operations import (
@@ -39,31 +40,21 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a site goes.
-
-    Attributes:
-        install: "T1", "T2" or "refused".
-        reason: Why it was refused, or "".
-        module: T1: the module to swap. T2: the smallest module around the MLP.
-        argument: T1: name of the module's argument, if it is called by keyword, or "".
-        taps: T2: the modules of the first projections, in order.
-        block: T2: the module of the last projection.
-        blocked: Refused for what the user can change: the state of its weights, or hooks.
-        tail_dropout: T1: probability of a dropout after the last projection, inside the module.
-    """
+    """Where a site goes."""
 
     install: Literal["T1", "T2", "refused"]
     reason: str = ""
-    module: str = ""
-    argument: str = ""
-    taps: tuple[str, ...] = ()
-    block: str = ""
-    tail_dropout: float = 0.0
+    module: str = ""  # T1: the module to swap; T2: the smallest module around the MLP
+    argument: str = ""  # T1: the argument's name, if it is passed by keyword
+    taps: tuple[str, ...] = ()  # T2: the modules of the first projections, in order
+    block: str = ""  # T2: the module of the last projection
+    tail_dropout: float = 0.0  # T1: of a dropout after the last projection, inside the module
+    # refused for what the user can change: the state of its weights, or hooks
     blocked: bool = False
 
 
 class Placer:
-    """Decides the placement of each MLP of one capture."""
+    """Decide the placement of each MLP of one capture."""
 
     def __init__(self, model: nn.Module, capture: Capture) -> None:
         self.model, self.capture = model, capture
@@ -75,7 +66,7 @@ class Placer:
         self.owners: dict[object, list[str]] = {}
         for path, module in self.modules.items():
             for name, parameter in module.named_parameters(recurse=False):
-                owners = self.owners.setdefault(_memory(parameter), [])
+                owners = self.owners.setdefault(memory_of(parameter), [])
                 owners.append(f"{path}.{name}".lstrip("."))
         self.sources = {
             str(node.target): node
@@ -84,12 +75,7 @@ class Placer:
         }
 
     def placement(self, regions: Sequence[Region], *, whole: bool = True) -> Placement:
-        """Place one MLP, given every run of it in the graph.
-
-        Args:
-            regions: The runs.
-            whole: Whether a whole module may be swapped.
-        """
+        """Place one MLP, given every run of it; `whole` allows swapping a whole module."""
         reason = self._shared(regions[0]) or self._also_read(regions)
         if reason:
             return Placement("refused", reason, module=self._around(regions))
@@ -109,16 +95,11 @@ class Placer:
 
     def whole_module(self, regions: Sequence[Region]) -> Placement | None:
         """Return the T1 placement of one MLP, given every run of it, or None."""
-        found = [self._whole_call(region) for region in regions]
-        if any(one is None for one in found):
-            return None
-        placements = {one for one in found if one is not None}
-        if len(placements) != 1:
-            return None
+        placements = {self._whole_call(region) for region in regions}
         placement = placements.pop()
-        if len(self.calls_of[placement.module]) != len(regions):
+        if placements or placement is None:
             return None
-        return placement
+        return placement if len(self.calls_of[placement.module]) == len(regions) else None
 
     def _whole_call(self, region: Region) -> Placement | None:
         for call in self._common_calls(region.nodes):
@@ -126,7 +107,7 @@ class Placer:
                 continue
             name, given = call.inputs[0]
             if shape_of(given) != shape_of(call.outputs[0]):
-                continue  # it flattens its input for good
+                continue  # it flattens its input and does not undo it
             if strip(given) is not region.source or not self._only_these(call.path, region):
                 continue
             tail = self._tail(call, region)
@@ -151,7 +132,7 @@ class Placer:
         if last is not strip(region.down.out):
             return None
         for node in self.capture.nodes[call.start : call.end]:
-            if node in inside or op_name(node) in RESHAPES or not _carries_values(node):
+            if node in inside or op_name(node) in RESHAPES or not node.all_input_nodes:
                 continue
             if all(source.op == "get_attr" for source in node.all_input_nodes):
                 continue  # a view of a weight
@@ -168,9 +149,9 @@ class Placer:
 
     def _tapped(self, regions: Sequence[Region]) -> Placement:
         around = self._around(regions)
-        taps, block = [], ""
+        paths = []
         for linear in (*regions[0].ups, regions[0].down):
-            path = linear.weight.name.rpartition(".")[0]
+            path = linear.weight.module
             runs = [self._same(linear, region) for region in regions]
             if not path or not all(self._is_own_module(path, run) for run in runs):
                 where = f"`{path}`" if path else "the model itself"
@@ -181,11 +162,11 @@ class Placer:
                 return Placement("refused", reason, module=around)
             if len(self.calls_of[path]) != len(regions):
                 return Placement("refused", f"{path} is also called elsewhere", module=around)
-            taps.append(path)
+            paths.append(path)
         reason = next((r for region in regions if (r := self._out_of_step(region))), "")
         if reason:
             return Placement("refused", reason, module=around)
-        block = taps.pop()
+        *taps, block = paths
         return Placement("T2", module=around, taps=tuple(taps), block=block)
 
     def _same(self, linear: Linear, region: Region) -> Linear:
@@ -200,9 +181,8 @@ class Placer:
             return False
         if strip(call.outputs[0]) is not strip(linear.out):
             return False
-        own = {self._parameter_id(linear.weight.name)}
-        if linear.bias is not None:
-            own.add(self._parameter_id(linear.bias.name))
+        tensors = [linear.weight] if linear.bias is None else [linear.weight, linear.bias]
+        own = {id(self.model.get_parameter(tensor.name)) for tensor in tensors}
         return {id(p) for p in self.modules[path].parameters()} <= own
 
     # -- both
@@ -210,7 +190,7 @@ class Placer:
     def _shared(self, region: Region) -> str:
         """Return which of the MLP's parameters are used elsewhere too, or ""."""
         for name in parameter_names(region):
-            owners = self.owners.get(_memory(self.model.get_parameter(name)), [])
+            owners = self.owners.get(memory_of(self.model.get_parameter(name)), [])
             if len(owners) > 1:
                 other = next(o for o in owners if o != name)
                 return f"its parameter {name} is tied to {other}"
@@ -220,11 +200,11 @@ class Placer:
         names = parameter_names(region)
         tensors = [self.model.get_parameter(name) for name in names]
         for name, tensor in zip(names, tensors, strict=True):
-            if type(tensor) not in (nn.Parameter,):
+            if type(tensor) is not nn.Parameter:
                 return f"{name} is a {type(tensor).__name__}, not a plain parameter"
             if not tensor.is_floating_point():
                 return f"{name} is quantised ({dtype_name(tensor.dtype)})"
-            if tensor.layout.__str__() != "torch.strided":
+            if tensor.layout is not torch.strided:
                 return f"{name} is sparse"
         dtypes = {dtype_name(t.dtype) for t in tensors}
         if len(dtypes) > 1:
@@ -252,8 +232,7 @@ class Placer:
             if "forward" in self.modules[path].__dict__:
                 return f"the forward of {path} is patched: remove the patch first"
         for path in sorted(lost):
-            module = self.modules[path]
-            if any(getattr(module, table) for table in _HOOKS):
+            if has_hooks(self.modules[path]):
                 return f"{path} has hooks, which would be lost: remove them first"
         return ""
 
@@ -269,7 +248,7 @@ class Placer:
                     if op_name(user) in VIEWS | CASTS:
                         todo.append(user)
                     elif user.op != "output":
-                        where = getattr(record_of(user), "module_path", "") or "the model itself"
+                        where = module_path_of(user) or "the model itself"
                         return f"its parameter {name} is also used by `{op_name(user)}` in {where}"
         return ""
 
@@ -299,10 +278,7 @@ class Placer:
         return [call for call in chains[0] if call.index in shared]
 
     def _parameter_ids(self, region: Region) -> set[int]:
-        return {self._parameter_id(name) for name in parameter_names(region)}
-
-    def _parameter_id(self, name: str) -> int:
-        return id(self.model.get_parameter(name))
+        return {id(self.model.get_parameter(name)) for name in parameter_names(region)}
 
 
 def parameter_names(region: Region) -> tuple[str, ...]:
@@ -315,15 +291,16 @@ def parameter_names(region: Region) -> tuple[str, ...]:
     return (*names, *region.program.params)
 
 
-def _memory(parameter: nn.Parameter) -> object:
-    """Return what two names of one tensor have in common, even if they are two objects."""
+def has_hooks(module: nn.Module) -> bool:
+    """Tell whether a module itself has forward or backward hooks."""
+    return any(getattr(module, table) for table in _HOOKS)
+
+
+def memory_of(parameter: nn.Parameter) -> object:
+    """Return a key that is the same for two names of one tensor, even if they are two objects."""
     return id(parameter) if parameter.is_meta else compat.storage_key(parameter) or id(parameter)
 
 
 def _without(shape: tuple[int, ...], channel: int) -> tuple[int, ...]:
     place = channel % len(shape)
     return shape[:place] + shape[place + 1 :]
-
-
-def _carries_values(node: fx.Node) -> bool:
-    return bool(node.all_input_nodes)

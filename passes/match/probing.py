@@ -1,4 +1,4 @@
-"""Telling by numbers what a small program computes.
+"""Telling what a small program computes, by its numbers.
 
 A program is run on random numbers and compared: with the canonical activations, with itself on
 scaled inputs, with itself on single values.
@@ -87,12 +87,9 @@ def _run(function: Callable[[Tensor], Tensor], hidden: Tensor) -> tuple[Tensor, 
 
 
 def only_normalises(module: fx.GraphModule, width: int, params: int) -> bool:
-    """Tell whether a program is a norm: deaf to the scale of its input, and odd up to a constant.
+    """Tell whether a program is a norm: unaffected by the scale of its input, and odd.
 
-    Args:
-        module: The program, over rows.
-        width: Width of its rows.
-        params: Number of its further arguments.
+    `params` is the number of its arguments after the rows.
     """
     generator = torch.Generator(device="cpu").manual_seed(1)
     hidden = torch.randn(4, width, generator=generator, device="cpu") + 0.1
@@ -118,6 +115,6 @@ def acts_elementwise(module: nn.Module) -> bool:
             if not isinstance(whole, Tensor) or whole.shape != values.shape:
                 return False
             alone = torch.stack([module(v.reshape(1, 1)).reshape(()) for v in values.flatten()])
-    except Exception:  # somebody else's code, on a shape that it may not know
+    except Exception:  # the user's code, on a shape that it may not support
         return False
     return torch.allclose(whole.flatten(), alone, rtol=1e-5, atol=1e-6, equal_nan=True)

@@ -2,7 +2,8 @@
 
 A stack is a row of modules in one `ModuleList` or `Sequential`, called once each and in order, of
 one class, each a map from a hidden state to one of the same shape, which also reaches the output
-past all projections. What nearly is one is kept with the reason; no module is known by its name.
+past all projections. What nearly is one is kept with the reason; names of modules decide
+nothing.
 """
 
 from __future__ import annotations
@@ -31,34 +32,21 @@ _PASSES = ELEMENTWISE | OVER_WIDTH | VIEWS | CASTS | DROPOUTS | {"native_layer_n
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Block:
-    """One layer of a stack.
-
-    Attributes:
-        path: Its module.
-        source: The node of the hidden state that it takes.
-        out: The node of the hidden state that it returns.
-        nodes: What ran inside it, in order.
-    """
+    """One layer of a stack."""
 
     path: str
-    source: fx.Node
-    out: fx.Node
-    nodes: tuple[fx.Node, ...]
+    source: fx.Node  # the hidden state that it takes
+    out: fx.Node  # the hidden state that it returns
+    nodes: tuple[fx.Node, ...]  # what ran inside it, in order
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stack:
-    """A row of layers.
+    """A row of layers."""
 
-    Attributes:
-        path: The container.
-        blocks: Its layers, in execution order.
-        role: "encoder" or "decoder" where the decoder's layers read what the encoder returns; else
-            "".
-    """
-
-    path: str
-    blocks: tuple[Block, ...]
+    path: str  # the container
+    blocks: tuple[Block, ...]  # its layers, in execution order
+    # "encoder" or "decoder" where the decoder's layers read what the encoder returns
     role: str = ""
 
     def __len__(self) -> int:
@@ -67,14 +55,9 @@ class Stack:
 
 @dataclass(frozen=True, slots=True)
 class Miss:
-    """A container that is no stack.
+    """A container that is not a stack."""
 
-    Attributes:
-        path: The container.
-        reason: Why not.
-    """
-
-    path: str
+    path: str  # the container
     reason: str
 
     def __str__(self) -> str:
@@ -82,15 +65,7 @@ class Miss:
 
 
 def find_stacks(model: nn.Module, found: Capture) -> tuple[list[Stack], list[Miss]]:
-    """Find the stacks of a model.
-
-    Args:
-        model: The model.
-        found: Its recorded forward pass.
-
-    Returns:
-        The stacks in execution order, and what nearly is one.
-    """
+    """Return the stacks of a model in execution order, and what nearly is one."""
     calls: dict[str, list[ModuleCall]] = {}
     for call in found.calls:
         calls.setdefault(call.path, []).append(call)
@@ -118,7 +93,7 @@ def _read(
     calls: dict[str, list[ModuleCall]],
     found: Capture,
 ) -> Stack | Miss | None:
-    """Return a container as a stack, why it is none, or None where it is nothing like one."""
+    """Return a container as a stack, why it is not one, or None where it is nothing like one."""
     children = [(f"{path}.{key}" if path else key, child) for key, child in module._modules.items()]
     if not children or any(child is None for _, child in children):
         return None
@@ -153,10 +128,10 @@ def _block(path: str, call: ModuleCall, found: Capture) -> Block | str:
         return "returns no tensor"
     out = call.outputs[0]
     inside = set(nodes)
-    alike = [node for _, node in call.inputs if shape_of(node) == shape_of(out)]
-    if not alike:
+    same_shape = [node for _, node in call.inputs if shape_of(node) == shape_of(out)]
+    if not same_shape:
         return f"returns a hidden state of another shape ({list(shape_of(out))}) than it takes"
-    source = next((node for node in alike if _reaches(node, out, inside)), None)
+    source = next((node for node in same_shape if _reaches(node, out, inside)), None)
     if source is None:
         return "has no residual path from its input to its output"
     return Block(path, source, out, nodes)
@@ -196,21 +171,18 @@ def _with_roles(stacks: list[Stack]) -> list[Stack]:
     if len(stacks) != 2:
         return stacks
     first, second = stacks
-    behind, todo = {first.blocks[-1].out}, [first.blocks[-1].out]
+    downstream, todo = {first.blocks[-1].out}, [first.blocks[-1].out]
     inside = {node for block in second.blocks for node in block.nodes}
     crossed = False
     while todo:
         for user in todo.pop().users:
             crossed |= user in inside
-            if user not in behind and user not in inside:
-                behind.add(user)
+            if user not in downstream and user not in inside:
+                downstream.add(user)
                 todo.append(user)
-    if not crossed or second.blocks[0].source in behind:
+    if not crossed or second.blocks[0].source in downstream:
         return stacks
     return [
         Stack(first.path, first.blocks, "encoder"),
         Stack(second.path, second.blocks, "decoder"),
     ]
-
-
-__all__ = ["Block", "Miss", "Stack", "find_stacks"]

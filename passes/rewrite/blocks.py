@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from torch import fx
 
 from moeify.errors import PassError
+from moeify.passes.infra.base import PlanContext
 from moeify.passes.infra.records import record_of
 from moeify.plan.layer_plan import LayerPlan, ResolvedPlan
 
@@ -40,13 +41,29 @@ def site_of(gm: fx.GraphModule, path: str) -> str:
 
 
 def layer_at(gm: fx.GraphModule, path: str, resolved: ResolvedPlan) -> LayerPlan:
-    """Return the layer plan of the block at `path`.
-
-    Raises:
-        PassError: The plan has no such layer.
-    """
+    """Return the layer plan of the block at `path`."""
     site = site_of(gm, path)
     for layer in resolved:
         if layer.name == site:
             return layer
     raise PassError(f"{path}: the plan has no layer for the site {site!r}")
+
+
+def replaced_parameters(resolved: ResolvedPlan) -> set[str]:
+    """Return the names of the dense parameters whose place the blocks take."""
+    sites = [layer.site for layer in resolved]
+    projections = [projection for site in sites for projection in (*site.up, site.down)]
+    names = {p.weight for p in projections} | {p.bias for p in projections if p.bias is not None}
+    return names.union(*(site.inner for site in sites))
+
+
+def spread_blocks(
+    gm: fx.GraphModule, ctx: PlanContext
+) -> Iterator[tuple[str, fx.GraphModule, LayerPlan]]:
+    """Yield (path, block, layer plan) of the blocks whose experts the plan spreads over ranks."""
+    if ctx.mesh is None or ctx.resolved is None:
+        return
+    for path, block in blocks_of(gm):
+        layer = layer_at(gm, path, ctx.resolved)
+        if ctx.mesh.layout.ep(layer.experts) > 1:
+            yield path, block, layer

@@ -1,4 +1,4 @@
-"""Which way the rows of a block travel: as the plan says, else as the cost model finds cheaper."""
+"""Which way the rows of a block travel: as the plan says, or as the cost model finds cheaper."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moeify.plan.layer_plan import LayerPlan
 from moeify.plan.specs import ParallelSpec
 
 TOKENS = 2048
-"""Tokens of a rank that are assumed at least: example inputs are often a sentence."""
+"""Assume at least this many tokens on a rank: example inputs are often one sentence."""
 
 
 def chosen_form(

@@ -1,4 +1,4 @@
-"""Reading an exchange from a block's graph: its layout, its rows, and the trips that they make.
+"""Reading an exchange from a block's graph: its layout, its rows, and their round trips.
 
 `Exchange` is what passes match before they rewrite one; `RoundTrip` is one way there and back, of
 which an exchange in pieces has several. A graph that has an exchange of another shape than these
@@ -16,44 +16,27 @@ from torch import fx
 
 from moeify.distributed import collectives, exchange
 from moeify.errors import PassError
-from moeify.passes.rewrite.exchange_nodes import ops
+from moeify.passes.rewrite.nodes import calls, ops
 
 
 @dataclass(frozen=True, slots=True)
 class RoundTrip:
-    """Rows that go to the ranks of their experts and return, in one all-to-all each way.
+    """Rows that go to the ranks of their experts and return, in one all-to-all each way."""
 
-    Attributes:
-        own_counts: Rows for each expert, [E].
-        send_counts: What is announced to each rank, [N, L + 1].
-        recv_counts: What each rank announced to this one, once waited for.
-        splits: Rows to and from each rank; `send_splits` and `recv_splits` are its two results.
-        send_splits: Rows to each rank.
-        recv_splits: Rows from each rank.
-        send_rows: The rows that leave.
-        recv_rows: The rows that came from all ranks, once waited for.
-        results: What the experts made of them, in the same order.
-        returned: The results of the rows that left, once waited for.
-    """
-
-    own_counts: fx.Node
-    send_counts: fx.Node
-    recv_counts: fx.Node
-    splits: fx.Node
+    own_counts: fx.Node  # rows for each expert, [E]
+    send_counts: fx.Node  # what is announced to each rank, [N, L + 1]
+    recv_counts: fx.Node  # what each rank announced to this one, once waited for
+    splits: fx.Node  # rows to and from each rank: its two results follow
     send_splits: fx.Node
     recv_splits: fx.Node
     send_rows: fx.Node
-    recv_rows: fx.Node
-    results: fx.Node
-    returned: fx.Node
+    recv_rows: fx.Node  # from all ranks, once waited for
+    results: fx.Node  # what the experts made of them, in the same order
+    returned: fx.Node  # the results of the rows that left, once waited for
 
     @classmethod
     def of(cls, own_counts: fx.Node, path: str) -> RoundTrip:
-        """Follow a round trip from the counts that it announces.
-
-        Raises:
-            PassError: It has another shape.
-        """
+        """Follow a round trip from the counts that it announces."""
         send_counts = _user(own_counts, exchange.send_counts, path)
         recv_counts = _arrived(send_counts, path)
         counts = _user(recv_counts, ops.check_counts, path)
@@ -76,7 +59,6 @@ class RoundTrip:
 
     @property
     def graph(self) -> fx.Graph:
-        """The graph that it is in."""
         return self.returned.graph
 
     @property
@@ -97,7 +79,7 @@ class RoundTrip:
         recv_rows: fx.Node,
         returned: fx.Node,
     ) -> None:
-        """Let other nodes carry the rows; what lies between arrival and `results` stays."""
+        """Let other nodes carry the rows; what is between arrival and `results` stays."""
         self.recv_counts.replace_all_uses_with(recv_counts)
         self.send_splits.replace_all_uses_with(send_splits)
         self.recv_rows.replace_all_uses_with(recv_rows)
@@ -107,32 +89,19 @@ class RoundTrip:
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """The exchange around a block's experts.
-
-    Attributes:
-        path: The block.
-        layout: The send layout of the routed rows, in `parts` equal parts.
-        part_counts: Rows for each expert in each part, [P, E].
-        capacity: Rows of each expert in one part of an even layout, or -1.
-        rows: The rows in that layout.
-        result: The tokens that become of them.
-    """
+    """The exchange around a block's experts."""
 
     path: str
-    layout: fx.Node
-    part_counts: fx.Node
-    capacity: fx.Node
-    rows: fx.Node
-    result: fx.Node
+    layout: fx.Node  # the send layout of the routed rows, in `parts` equal parts
+    part_counts: fx.Node  # rows for each expert in each part, [P, E]
+    capacity: fx.Node  # rows of each expert in one part of an even layout, or -1
+    rows: fx.Node  # in that layout
+    result: fx.Node  # the tokens that become of them
 
     @classmethod
     def find(cls, graph: fx.Graph, path: str) -> Exchange | None:
-        """Return the exchange in the graph of the block at `path`, or None if there is none.
-
-        Raises:
-            PassError: There is one, of another shape.
-        """
-        layouts = _calls(graph, ops.send_layout)
+        """Return the exchange in the graph of the block at `path`, or None if there is none."""
+        layouts = calls(graph, ops.send_layout)
         if not layouts:
             return None
         layout = _only(layouts, f"{path}: send layouts in the graph")
@@ -141,14 +110,13 @@ class Exchange:
             path=path,
             layout=layout,
             part_counts=_item(layout, 2, path),
-            capacity=_only(_calls(graph, exchange.send_capacity), f"{path}: send capacities"),
+            capacity=_only(calls(graph, exchange.send_capacity), f"{path}: send capacities"),
             rows=_user(order, ops.dispatch, path, at=1),
             result=_user(order, ops.combine, path, at=2),
         )
 
     @property
     def graph(self) -> fx.Graph:
-        """The graph that it is in."""
         return self.layout.graph
 
     @property
@@ -171,33 +139,25 @@ class Exchange:
     @property
     def coordinated(self) -> bool:
         """The ranks of a tensor group share out the rows."""
-        return bool(_calls(self.graph, collectives.share))
+        return bool(calls(self.graph, collectives.share))
 
     @property
     def staged(self) -> bool:
         """Rows travel in two stages."""
-        return bool(_calls(self.graph, exchange.staged_splits))
+        return bool(calls(self.graph, exchange.staged_splits))
 
     def trips(self) -> list[RoundTrip]:
-        """Return the trips that the rows make, one for each piece.
-
-        Raises:
-            PassError: They have another shape than one all-to-all each way.
-        """
+        """Return the round trips of the rows, one for each piece."""
         return [RoundTrip.of(counts, self.path) for counts in self.own_counts]
 
     def lay_out(self, parts: int) -> None:
-        """Lay the rows out in so many parts."""
+        """Lay the rows out in another number of parts."""
         self.layout.update_arg(3, parts)
         self.capacity.update_arg(1, parts)
 
     def refuse(self, reason: str) -> PassError:
         """Return the error of a pass that cannot rewrite this exchange."""
         return PassError(f"{self.path}: {reason}")
-
-
-def _calls(graph: fx.Graph, target: Callable[..., Any]) -> list[fx.Node]:
-    return list(graph.find_nodes(op="call_function", target=target))
 
 
 def _only(found: Sequence[fx.Node], what: str) -> fx.Node:

@@ -1,4 +1,4 @@
-"""How to see in a graph whether a fact of moeify's passes holds.
+"""Checks that tell whether a fact of moeify's passes holds for a graph.
 
 A check returns one sentence for each place where it does not. Where there is nothing to do (one
 process, a plan that asks for nothing), the fact holds.
@@ -6,25 +6,22 @@ process, a plan that asks for nothing), the fact holds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
-import torch
 from torch import fx
 
-from moeify.distributed import allgather, collectives, exchange
+from moeify.distributed import collectives, exchange
 from moeify.distributed.dtensor import is_sharded
-from moeify.distributed.mesh import World
-from moeify.kernels import all_to_all_layout as _wire  # noqa: F401  registers the op
-from moeify.kernels import combine as _combine  # noqa: F401  registers the op
-from moeify.kernels import dispatch as _dispatch  # noqa: F401  registers the op
 from moeify.nn.experts import Experts
 from moeify.passes.infra.base import Fact, PlanContext
 from moeify.passes.infra.records import record_of
 from moeify.passes.infra.verifier import Check
-from moeify.passes.rewrite.blocks import MOE_ROLE, ZERO, blocks_of, layer_at
-from moeify.plan.layer_plan import LayerPlan
+from moeify.passes.rewrite.blocks import MOE_ROLE, ZERO, blocks_of, spread_blocks
+from moeify.passes.rewrite.exchange_nodes import has_exchange
+from moeify.passes.rewrite.local_experts import LocalExperts
+from moeify.passes.rewrite.nodes import calls, ops
 
 __all__ = ["CHECKS"]
 
@@ -73,23 +70,13 @@ def _expert_calls(gm: fx.GraphModule, ctx: PlanContext) -> list[str]:
     ]
 
 
-def _spread(
-    gm: fx.GraphModule, ctx: PlanContext
-) -> Iterator[tuple[str, fx.GraphModule, LayerPlan, World]]:
-    """Yield the blocks whose experts the plan spreads over ranks."""
-    world = ctx.mesh
-    if world is None or ctx.resolved is None:
-        return
-    for path, block in blocks_of(gm):
-        layer = layer_at(gm, path, ctx.resolved)
-        if world.layout.ep(layer.experts) > 1:
-            yield path, block, layer, world
-
-
 def _sharded(gm: fx.GraphModule, ctx: PlanContext) -> list[str]:
+    world = ctx.mesh
+    if world is None:
+        return []
     return [
         f"{path}: experts.{name} is whole on each of {world.layout.ep(layer.experts)} ranks"
-        for path, block, layer, world in _spread(gm, ctx)
+        for path, block, layer in spread_blocks(gm, ctx)
         for name, parameter in block.get_submodule("experts").named_parameters()
         if not is_sharded(parameter)
     ]
@@ -98,8 +85,8 @@ def _sharded(gm: fx.GraphModule, ctx: PlanContext) -> list[str]:
 def _dispatched(gm: fx.GraphModule, ctx: PlanContext) -> list[str]:
     return [
         f"{path}: its tokens reach only the experts of this rank"
-        for path, block, *_ in _spread(gm, ctx)
-        if not _calls(block, collectives.all_to_all) and not _calls(block, allgather.gather)
+        for path, block, _ in spread_blocks(gm, ctx)
+        if not has_exchange(block.graph)
     ]
 
 
@@ -112,7 +99,7 @@ def _coordinated(gm: fx.GraphModule, ctx: PlanContext) -> list[str]:
     return [
         f"{path}: each of {world.layout.tensor} tensor ranks sends all rows that they share"
         for path, block in blocks_of(gm)
-        if _travels(block) and not _calls(block, collectives.share)
+        if _travels(block) and not calls(block.graph, collectives.share)
     ]
 
 
@@ -123,7 +110,7 @@ def _overlapped(gm: fx.GraphModule, ctx: PlanContext) -> list[str]:
     return [
         f"{path}: its rows travel in one piece, not in {pieces}"
         for path, block in blocks_of(gm)
-        if _travels(block) and not _calls(block, exchange.pieces)
+        if _travels(block) and not calls(block.graph, exchange.pieces)
     ]
 
 
@@ -138,27 +125,13 @@ def _lowered(gm: fx.GraphModule, ctx: PlanContext) -> list[str]:
         f"{path}: dispatch, experts and combine are three calls"
         for path, block in blocks_of(gm)
         for call in block.graph.find_nodes(op="call_module", target="experts")
-        if isinstance(block.get_submodule("experts"), Experts) and _is_fusible(call)
+        if isinstance(block.get_submodule("experts"), Experts) and LocalExperts.match(call)
     ]
-
-
-def _is_fusible(call: fx.Node) -> bool:
-    ops = torch.ops.moeify
-    rows, users = call.args[0], list(call.users)
-    if not isinstance(rows, fx.Node) or rows.target != ops.dispatch or len(rows.users) != 1:
-        return False
-    if len(users) != 1 or users[0].target != ops.combine or users[0].args[0] is not call:
-        return False
-    return rows.args[1:] == users[0].args[2:]
 
 
 def _travels(block: fx.GraphModule) -> bool:
     """Tell whether rows of a block go to other ranks, each to those of its own experts."""
-    return _calls(block, torch.ops.moeify.send_layout)
-
-
-def _calls(block: fx.GraphModule, target: object) -> bool:
-    return any(node.op == "call_function" and node.target == target for node in block.graph.nodes)
+    return bool(calls(block.graph, ops.send_layout))
 
 
 CHECKS: Final[Mapping[str, Check]] = MappingProxyType(

@@ -1,4 +1,4 @@
-"""Helpers for tests of passes, ours and yours.
+"""Helpers for tests of passes, moeify's and your own.
 
 A test file of a pass has four kinds of test: the graph before and after (`before_and_after` with a
 golden file), a graph on which it must do nothing (`assert_untouched`), a second run that finds
@@ -28,7 +28,7 @@ def run_pass(pass_: Pass, gm: GraphModule, ctx: PlanContext | None = None) -> Pa
         pass_: The pass.
         gm: The graph to run it on.
         ctx: Its context; None gives one that states the facts that the pass requires. Facts of
-            moeify are looked for in the graph, whatever is stated.
+            moeify are checked in the graph, whatever is stated.
 
     Returns:
         What the pass returned.
@@ -46,12 +46,12 @@ def before_and_after(
     ctx: PlanContext | None = None,
     show: Callable[[GraphModule], str] = print_graph,
 ) -> str:
-    """Run a pass that must find something to do, and print the graph before and after it.
+    """Run a pass that must find something to do, and return the graph before and after it.
 
     Args:
-        pass_: The pass.
+        pass_: The pass; it, `gm` and `ctx` are as for `run_pass`.
         gm: The graph to run it on.
-        ctx: Its context, as for `run_pass`.
+        ctx: Its context.
         show: Prints what the pass is about: one block of the graph, say.
 
     Returns:
@@ -68,16 +68,11 @@ def before_and_after(
 
 
 def assert_untouched(pass_: Pass, gm: GraphModule, ctx: PlanContext | None = None) -> None:
-    """Run a pass on a graph in which it must find nothing to do.
-
-    Args:
-        pass_: The pass.
-        gm: The graph to run it on.
-        ctx: Its context, as for `run_pass`.
+    """Run a pass, as `run_pass` does, on a graph in which it must find nothing to do.
 
     Raises:
-        AssertionError: The pass changed something. (That it changed something and kept quiet about
-            it is a `PassError` of the manager.)
+        AssertionError: The pass changed something. (A change that it does not report is a
+            `PassError` of the manager.)
     """
     before = print_graph(gm, numbers=False)
     result = run_pass(pass_, gm, ctx)
@@ -87,18 +82,13 @@ def assert_untouched(pass_: Pass, gm: GraphModule, ctx: PlanContext | None = Non
 
 
 def assert_idempotent(pass_: Pass, gm: GraphModule, ctx: PlanContext | None = None) -> GraphModule:
-    """Run a pass twice; the second time it must find nothing to do.
-
-    Args:
-        pass_: The pass.
-        gm: The graph to run it on.
-        ctx: Its context, as for `run_pass`.
+    """Run a pass twice, as `run_pass` does; the second time it must find nothing to do.
 
     Returns:
         The module after the pass.
 
     Raises:
-        AssertionError: The second run changed the graph or said so.
+        AssertionError: The second run changed the graph, or returned `modified=True`.
     """
     once: GraphModule = run_pass(pass_, gm, ctx).graph_module
     text = print_graph(once, numbers=False)
@@ -121,10 +111,10 @@ def assert_requires(pass_: Pass, fact: str, gm: GraphModule, ctx: PlanContext | 
         ctx: Its context; None states no fact.
 
     Returns:
-        The message of the refusal.
+        The message of the error.
 
     Raises:
-        AssertionError: The pass ran, or complained of something else.
+        AssertionError: The pass ran, or failed for another reason.
     """
     before = print_graph(gm)
     try:

@@ -191,7 +191,7 @@ def test_shares_of_the_branches(residual):
     torch.testing.assert_close(model[0](X), y)
 
 
-def test_a_coefficient_that_learned_is_told(caplog):
+def test_a_coefficient_that_learned_is_reported(caplog):
     model = convert(small(), residual="coefficient")
     with torch.no_grad():
         model[2].residual_mix.coefficient.bias[0] = 1.0
@@ -275,10 +275,10 @@ def test_copies_and_pickles_of_a_converted_model(tmp_path):
     model = small()
     before = state_of(model)
     convert(model, residual="coefficient")
-    twin = copy.deepcopy(model)
+    second = copy.deepcopy(model)
     torch.save(model, tmp_path / "model.pt")
     read = torch.load(tmp_path / "model.pt", weights_only=False)
-    for one in (twin, read, model):
+    for one in (second, read, model):
         same_state(mf.demoeify(one), before)
 
 

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 import moeify as mf
 from moeify.convert import pipeline
-from moeify.convert.pipeline import PIPELINE, Given, passes_for
+from moeify.convert.pipeline import PIPELINE, PassInputs, passes_for
 from moeify.distributed.layout import Layout
 from moeify.distributed.mesh import World
 from moeify.errors import PassOrderError
@@ -52,15 +52,15 @@ class Yours:
         return PassResult(gm, False)
 
 
-def given(world: World | None = None, *yours: Pass) -> Given:
+def inputs(world: World | None = None, *user_passes: Pass) -> PassInputs:
     model = nn.Sequential(nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)), nn.Tanh())
-    return Given(discover(model, torch.ones(6, 8)), world, yours=yours)
+    return PassInputs(discover(model, torch.ones(6, 8)), world, user_passes=user_passes)
 
 
-def in_world(*yours: Pass, **parallel: Any) -> list[Pass]:
+def in_world(*user_passes: Pass, **parallel: Any) -> list[Pass]:
     with fake_world(4, 2):
         plan = Plan.of({"layers": [{"select": "all", "experts": 4}], "parallel": parallel})
-        return passes_for(given(World.create(Layout.of(plan.parallel, 4)), *yours))
+        return passes_for(inputs(World.create(Layout.of(plan.parallel, 4)), *user_passes))
 
 
 def names(passes: list[Pass]) -> list[str]:
@@ -70,7 +70,7 @@ def names(passes: list[Pass]) -> list[str]:
 def test_the_order_is_the_one_that_is_listed():
     assert names(in_world(tensor=2, expert=2)) == ALL
     assert names(in_world(expert=2)) == [name for name in ALL if name != "slice-dense"]
-    assert names(passes_for(given())) == ONE
+    assert names(passes_for(inputs())) == ONE
     assert len(PIPELINE) == len(ALL) + 1  # the place of the user's
 
 
@@ -150,8 +150,8 @@ def test_a_disabled_pass_that_others_need(monkeypatch):
     assert type(model[0]) is nn.Sequential
 
 
-def test_given_is_what_passes_are_made_from():
-    made = given()
-    (find, _, lower) = passes_for(replace(made, yours=()))
+def test_passes_are_made_from_their_inputs():
+    made = inputs()
+    (find, _, lower) = passes_for(replace(made, user_passes=()))
     assert find.regions == made.discovery.regions
     assert lower.kernel == "auto"

@@ -15,7 +15,7 @@ import moeify as mf
 from moeify.convert.pipeline import prepare
 from moeify.errors import CheckpointError, MoeifyError, PlanError
 from moeify.init.from_checkpoints import averaged, sources_for
-from moeify.passes.replace_mlps import expert_weights
+from moeify.init.weights import expert_weights
 from moeify.plan.plan import Plan
 from moeify.sites.discovery import find_site
 

@@ -18,7 +18,8 @@ from moeify.errors import MoeifyError, PlanError, UnsupportedModuleError
 from moeify.init import split
 from moeify.init.calibration import mlp_inputs
 from moeify.init.split import balanced_clusters
-from moeify.passes.replace_mlps import build_block, expert_weights, router_weight
+from moeify.init.weights import expert_weights, router_weight
+from moeify.passes.rewrite.moe_block import build_block
 from moeify.plan.plan import Plan
 from moeify.sites.discovery import find_site
 
