@@ -73,8 +73,8 @@ def mlp_inputs(
             path, argument, channel = layer.site.name, "", -1
             if found is not None:
                 place = found.placement
-                path = place.module if place.install == "T1" else place.taps[0]
-                argument = place.argument if place.install == "T1" else ""
+                path = place.module if place.install == "module" else place.taps[0]
+                argument = place.argument if place.install == "module" else ""
                 channel = found.region.ups[0].channel
             hook = _keep(seen[layer.name], argument, channel)
             target = model.get_submodule(path)

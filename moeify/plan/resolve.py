@@ -103,7 +103,7 @@ def _linear_site(projection: Projection, position: int, like: Site | None, items
     return Site(
         name=projection.module or projection.weight,
         index=position,
-        install="T1",
+        install="module",
         reason="",
         d_in=projection.in_features,
         d_ff=0,

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-Install = Literal["T1", "T2", "refused"]
+Install = Literal["module", "across modules", "refused"]
+
+_INSTALL_TEXT = {"module": "module swapped", "across modules": "written across modules"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +36,12 @@ class Site:
     """One MLP: projections that share an input, elementwise ops, one projection back.
 
     Attributes:
-        name: Unique name: the path of the module that holds the MLP (T1), or of the smallest module
-            around it, or of its last projection where that is not unique (T2).
+        name: Unique name: the path of the module that holds the MLP, or (written across modules) of
+            the smallest module around it, or of its last projection where that is not unique.
         index: Position among the installable sites in execution order, from 0; -1 if refused
             and not blocked.
-        install: "T1" (swap one module), "T2" (tap and block), or "refused".
+        install: How it is replaced: "module" (one module is swapped), "across modules" (its first
+            projections are tapped, its last one becomes the block), or "refused".
         reason: Why it was refused; empty otherwise.
         d_in: Input width.
         d_ff: Hidden width (of one half, if gated).
@@ -77,5 +80,5 @@ class Site:
     def __str__(self) -> str:
         shape = f"{self.d_in} -> {self.d_ff} -> {self.d_out}"
         kind = f"{'gated ' if self.gated else ''}{self.activation}"
-        how = self.install if self.install != "refused" else f"refused: {self.reason}"
+        how = _INSTALL_TEXT.get(self.install, f"refused: {self.reason}")
         return f"{self.name}: {shape}, {kind}, {how}"

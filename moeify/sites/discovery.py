@@ -135,7 +135,7 @@ def find_mlps(model: nn.Module, example_inputs: ExampleInputs | None = None) -> 
         >>> nn = torch.nn
         >>> mlp = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
         >>> print(find_mlps(torch.nn.Sequential(mlp), torch.randn(2, 8))[0])
-        0: 8 -> 32 -> 8, gelu, T1
+        0: 8 -> 32 -> 8, gelu, module swapped
     """
     return list(discover(model, example_inputs).sites)
 
@@ -213,4 +213,4 @@ def block_path(site: FoundSite | None, layer: LayerPlan) -> str:
     if site is None:
         return layer.site.name
     placement = site.placement
-    return placement.module if placement.install == "T1" else placement.block
+    return placement.module if placement.install == "module" else placement.block

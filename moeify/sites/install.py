@@ -43,12 +43,12 @@ class Installer:
     def install(
         self, layer: LayerPlan, found: FoundSite | None, path: str, block: fx.GraphModule
     ) -> list[Swap]:
-        """Put one block in place: swap a module (T1), or tap its input (T2).
+        """Put one block in place: swap its module, or tap its input and swap its last projection.
 
         Raises:
             UnsupportedModuleError: The module does more than the plan knows of.
         """
-        if found is None or found.placement.install == "T1":
+        if found is None or found.placement.install == "module":
             return [self._swap(path, block, keep_hooks=found is not None)]
         region, placement = found.region, found.placement
         self._unfuse(placement.block)

@@ -29,7 +29,7 @@ class Verdict:
 
     Attributes:
         reason: Why it cannot be replaced, or "".
-        whole: Whether its whole module may be swapped (T1).
+        whole: Whether its whole module may be swapped.
     """
 
     reason: str = ""
@@ -75,7 +75,7 @@ class TrainingCheck:
         if _meaning(trained[0].program) != _meaning(region.program):
             return Verdict("between its projections it does something else in training mode")
         whole = self.placer.whole_module(trained)
-        return Verdict(whole=whole == placement or placement.install != "T1")
+        return Verdict(whole=whole == placement or placement.install != "module")
 
 
 def _meaning(program: InnerProgram) -> tuple[object, ...]:

@@ -1,10 +1,10 @@
 """How an MLP found in the graph can be replaced in the model.
 
-T1: one submodule's call is exactly the MLP: swap that submodule. What may follow inside it is a
+module: one submodule's call is exactly the MLP: swap that submodule. What may follow inside it is a
 dropout, which the block applies instead.
 
-T2: the MLP is written out in a larger module, or spread over several: its first projections
-become taps, which remember their input, and its last projection becomes the block.
+across modules: the MLP is written out in a larger module, or spread over several. Its first
+projections become taps, which remember their input, and its last projection becomes the block.
 
 Else the site is refused, with the reason.
 """
@@ -42,17 +42,17 @@ class Placement:
     """Where a site goes.
 
     Attributes:
-        install: "T1", "T2" or "refused".
+        install: "module", "across modules" or "refused".
         reason: Why it was refused, or "".
-        module: T1: the module to swap. T2: the smallest module around the MLP.
-        argument: T1: name of the module's argument, if it is called by keyword, or "".
-        taps: T2: the modules of the first projections, in order.
-        block: T2: the module of the last projection.
+        module: The module to swap; of an MLP across modules, the smallest one around it.
+        argument: Name of the swapped module's argument, if it is called by keyword, or "".
+        taps: Across modules: the modules of the first projections, in order.
+        block: Across modules: the module of the last projection.
         blocked: Refused for what the user can change: the state of its weights, or hooks.
-        tail_dropout: T1: probability of a dropout after the last projection, inside the module.
+        tail_dropout: Probability of a dropout after the last projection, inside the swapped module.
     """
 
-    install: Literal["T1", "T2", "refused"]
+    install: Literal["module", "across modules", "refused"]
     reason: str = ""
     module: str = ""
     argument: str = ""
@@ -105,10 +105,10 @@ class Placer:
             return Placement("refused", reason, module=place.module, blocked=True)
         return place
 
-    # -- T1
+    # -- one module
 
     def whole_module(self, regions: Sequence[Region]) -> Placement | None:
-        """Return the T1 placement of one MLP, given every run of it, or None."""
+        """Return where one MLP is a whole module, given every run of it, or None."""
         found = [self._whole_call(region) for region in regions]
         if any(one is None for one in found):
             return None
@@ -133,7 +133,7 @@ class Placer:
             if tail is None:
                 continue
             argument = name if isinstance(name, str) else ""
-            return Placement("T1", module=call.path, argument=argument, tail_dropout=tail)
+            return Placement("module", module=call.path, argument=argument, tail_dropout=tail)
         return None
 
     def _tail(self, call: ModuleCall, region: Region) -> float | None:
@@ -164,7 +164,7 @@ class Placer:
         own = {id(p) for p in module.parameters()}
         return own <= self._parameter_ids(region) and not any(True for _ in module.buffers())
 
-    # -- T2
+    # -- across modules
 
     def _tapped(self, regions: Sequence[Region]) -> Placement:
         around = self._around(regions)
@@ -186,7 +186,7 @@ class Placer:
         if reason:
             return Placement("refused", reason, module=around)
         block = taps.pop()
-        return Placement("T2", module=around, taps=tuple(taps), block=block)
+        return Placement("across modules", module=around, taps=tuple(taps), block=block)
 
     def _same(self, linear: Linear, region: Region) -> Linear:
         candidates = (*region.ups, region.down)
@@ -238,7 +238,7 @@ class Placer:
 
     def _customised(self, regions: Sequence[Region], place: Placement) -> str:
         """Return which module that would be lost has hooks or a patched forward, or ""."""
-        if place.install == "T1":
+        if place.install == "module":
             lost = {p for p in self.modules if p.startswith(f"{place.module}.")}
             patched = {place.module, *lost}
         else:

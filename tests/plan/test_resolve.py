@@ -30,7 +30,7 @@ def make_site(index: int, *, bias: bool = True, gated: bool = False, d_ff: int =
         f"{name}.down.weight", f"{name}.down.bias" if bias else None, f"{name}.down", False, d_ff, D
     )
     count = D * width + d_ff * D + (width + D if bias else 0)
-    return Site(name, index, "T1", "", D, d_ff, D, "gelu", gated, (up,), down, parameters=count)
+    return Site(name, index, "module", "", D, d_ff, D, "gelu", gated, (up,), down, parameters=count)
 
 
 def make_sites(count: int, **options: Any) -> list[Site]:

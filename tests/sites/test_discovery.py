@@ -50,8 +50,8 @@ def only(model: nn.Module, x: Tensor) -> Any:
 @pytest.mark.parametrize(
     ("how", "install", "reason"),
     [
-        ("", "T1", ""),
-        ("depth", "T2", ""),
+        ("", "module", ""),
+        ("depth", "across modules", ""),
         ("noise", "refused", "in training mode it is no such MLP"),
         ("other", "refused", "something else in training mode"),
         ("never", "refused", "something else in training mode"),
