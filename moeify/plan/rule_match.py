@@ -17,37 +17,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Universe:
-    """What a model offers to a plan.
+    """What a model offers to a plan, by name in execution order."""
 
-    Attributes:
-        mlps: Sites that can be converted, by name, in execution order.
-        linears: Linear layers as sites, by module path.
-        refused: Why the other sites cannot be converted, by name.
-        near: What nearly is an MLP, each with its reason.
-    """
-
-    mlps: Mapping[str, Site]
-    linears: Mapping[str, Site]
-    refused: Mapping[str, str]
-    near: Sequence[str] = ()
+    mlps: Mapping[str, Site]  # those that can be converted
+    linears: Mapping[str, Site]  # linear layers as sites, by module path
+    refused: Mapping[str, str]  # why the other sites cannot be converted
+    near: Sequence[str] = ()  # near misses, each with its reason
 
 
 def match_rule(
     plan: Plan, position: int, universe: Universe, selected: Collection[str]
 ) -> tuple[str, ...]:
-    """Finds what a rule selects.
+    """Return the names that the rule at `position` selects, in execution order, at least one.
 
-    Args:
-        plan: The plan.
-        position: Which of its rules.
-        universe: What the model offers.
-        selected: What earlier rules have selected, of this rule's kind of expert.
-
-    Returns:
-        Names in execution order, at least one.
+    `selected` is what earlier rules have selected of this rule's kind of expert.
 
     Raises:
-        PlanError: If nothing, or less than the rule names, is there.
+        PlanError: The model lacks some or all of what the rule names.
     """
     rule = plan.layers[position]
     here: Where = ("layers", position, "select")
@@ -120,15 +106,15 @@ def _miss(
     universe: Universe,
     expert: str,
 ) -> PlanError:
-    """Explains why a pattern matched nothing, by the nearest thing that it does match."""
+    """Explain why a pattern matched nothing, by the nearest thing that it does match."""
     if any(matches(pattern, name) for name in offered):
         reason = "matches only sites that no earlier rule selects; leave out `of: selected`"
     elif refused := [name for name in universe.refused if matches(pattern, name)]:
         reason = f"`{refused[0]}` cannot be converted: {universe.refused[refused[0]]}"
     elif expert == "mlp" and (hit := _first(pattern, universe.linears)):
-        reason = f"`{hit}` is a linear, not an MLP; say `expert: linear`"
+        reason = f"`{hit}` is a linear layer, not an MLP; use `expert: linear`"
     elif expert == "linear" and (hit := _first(pattern, universe.mlps)):
-        reason = f"`{hit}` is an MLP, not a linear; leave out `expert: linear`"
+        reason = f"`{hit}` is an MLP, not a linear layer; leave out `expert: linear`"
     else:
         reason = f"`{pattern}` matches nothing; {nearest(pattern, list(offered))}"
     return plan.fault(where, reason)

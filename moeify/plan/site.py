@@ -12,21 +12,12 @@ _INSTALL_TEXT = {"module": "module swapped", "across modules": "written across m
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """One linear map of a site.
+    """One linear map of a site."""
 
-    Attributes:
-        weight: Qualified name of the weight parameter.
-        bias: Qualified name of the bias parameter, or None.
-        module: Path of the module whose whole body is this projection, or None if it is inlined.
-        transposed: True if the weight is stored `[in, out]` (Conv1D) instead of `[out, in]`.
-        in_features: Input width.
-        out_features: Output width.
-    """
-
-    weight: str
+    weight: str  # qualified name of the parameter
     bias: str | None
-    module: str | None
-    transposed: bool
+    module: str | None  # path of the module whose whole body this is; None if it is inlined
+    transposed: bool  # the weight is stored `[in, out]` (Conv1D) instead of `[out, in]`
     in_features: int
     out_features: int
 

@@ -174,7 +174,7 @@ def test_presets_fit_any_depth(preset: str) -> None:
         (
             [{"select": {"name": "fc3"}, "experts": 2}],
             "layers[0].select.name",
-            "`fc3` is a linear, not an MLP; say `expert: linear`",
+            "`fc3` is a linear layer, not an MLP; use `expert: linear`",
         ),
         (
             [{"select": {"name": "*.1.mlp"}, "experts": 2, "expert": "linear"}],
