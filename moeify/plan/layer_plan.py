@@ -46,7 +46,7 @@ class LayerPlan:
         router: Routing, overrides applied and `combine` decided.
         init: Start, overrides applied.
         rule: Position of the last rule that selected it.
-        kernel: Which implementation runs the experts; "auto" leaves it to the pass that lowers them.
+        kernel: What runs the experts; "auto" leaves it to the pass that lowers them.
         folder: Where relative paths in `init` start; "" for the working directory.
     """
 

@@ -262,7 +262,7 @@ def test_where_layers_stand() -> None:
         ({"half": "first"}, "need positions"),
         ({"first": 3}, "selects 3 sites for 5"),
         ([{"select": "all"}], "1 rules for 5"),
-        ([7], "7 is no rule"),
+        ([7], "7 is not a rule"),
     ):
         with pytest.raises(PlanError, match=text):
             read(moe=pyramid, layers=layers)
@@ -529,7 +529,7 @@ def test_optimizers_and_schedules() -> None:
         ({}, {"num_experts": 0}, "MoE.num_experts"),
         ({}, {"num_experts": [1, 1]}, "no layer has more than one expert"),
         ({}, {"k": 1}, "MoE: `num_experts` is missing"),
-        ({}, None, "nothing says how many experts"),
+        ({}, None, "the number of experts is missing"),
         ({"expert_parallel": {"enabled": True}}, None, "`num_experts` is missing"),
         ({}, [], "empty list"),
         ({}, [MOE_8, 3], r"MoE\[1\]: 3 does not fit"),
