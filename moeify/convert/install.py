@@ -193,7 +193,7 @@ def _install(
     installer: Installer, layer: LayerPlan, found: FoundSite | None, block: fx.GraphModule
 ) -> ConvertedLayer:
     path = block_path(found, layer)
-    swaps = installer.install(layer, found, path, block)
+    swaps = installer.install(found, path, block)
     if found is None:
         return ConvertedLayer(layer, path, swaps)
     program = found.region.program

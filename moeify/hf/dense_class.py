@@ -1,4 +1,4 @@
-"""Which dense class of transformers, and which config of it, a converted model has."""
+"""Find the dense class of transformers, and its config, behind a converted model."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from moeify.errors import CheckpointError
 from moeify.hf.detect import is_hf
 
 KEY: Final = "moeify"
-"""Where a converted model's config holds the recipe."""
+"""Key of the recipe in a converted model's config."""
 
 DECOY: Final = "load-with-an-Auto-class-and-trust_remote_code.safetensors"
-"""A file that is not there, where a dense class looks for weights: its own would be random."""
+"""A missing file, named as the weights for dense classes, which would otherwise draw random ones."""
 
 _DECOY_KEY: Final = "transformers_weights"
 _MODULE: Final = re.compile(r"transformers\.models(?:\.[A-Za-z_][A-Za-z0-9_]*)+")
@@ -25,21 +25,17 @@ _CLASS: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def dense_class(model: nn.Module) -> type:
-    """Return the class of a model, without what a custom export or a sharding put before it."""
+    """Return a model's class without the subclasses that a custom export or sharding adds."""
     cls = next(c for c in type(model).__mro__ if not c.__module__.startswith("torch."))
     found = cls.__dict__.get("dense_class")
     return found if isinstance(found, type) else cls
 
 
 def own_class(cls: type, what: str) -> type:
-    """Check that a class is transformers' own, so that its name may stand in generated code.
-
-    Args:
-        cls: The class.
-        what: What it is, for the message.
+    """Return a class that is transformers' own, so that generated code may name it.
 
     Raises:
-        CheckpointError: It is not.
+        CheckpointError: It is not; the message calls it `what`.
     """
     module, name = str(cls.__module__), str(cls.__qualname__)
     if _MODULE.fullmatch(module) and _CLASS.fullmatch(name):
@@ -50,8 +46,8 @@ def own_class(cls: type, what: str) -> type:
         if found is cls:
             return cls
     raise CheckpointError(
-        f"{what} {module!r:.80}.{name!r:.80} is not of transformers, which alone can be named in a "
-        "Hugging Face folder: use moeify.save(model, directory) and moeify.load"
+        f"{what} {module!r:.80}.{name!r:.80} is not part of transformers, and a Hugging Face "
+        "folder can name only those: use moeify.save(model, directory) and moeify.load"
     )
 
 
@@ -74,7 +70,7 @@ def dense_config_class(cls: type) -> type:
 
 
 def become_dense(model: nn.Module) -> None:
-    """Give a model of a generated class, which was converted back, its dense class and config."""
+    """Restore the dense class and config of a model that was converted back."""
     dense = getattr(type(model), "dense_class", None)
     if not isinstance(dense, type):
         return
@@ -99,7 +95,7 @@ def dense_config(model: nn.Module) -> dict[str, Any]:
 
 
 def config_json(config: Any) -> str:
-    """Return all of a config, as its dense class would write it."""
+    """Return a config, defaults included, as its dense class would write it."""
     if not hasattr(config, "saved_as"):
         return str(config.to_json_string(use_diff=False))
     data = _dense_data(config, use_diff=False)
@@ -116,7 +112,7 @@ def _dense_data(config: Any, *, use_diff: bool) -> dict[str, Any]:
 
 
 def with_decoys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config's data in which dense classes, also of its parts, find no weights."""
+    """Return a config's data that points dense classes, also of its parts, to a missing file."""
     parts = {
         key: {**part, _DECOY_KEY: DECOY}
         for key, part in config.items()

@@ -344,7 +344,7 @@ def test_precisions_that_do_not_fit_are_noted() -> None:
         {**bf16, "communication_data_type": "bf16", "data_types": {"grad_accum_dtype": "fp32"}}
     )
     assert plan.zero.reduce == "same"
-    assert "added up" in noted(plan, "data_types.grad_accum_dtype")
+    assert "accumulated" in noted(plan, "data_types.grad_accum_dtype")
     assert "not scaled" in noted(read({"fp16": {"enabled": True}}), "fp16")
     off = read({"bf16": {"enabled": "auto"}})
     assert "taken as unset" in noted(off, "bf16.enabled")

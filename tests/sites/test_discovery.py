@@ -52,7 +52,7 @@ def only(model: nn.Module, x: Tensor) -> Any:
     [
         ("", "module", ""),
         ("depth", "across modules", ""),
-        ("noise", "refused", "in training mode it is no such MLP"),
+        ("noise", "refused", "in training mode it is not such an MLP"),
         ("other", "refused", "something else in training mode"),
         ("never", "refused", "something else in training mode"),
     ],
@@ -70,7 +70,7 @@ def test_names_and_order() -> None:
 
 
 def test_no_inputs_for_a_plain_module() -> None:
-    with pytest.raises(CaptureError, match=r"Sequential is no Hugging Face model: give example_in"):
+    with pytest.raises(CaptureError, match="Sequential is not a Hugging Face model: give exa"):
         discover(nn.Sequential(MLP()))
 
 
@@ -189,5 +189,5 @@ def test_inputs_that_cannot_be_made() -> None:
         def forward(self, molecule: Tensor) -> Tensor:
             return molecule
 
-    with pytest.raises(CaptureError, match=r"Odd takes 'molecule', which moeify cannot make up"):
+    with pytest.raises(CaptureError, match=r"Odd takes 'molecule', which moeify cannot make"):
         example_inputs_for(Odd())
