@@ -204,15 +204,3 @@ def _swap_in_fakes(
                     table[key] = fake(tensor)
     named = {id(fakes[key]): name for key, name in names.items() if key in fakes}
     return named, fake(args), fake(kwargs)
-
-
-__all__ = [
-    "Capture",
-    "ExampleInputs",
-    "ModuleCall",
-    "capture",
-    "preserved",
-    "record_fake",
-    "split_inputs",
-    "tensors_in",
-]

@@ -97,13 +97,13 @@ def _grouped_mm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     first = args[0]
     if first.dtype == torch.bfloat16 or not is_fake(first):
         return func(*args, **kwargs)
-    cast = [a.bfloat16() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
-    named = {
-        k: v.bfloat16() if isinstance(v, Tensor) and v.is_floating_point() else v
-        for k, v in kwargs.items()
-        if k != "out_dtype"
-    }
-    return func(*cast, **named).to(first.dtype)
+
+    def cast(value: Any) -> Any:
+        floats = isinstance(value, Tensor) and value.is_floating_point()
+        return value.bfloat16() if floats else value
+
+    named = {key: cast(value) for key, value in kwargs.items() if key != "out_dtype"}
+    return func(*map(cast, args), **named).to(first.dtype)
 
 
 def before_each_operator(callback: Callable[[Any, Any, Any], None]) -> Any:

@@ -16,9 +16,9 @@ from moeify.hf.detect import is_hf
 KEY: Final = "moeify"
 """Key of the recipe in a converted model's config."""
 
-DECOY: Final = "load-with-an-Auto-class-and-trust_remote_code.safetensors"
-"""A missing file, named as the weights for dense classes, which would otherwise draw random ones."""
-
+# A file that does not exist, named as the weights, so that dense classes fail instead of drawing
+# random ones.
+_DECOY: Final = "load-with-an-Auto-class-and-trust_remote_code.safetensors"
 _DECOY_KEY: Final = "transformers_weights"
 _MODULE: Final = re.compile(r"transformers\.models(?:\.[A-Za-z_][A-Za-z0-9_]*)+")
 _CLASS: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -114,11 +114,11 @@ def _dense_data(config: Any, *, use_diff: bool) -> dict[str, Any]:
 def with_decoys(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config's data that points dense classes, also of its parts, to a missing file."""
     parts = {
-        key: {**part, _DECOY_KEY: DECOY}
+        key: {**part, _DECOY_KEY: _DECOY}
         for key, part in config.items()
         if isinstance(part, dict) and "model_type" in part
     }
-    return {**config, **parts, _DECOY_KEY: DECOY}
+    return {**config, **parts, _DECOY_KEY: _DECOY}
 
 
 def without_decoys(config: Mapping[str, Any]) -> dict[str, Any]:

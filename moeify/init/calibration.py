@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from moeify import compat
-from moeify.capture.capture import ExampleInputs, split_inputs, tensors_in
+from moeify.capture.capture import ExampleInputs, split_inputs
 from moeify.capture.preserve import preserved
+from moeify.capture.torch_calls import tensors_in
 from moeify.errors import CaptureError
 from moeify.plan.layer_plan import LayerPlan
 from moeify.sites.discovery import Discovery, find_site

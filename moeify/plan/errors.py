@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
@@ -31,26 +31,26 @@ _ALLOWED = {
 }
 """What a field accepts, where the type that pydantic tried last is only part of the answer."""
 
-_TYPES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
-    "int_type": lambda ctx: "an integer",
-    "int_parsing_size": lambda ctx: "a smaller integer",
-    "float_type": lambda ctx: "a number",
-    "finite_number": lambda ctx: "a finite number",
-    "bool_type": lambda ctx: "true or false",
-    "string_type": lambda ctx: "a string",
-    "tuple_type": lambda ctx: "a list",
-    "model_type": lambda ctx: "a mapping",
-    "model_attributes_type": lambda ctx: "a mapping",
-    "dict_type": lambda ctx: "a mapping",
-    "greater_than_equal": lambda ctx: f"at least {ctx['ge']}",
-    "greater_than": lambda ctx: f"more than {ctx['gt']}",
-    "less_than_equal": lambda ctx: f"at most {ctx['le']}",
-    "less_than": lambda ctx: f"less than {ctx['lt']}",
-    "literal_error": lambda ctx: str(ctx["expected"]).replace("'", ""),
-    "too_short": lambda ctx: f"at least {ctx['min_length']} item",
-    "string_unicode": lambda ctx: "text without half of a surrogate pair",
-    "string_too_short": lambda ctx: "some text",
+_TYPES: Mapping[str, str] = {
+    "int_type": "an integer",
+    "int_parsing_size": "a smaller integer",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "a string",
+    "tuple_type": "a list",
+    **dict.fromkeys(("model_type", "model_attributes_type", "dict_type"), "a mapping"),
+    "greater_than_equal": "at least {ge}",
+    "greater_than": "more than {gt}",
+    "less_than_equal": "at most {le}",
+    "less_than": "less than {lt}",
+    "literal_error": "{expected}",
+    "too_short": "at least {min_length} item",
+    "string_unicode": "text without half of a surrogate pair",
+    "string_too_short": "some text",
 }
+"""What fits instead, by pydantic's error type, with the fields of its context."""
+
 _BOUNDS = frozenset(("less_than_equal", "too_short", "string_too_short", "string_unicode"))
 _BOOLEAN_WORDS = frozenset(("yes", "no", "on", "off", "y", "n"))
 _NUMBER_LIKE = re.compile(r"[-+]?(0x|0o)?[0-9][0-9_:.eE+-]*")
@@ -90,7 +90,9 @@ def _message(details: ErrorDetails, where: Where, known: Mapping[str, tuple[str,
         return f"is missing; it takes {_ALLOWED[dotted]}" if dotted in _ALLOWED else "is missing"
     if kind in ("extra_forbidden", "invalid_key"):
         return unknown(str(where[-1]), known.get(parent, ()), "key")
-    expected = _TYPES[kind](context) if kind in _TYPES else details["msg"]
+    expected = _TYPES[kind].format(**context) if kind in _TYPES else details["msg"]
+    if kind == "literal_error":
+        expected = expected.replace("'", "")
     # A violated bound is specific enough; a wrong type is reported with all accepted forms.
     if kind not in _BOUNDS and isinstance(where[-1] if where else None, str):
         expected = _ALLOWED.get(dotted, expected)

@@ -29,6 +29,7 @@ Lines: TypeAlias = Mapping[Where, int]
 """1-based line of every key and every list item."""
 
 MAX_BYTES: Final = 1 << 20
+_TOO_LONG: Final = "longer than 1 MiB; a plan is a few lines"
 MAX_DEPTH: Final = 32
 MAX_NODES: Final = 50_000
 
@@ -96,7 +97,7 @@ def read(path: str | os.PathLike[str]) -> str:
     except (OSError, ValueError) as error:
         raise PlanError(f"cannot be read: {error}", file=file) from error
     if len(raw) > MAX_BYTES:
-        raise PlanError("longer than 1 MiB; a plan is a few lines", file=file)
+        raise PlanError(_TOO_LONG, file=file)
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -112,7 +113,7 @@ def load(text: str, file: str | None = None) -> tuple[Any, Lines]:
     """
     builder = _Builder(file)
     if len(text) > MAX_BYTES:
-        raise PlanError("longer than 1 MiB; a plan is a few lines", file=file)
+        raise PlanError(_TOO_LONG, file=file)
     if file is not None and file.lower().endswith(".json"):
         _load_json(text, builder)
     else:

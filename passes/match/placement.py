@@ -18,7 +18,8 @@ from typing import Literal
 from torch import fx, nn
 
 from moeify import compat
-from moeify.capture.capture import Capture, ModuleCall
+from moeify.capture.capture import Capture
+from moeify.capture.recorder import ModuleCall
 from moeify.passes.infra.records import record_of
 from moeify.passes.match.dataflow import Linear
 from moeify.passes.match.mlp_regions import Region

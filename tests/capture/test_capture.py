@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from moeify.capture.capture import Capture, capture, preserved
+from moeify.capture.capture import Capture, capture
+from moeify.capture.preserve import preserved
 from moeify.errors import CaptureError
 from moeify.passes.infra.printer import print_graph
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moeify import find_mlps, moeify
-from moeify.capture.capture import tensors_in
+from moeify.capture.torch_calls import tensors_in
 from moeify.errors import CaptureError
 from moeify.hf.detect import example_inputs_for
 from moeify.sites.discovery import discover

@@ -304,10 +304,8 @@ def _parallel(
 
 
 def _build_yourself(top: Section) -> None:
-    for key, advice in (
-        ("optimizer", notes.optimizer_advice),
-        ("scheduler", notes.scheduler_advice),
-    ):
+    advices = {"optimizer": notes.optimizer_advice, "scheduler": notes.scheduler_advice}
+    for key, advice in advices.items():
         section = top.take(key, "mapping")
         if section:
             top.note(key, advice(section))
