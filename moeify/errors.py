@@ -49,7 +49,7 @@ class PassError(MoeifyError, RuntimeError):
 
 
 class PassOrderError(MoeifyError, ValueError):
-    """A fact that a pass requires does not hold, or the order that the facts require is circular."""
+    """A fact that a pass requires does not hold, or the required order is circular."""
 
 
 class VerificationError(MoeifyError, RuntimeError):

@@ -221,7 +221,7 @@ class Plan(Strict):
                 raise PlanError(
                     f"{value[:60]!r} is neither a preset nor a plan file; {guess(value, PRESETS)}"
                     f"presets: {', '.join(PRESETS)}; files end in {', '.join(_SUFFIXES)}; "
-                    "text goes through Plan.loads"
+                    "for text use Plan.loads"
                 )
             return cls.load(value)
         if isinstance(value, os.PathLike):

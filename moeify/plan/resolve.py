@@ -137,7 +137,7 @@ def _apply(
             if count is None:
                 raise plan.fault(
                     ("layers", position),
-                    f"say how many `experts`: no earlier rule selects `{name}`",
+                    f"state how many `experts`: no earlier rule selects `{name}`",
                 )
             choice = chosen[name] = _Choice(count, position, router=plan.router, init=plan.init)
         _override(choice, position, rule, count)

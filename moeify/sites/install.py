@@ -71,7 +71,7 @@ class Installer:
             for table in HOOK_TABLES:
                 new.__dict__[table] = original.__dict__[table]
         new.train(original.training)
-        for parent in list(self.model.modules()):  # a shared module stands in several places
+        for parent in list(self.model.modules()):  # a shared module has several parents
             for key, child in parent._modules.items():
                 if child is original:
                     parent._modules[key] = new

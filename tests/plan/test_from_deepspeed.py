@@ -222,7 +222,7 @@ def test_launch_arguments() -> None:
     assert kept.router.capacity_factor == 1.0
 
 
-def test_where_layers_stand() -> None:
+def test_positions_of_layers() -> None:
     for select, given in (
         ("all", "all"),
         ({"half": "second"}, {"half": "second"}),
@@ -425,7 +425,7 @@ def test_every_unmapped_key_is_noted_or_off(tables: Any, wrap: Any) -> None:
                 assert not any(f"{key}: " in note for note in notes), (key, value)
 
 
-def test_notes_are_warnings_and_no_part_of_the_plan(caplog: pytest.LogCaptureFixture) -> None:
+def test_notes_are_warnings_and_not_part_of_the_plan(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "moeify"):
         plan = read({"train_batch_size": 64, "gradient_clipping": 0.5, "amp": {"enabled": False}})
     assert len(plan.notes) == 2
@@ -568,7 +568,7 @@ def test_files_text_and_lines(tmp_path: Any) -> None:
         read(twice)
 
 
-def test_torch_stays_out() -> None:
+def test_torch_is_not_imported() -> None:
     code = (
         "import sys; from moeify.plan.plan import Plan;"
         "Plan.from_deepspeed({'optimizer': {'type': 'Adam'}}, moe={'num_experts': 8});"

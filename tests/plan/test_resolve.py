@@ -122,7 +122,7 @@ def test_of_selected_counts_over_earlier_rules() -> None:
         resolve([{"select": {"last": 2, "of": "selected"}, "experts": 2}])
 
 
-def test_dense_takes_sites_back() -> None:
+def test_dense_undoes_earlier_rules() -> None:
     rules: list[Any] = [
         {"select": "all", "experts": 4},
         {"select": {"first": 5}, "experts": "dense"},

@@ -159,7 +159,7 @@ def _without_prefix(section: Section) -> dict[str, Any]:
 
 
 def _offloads(section: Section, key: str, old: Sequence[str], stage: int) -> Where | None:
-    """Return where it is said that something is offloaded, if it is."""
+    """Return the place that asks for offloading, or None."""
     asked: Where | None = None
     for name in old:
         if section.take(name, "flag", False):

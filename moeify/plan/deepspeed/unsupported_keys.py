@@ -236,7 +236,7 @@ def optimizer_advice(section: Mapping[str, Any]) -> str:
     if name is None:
         return f"torch has no `{kind}`: give mf.optimizer(model, YourOptimizer, ...) a class for it"
     if word in ("adam", "adamw"):
-        # DeepSpeed's default is no decay, that of torch's AdamW 0.01.
+        # DeepSpeed does not decay by default, torch's AdamW does by 0.01.
         fixed = params.get("torch_adam") is True
         params = params if fixed else {"weight_decay": 0.0, **params}
     used = {key: params[key] for key in _OPTIONS if params.get(key, "auto") not in (None, "auto")}
