@@ -52,11 +52,7 @@ def own_class(cls: type, what: str) -> type:
 
 
 def dense_classes(model: nn.Module) -> tuple[type, type]:
-    """Return the model and config class of a Hugging Face model.
-
-    Raises:
-        CheckpointError: They are not transformers' own.
-    """
+    """Return the model and config class of a Hugging Face model, if they are transformers' own."""
     cls = own_class(dense_class(model), "the model's class")
     if not is_hf(model):
         raise CheckpointError(f"{cls.__name__} has no config: use moeify.save(model, directory)")
@@ -84,11 +80,7 @@ def become_dense(model: nn.Module) -> None:
 
 
 def dense_config(model: nn.Module) -> dict[str, Any]:
-    """Return the data of `config.json` of a model's dense class.
-
-    Raises:
-        CheckpointError: The classes are not transformers' own.
-    """
+    """Return the data of `config.json` of a model's dense class."""
     cls, config_class = dense_classes(model)
     data = _dense_data(model.config, use_diff=True)
     return data | {"model_type": config_class.model_type, "architectures": [cls.__name__]}  # type: ignore[attr-defined]

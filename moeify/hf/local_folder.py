@@ -39,11 +39,7 @@ _BESIDE = (
 
 
 def transformers_offline() -> Any:
-    """Import transformers with the network and its progress bars switched off.
-
-    Raises:
-        MoeifyError: It is not installed.
-    """
+    """Import transformers with the network and its progress bars switched off."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:

@@ -169,11 +169,7 @@ def _same(folder: CheckpointReader, one: str, other: str) -> bool:
 
 
 def renaming(model: nn.Module, where: str) -> Callable[[str], str]:
-    """Return the function from keys of the files to names of the model, as transformers has it.
-
-    Raises:
-        NeedsLoading: This version of transformers does not have it.
-    """
+    """Return the function from keys of the files to names of the model, as transformers has it."""
     if not hasattr(model, "base_model_prefix"):
         return lambda key: key
     try:

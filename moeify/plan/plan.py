@@ -275,15 +275,7 @@ class Plan(Strict):
         return hashlib.sha256(text.encode()).hexdigest()
 
     def fault(self, where: Where, message: str) -> PlanError:
-        """Make an error about a place in this plan.
-
-        Args:
-            where: Keys and positions, such as `("layers", 1, "select")`.
-            message: What is wrong and what would work.
-
-        Returns:
-            The error, with the plan's file and line if it came from one.
-        """
+        """Make an error about a place such as `("layers", 1, "select")`, with its file and line."""
         return PlanError(
             message,
             file=self._file,

@@ -16,14 +16,7 @@ from pydantic import AfterValidator, Discriminator, Field, Tag, ValidationError,
 from pydantic_core import PydanticCustomError
 
 from moeify.plan.errors import plan_error
-from moeify.plan.selection import (
-    LISTED,
-    MAX_INT,
-    Count,
-    Natural,
-    Strict,
-    require_exactly_one,
-)
+from moeify.plan.selection import LISTED, MAX_INT, Count, Natural, Strict, require_exactly_one
 
 
 def _share_or_count(value: Any) -> str:

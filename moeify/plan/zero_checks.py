@@ -12,11 +12,7 @@ log = logging.getLogger("moeify")
 
 
 def check_spec(plan: Plan) -> None:
-    """Check a plan's `zero:` against the rest of the plan.
-
-    Raises:
-        PlanError: They contradict each other.
-    """
+    """Raise a `PlanError` if a plan's `zero:` contradicts the rest of the plan."""
     zero, gradients = plan.zero, plan.parallel.gradients
     if zero.engine == "graph" and zero.stage < 2:
         raise plan.fault(("zero", "engine"), "`graph` partitions parameters: use stage 2 or 3")
@@ -35,11 +31,7 @@ def check_spec(plan: Plan) -> None:
 
 
 def check_process(plan: Plan, *, distributed: bool) -> None:
-    """Check a plan's `zero:` against a process, where `torch.distributed` runs or not.
-
-    Raises:
-        PlanError: It needs `torch.distributed`, which does not run.
-    """
+    """Raise a `PlanError` if a plan's `zero:` needs `torch.distributed`, which does not run."""
     zero = plan.zero
     if distributed:
         return
