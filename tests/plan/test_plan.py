@@ -80,7 +80,7 @@ def test_defaults() -> None:
         ("  - select: {index: []}\n", 5, "layers[1].select.index", ["at least 1 item"]),
         ("  - select: {index: [1, true]}\n", 5, "layers[1].select.index[1]", ["an integer"]),
         ("  - select: {name: [a, 1]}\n", 5, "layers[1].select.name[1]", ["a string"]),
-        ("  - select: {name: 're:('}\n", 5, "layers[1].select.name", ["no regular expression"]),
+        ("  - select: {name: 're:('}\n", 5, "layers[1].select.name", ["not a regular expression"]),
         ("  - experts: 1\n", 5, "layers[1].select", ["missing"]),
         ("  - 5\n", 5, "layers[1]", ["a mapping"]),
         ("  - select: all\n    experts: 010\n", 6, "layers[1].experts", ["'010' (a string)"]),

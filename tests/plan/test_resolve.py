@@ -130,7 +130,7 @@ def test_dense_undoes_earlier_rules() -> None:
     resolved = resolve(rules)
     assert [layer.site.index for layer in resolved] == [5]
     assert [site.index for site in resolved.dense_sites] == [0, 1, 2, 3, 4]
-    with pytest.raises(PlanError, match="nothing is left"):
+    with pytest.raises(PlanError, match="undoes all that the rules select"):
         resolve([*rules, {"select": "all", "experts": "dense"}])
 
 
