@@ -1,7 +1,6 @@
 """Typed errors: each says what is wrong, where, and what to do. Importable without torch.
 
-Exit codes of the command line: a `MoeifyError` is the user's to mend and exits with 1,
-a wrong command line exits with 2.
+On the command line a `MoeifyError` exits with 1, a wrong command line with 2.
 """
 
 from __future__ import annotations
@@ -12,10 +11,7 @@ class MoeifyError(Exception):
 
 
 class InputError(MoeifyError):
-    """What the user gave cannot be used; the message says all, and no graph would say more.
-
-    Raised while a pass runs, it is shown without the graph that the pass was at.
-    """
+    """What the user gave cannot be used; raised inside a pass, it is shown without the graph."""
 
 
 class PlanError(InputError, ValueError):
@@ -53,7 +49,7 @@ class PassError(MoeifyError, RuntimeError):
 
 
 class PassOrderError(MoeifyError, ValueError):
-    """A fact that a pass requires does not hold, or the facts ask for an order in a circle."""
+    """A fact that a pass requires does not hold, or the required order is circular."""
 
 
 class VerificationError(MoeifyError, RuntimeError):

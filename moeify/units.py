@@ -14,7 +14,7 @@ _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:([KMGT])(I?)B|B)?\s*", re.IGN
 
 
 def format_bytes(count: int) -> str:
-    """Return a number of bytes as people read it, in binary units.
+    """Return a number of bytes as text in binary units.
 
     Example:
         >>> format_bytes(512)
@@ -51,7 +51,9 @@ def parse_bytes(size: int | str, name: str) -> int:
         power = " KMGT".index((match[2] or " ").upper())
         size = int(float(match[1]) * base**power)
     if isinstance(size, str | bool) or size < 1:
-        raise ValueError(f'{name}: {size!r} is not a size; use bytes, or such as "5GB"')
+        raise ValueError(
+            f'{name}: {size!r} is not a size; use a number of bytes or text such as "5GB"'
+        )
     return size
 
 

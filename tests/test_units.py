@@ -41,7 +41,7 @@ def test_bytes_are_read(text, count):
 @pytest.mark.parametrize("text", ["", "5 apples", "-1", 0, -3, True, "0GB"])
 def test_what_is_not_a_size_is_refused(text):
     with pytest.raises(
-        ValueError, match=r"max_shard_size: .* is not a size; use bytes, or such as"
+        ValueError, match=r"max_shard_size: .* is not a size; use a number of bytes or text such as"
     ):
         parse_bytes(text, "max_shard_size")
 

@@ -28,7 +28,7 @@ class Case:
 
     build: Callable[[], nn.Module]
     sites: int = LAYERS
-    install: str = "T1"
+    install: str = "module"
     inputs: Callable[[], dict[str, Any]] | None = None
     near: str = ""
     trains_compiled: bool = True
@@ -203,18 +203,24 @@ ZOO: dict[str, Case] = {
     "phi3": Case(hf("Phi3Config", CAUSAL, **DECODER)),
     "glm4": Case(hf("Glm4Config", CAUSAL, **HEADS8)),
     "olmo2": Case(hf("Olmo2Config", CAUSAL, **DECODER)),
-    "opt": Case(hf("OPTConfig", CAUSAL, ffn_dim=48, word_embed_proj_dim=32, **FULL), install="T2"),
+    "opt": Case(
+        hf("OPTConfig", CAUSAL, ffn_dim=48, word_embed_proj_dim=32, **FULL),
+        install="across modules",
+    ),
     "gpt_neox": Case(hf("GPTNeoXConfig", CAUSAL, **FULL)),
     "gptj": Case(hf("GPTJConfig", CAUSAL, rotary_dim=4, **GPT)),
     "bloom": Case(
         hf("BloomConfig", CAUSAL, vocab_size=99, hidden_size=32, n_layer=LAYERS, n_head=4, **IDS),
-        install="T2",
+        install="across modules",
     ),
     "falcon": Case(hf("FalconConfig", CAUSAL, ffn_hidden_size=48, **FULL)),
-    "bert": Case(hf("BertConfig", MASKED, **ENCODER), install="T2", near=HEAD),
-    "roberta": Case(hf("RobertaConfig", MASKED, **ENCODER), install="T2", near=HEAD),
+    "bert": Case(hf("BertConfig", MASKED, **ENCODER), install="across modules", near=HEAD),
+    "roberta": Case(hf("RobertaConfig", MASKED, **ENCODER), install="across modules", near=HEAD),
     "albert": Case(
-        hf("AlbertConfig", MASKED, embedding_size=16, **ENCODER), 1, install="T2", near=HEAD
+        hf("AlbertConfig", MASKED, embedding_size=16, **ENCODER),
+        1,
+        install="across modules",
+        near=HEAD,
     ),
     "deberta_v2": Case(
         hf(
@@ -225,7 +231,7 @@ ZOO: dict[str, Case] = {
             position_buckets=8,
             **ENCODER,
         ),
-        install="T2",
+        install="across modules",
         near=HEAD,
     ),
     "distilbert": Case(
@@ -250,7 +256,7 @@ ZOO: dict[str, Case] = {
     "bart": Case(
         hf("BartConfig", SEQ2SEQ, max_position_embeddings=64, forced_eos_token_id=2, **SEQ),
         2 * LAYERS,
-        install="T2",
+        install="across modules",
     ),
     "whisper": Case(
         hf(
@@ -264,7 +270,7 @@ ZOO: dict[str, Case] = {
             **SEQ,
         ),
         2 * LAYERS,
-        install="T2",
+        install="across modules",
         near="mixes neighbouring positions",
     ),
     "vit": Case(hf("ViTConfig", IMAGES, **VISION)),
@@ -291,7 +297,7 @@ ZOO: dict[str, Case] = {
             patch_size=4,
             image_size=32,
         ),
-        install="T2",
+        install="across modules",
     ),
     "clip": Case(
         hf(
@@ -336,11 +342,13 @@ ZOO: dict[str, Case] = {
     "mixtral": Case(
         hf("MixtralConfig", CAUSAL, num_local_experts=4, num_experts_per_tok=2, **DECODER), 0
     ),
-    "nn.TransformerEncoder": Case(TorchEncoder, install="T2", inputs=lambda: {"input_ids": ids()}),
+    "nn.TransformerEncoder": Case(
+        TorchEncoder, install="across modules", inputs=lambda: {"input_ids": ids()}
+    ),
     "nn.Transformer": Case(
         TorchTransformer,
         2 * LAYERS,
-        install="T2",
+        install="across modules",
         inputs=lambda: {"input_ids": ids(), "target": ids(7)},
     ),
     "timm Mlp": Case(lambda: Vision(lambda: TimmMlp(32, 48, False)), inputs=pixels),

@@ -1,13 +1,13 @@
 """Record one forward pass of any model as a `torch.fx.Graph`.
 
-A `TorchFunctionMode` sees every torch call, module hooks say which module made it. The model is
-run once, in evaluation mode and without gradients, on fake tensors where it can (no weight is
-read, no memory is taken) and on the real ones otherwise. Afterwards the model is as before:
-parameters, buffers, attributes, training flags, hooks and the random state.
+A `TorchFunctionMode` sees every torch call, and module hooks tell which module made it. The model
+runs once, in evaluation mode and without gradients, on fake tensors where it can (no weight is
+read, no memory is taken) and on the real ones otherwise. Afterwards its parameters, buffers,
+attributes, training flags, hooks and the random state are as before.
 
 The recorded graph is flat: calls of torch functions and methods, `get_attr` for parameters and
 buffers, one placeholder per tensor of the inputs. Sizes that the model computed in Python are
-constants in it. It serves discovery; `moeify.export` gives the graph that runs at other sizes.
+constants in it. It serves discovery; `moeify.export` returns a graph that runs at other sizes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from moeify import compat
-from moeify.capture.leaked_fakes import Variables, forget
+from moeify.capture.leaked_fakes import Variables, remove_leaked
 from moeify.capture.preserve import preserved
 from moeify.capture.recorder import ModuleCall, Recorder
 from moeify.capture.torch_calls import Args, Kwargs, tensors_in
@@ -36,23 +36,14 @@ ExampleInputs = Mapping[str, Any] | Sequence[Any] | Tensor
 
 @dataclass(slots=True)
 class Capture:
-    """A recorded forward pass.
+    """A recorded forward pass."""
 
-    Attributes:
-        graph_module: The graph, with the model's own parameters behind its `get_attr` nodes.
-        nodes: The nodes that ran, in order (placeholders and `get_attr` excluded).
-        calls: Every module call, in order of entry.
-        mode: Whether fake or real tensors were used.
-        seconds: Time taken.
-        fallback: Why fake tensors could not be used, or "".
-    """
-
-    graph_module: fx.GraphModule
-    nodes: list[fx.Node]
-    calls: list[ModuleCall]
+    graph_module: fx.GraphModule  # its `get_attr` nodes refer to the model's own parameters
+    nodes: list[fx.Node]  # those that ran, in order (placeholders and `get_attr` excluded)
+    calls: list[ModuleCall]  # in order of entry
     mode: Literal["fake", "real"]
     seconds: float
-    fallback: str = ""
+    fallback: str = ""  # why fake tensors could not be used
 
     def chain(self, node: fx.Node) -> list[ModuleCall]:
         """Return the module calls around `node`, innermost first."""
@@ -65,19 +56,11 @@ class Capture:
 
 
 def capture(model: nn.Module, example_inputs: ExampleInputs, *, training: bool = False) -> Capture:
-    """Run `model` once and record what it does.
-
-    Args:
-        model: Any module. Nothing in it is changed; on `meta` it needs no memory.
-        example_inputs: Keyword arguments (a mapping), positional ones (a sequence) or one tensor.
-        training: Run it in training mode, and on fake tensors only.
-
-    Returns:
-        The recorded graph with its module calls.
+    """Run `model` once, unchanged, and record what it does; in training mode on fake tensors only.
 
     Raises:
         CaptureError: The forward pass fails on these inputs, with fake and with real tensors, or
-            the model left a fake tensor in a place that cannot be set back.
+            the model left a fake tensor in a place that cannot be restored.
     """
     started = time.perf_counter()
     args, kwargs = split_inputs(example_inputs)
@@ -107,15 +90,15 @@ def capture(model: nn.Module, example_inputs: ExampleInputs, *, training: bool =
 def record_fake(
     model: nn.Module, args: Args, kwargs: Kwargs, training: bool
 ) -> tuple[tuple[fx.GraphModule, Recorder] | None, str]:
-    """Record on fake tensors and leave none of them behind; or return None and why not."""
-    made: list[weakref.ref[Tensor]] = []
+    """Record on fake tensors and leave none of them behind; or return None and the reason."""
+    fakes: list[weakref.ref[Tensor]] = []
     variables = Variables(model)
     found, reason = None, ""
     try:
-        found = _record(model, args, kwargs, training, made)
+        found = _record(model, args, kwargs, training, fakes)
     except Exception as error:  # a model may raise anything
         reason = f"{type(error).__name__}: {_first_line(error)}"
-    forget(made, variables)
+    remove_leaked(fakes, variables)
     return found, reason
 
 
@@ -167,7 +150,7 @@ def _record(
     training: bool,
     fakes: list[weakref.ref[Tensor]] | None,
 ) -> tuple[fx.GraphModule, Recorder]:
-    """Run the model under a recorder; on fake tensors if `fakes` is a list to note them in."""
+    """Run the model under a recorder; on fake tensors if `fakes` is a list to collect them in."""
     names = {id(t): n for n, t in model.named_parameters()}
     names |= {id(t): n for n, t in model.named_buffers() if id(t) not in names}
     with ExitStack() as stack:
@@ -176,7 +159,7 @@ def _record(
         mode: Any = None
         if fakes is not None:
             if any(True for script in scripts for _ in script.parameters()):
-                raise RuntimeError("TorchScript modules keep their weights to themselves")
+                raise RuntimeError("weights of TorchScript modules cannot be replaced by fakes")
             mode = compat.fake_mode()
             names, args, kwargs = _swap_in_fakes(model, names, args, kwargs, mode)
         for script in scripts:
@@ -189,7 +172,7 @@ def _record(
         stack.enter_context(torch.no_grad())
         if mode is not None:
             stack.enter_context(mode)
-            stack.enter_context(compat.watching())  # above the fakes, to see all
+            stack.enter_context(compat.exposed_operators())  # above the fakes, to see all
         with recorder:
             outputs = model(*args, **kwargs)
             recorder.outputs = list(tensors_in(outputs))
@@ -200,16 +183,13 @@ def _swap_in_fakes(
     model: nn.Module, names: dict[int, str], args: Args, kwargs: Kwargs, mode: Any
 ) -> tuple[dict[int, str], Args, Kwargs]:
     """Replace parameters and buffers by fakes, in the modules' own tables (restored later)."""
-    twins: dict[int, Tensor] = {}
-
-    def twin(tensor: Tensor) -> Tensor:
-        if id(tensor) not in twins:
-            twins[id(tensor)] = compat.fake_like(mode, tensor)
-        return twins[id(tensor)]
+    fakes: dict[int, Tensor] = {}
 
     def fake(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return twin(value)
+            if id(value) not in fakes:
+                fakes[id(value)] = compat.fake_like(mode, value)
+            return fakes[id(value)]
         if type(value) in (list, tuple):
             return type(value)(fake(part) for part in value)
         if isinstance(value, dict):
@@ -221,18 +201,6 @@ def _swap_in_fakes(
         for table in tables:
             for key, tensor in table.items():
                 if tensor is not None:
-                    table[key] = twin(tensor)
-    named = {id(twins[key]): name for key, name in names.items() if key in twins}
+                    table[key] = fake(tensor)
+    named = {id(fakes[key]): name for key, name in names.items() if key in fakes}
     return named, fake(args), fake(kwargs)
-
-
-__all__ = [
-    "Capture",
-    "ExampleInputs",
-    "ModuleCall",
-    "capture",
-    "preserved",
-    "record_fake",
-    "split_inputs",
-    "tensors_in",
-]

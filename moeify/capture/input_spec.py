@@ -17,7 +17,7 @@ MAX_ELEMENTS: Final = 1 << 28
 
 
 def describe_inputs(value: Any) -> Any:
-    """Return JSON-able data that describes nested inputs; values of tensors are not kept."""
+    """Return JSON-able data that describes nested inputs, without the values of tensors."""
     if isinstance(value, Tensor):
         return {"tensor": {"shape": list(value.shape), "dtype": dtype_name(value.dtype)}}
     if isinstance(value, Mapping):
@@ -30,7 +30,7 @@ def describe_inputs(value: Any) -> Any:
 
 
 def make_inputs(description: Any) -> Any:
-    """Return inputs of a described form, filled with zeros (ones for masks of int64 or bool).
+    """Return inputs of a described form, filled with zeros (masks with ones).
 
     Raises:
         ValueError: The description holds something that cannot be made.
@@ -74,7 +74,7 @@ def check_description(description: Any) -> None:
         shape = content["shape"]
         dtype_from_name(str(content["dtype"]))
         if not all(type(n) is int and n >= 0 for n in shape) or math.prod(shape) > MAX_ELEMENTS:
-            raise ValueError(f"{shape!r:.80} is no shape for an example")
+            raise ValueError(f"{shape!r:.80} is not a shape for an example")
     elif kind == "dict":
         for part in dict(content).values():
             check_description(part)

@@ -1,8 +1,8 @@
-"""Fake tensors that a model put away outside itself: in a global cache, an `lru_cache`, a variable.
+"""Leaked fake tensors: those that a model stored in a global cache, an `lru_cache` or a variable.
 
-Left there, they would poison its next real run. Entries of caches are removed, so that they are
-computed anew, and variables get back what they held before the run. What was in any other place is
-not known, so the model is refused, and the place is named.
+Left there, they would break its next real run. Entries of caches are removed, so that they are
+computed again, and variables are set back to what they held before the run. What any other place
+held is not known, so the model is refused with an error that names the place.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from moeify.errors import CaptureError
 
 log = logging.getLogger("moeify")
-_LEVELS = 4
+_LEVELS = 4  # tuples inside tuples that are searched
 _NOT_SEARCHED = frozenset(("builtins", "torch"))
 
 
 class Variables:
-    """The global variables and class attributes that a model can reach, as they are now.
+    """The present values of a model's global variables and class attributes.
 
     Those of its classes, and of all modules in the packages that these classes come from.
     """
@@ -42,15 +42,11 @@ class Variables:
         ]
         self._former = [(owner, dict(vars(owner))) for owner in owners]
 
-    def restore(self, wanted: set[int]) -> int:
-        """Give variables back what they held; return how many.
-
-        Args:
-            wanted: Ids of the objects that no variable should hold.
-        """
+    def restore(self, leaked: set[int]) -> int:
+        """Set back the variables that hold objects of these ids; return how many."""
         restored = 0
         for owner, former in self._former:
-            for name in [name for name, now in vars(owner).items() if id(now) in wanted]:
+            for name in [name for name, now in vars(owner).items() if id(now) in leaked]:
                 if name in former:
                     setattr(owner, name, former[name])
                 else:
@@ -63,29 +59,22 @@ def _package(module: str) -> str:
     return module.partition(".")[0]
 
 
-def forget(references: Sequence[weakref.ref[Tensor]], variables: Variables) -> int:
-    """Remove from caches and variables what is still alive of `references`.
-
-    Args:
-        references: Tensors that nobody should hold any more.
-        variables: As they were before the run that made these tensors.
-
-    Returns:
-        How many places held one.
+def remove_leaked(references: Sequence[weakref.ref[Tensor]], variables: Variables) -> None:
+    """Remove the tensors that are still alive from caches, and from `variables` of before the run.
 
     Raises:
-        CaptureError: A place holds one whose former content is not known.
+        CaptureError: Another place holds one, and what it held before is not known.
     """
     if not _alive(references):
-        return 0
+        return
     gc.collect()
     alive = _alive(references)
     removed, seen = 0, {id(alive)}
     for _ in range(_LEVELS):
         if not alive:
             break
-        wanted = {id(value) for value in alive}
-        removed += variables.restore(wanted)
+        leaked = {id(value) for value in alive}
+        removed += variables.restore(leaked)
         above: list[Any] = []
         for holder in gc.get_referrers(*alive):
             if id(holder) in seen:
@@ -94,12 +83,11 @@ def forget(references: Sequence[weakref.ref[Tensor]], variables: Variables) -> i
             if type(holder) is tuple:
                 above.append(holder)
             else:
-                removed += _remove(holder, wanted)
+                removed += _remove(holder, leaked)
         seen.add(id(above))
         alive = above
     if removed:
         log.debug("%d caches and variables held fake tensors and were reset", removed)
-    return removed
 
 
 def _alive(references: Sequence[weakref.ref[Tensor]]) -> list[Any]:
@@ -107,13 +95,13 @@ def _alive(references: Sequence[weakref.ref[Tensor]]) -> list[Any]:
     return [tensor for tensor in found if tensor is not None]
 
 
-def _remove(holder: Any, wanted: set[int]) -> int:
-    """Remove objects from a cache; return how many entries that were."""
+def _remove(holder: Any, leaked: set[int]) -> int:
+    """Remove objects from a cache; return the number of entries removed."""
     if isinstance(holder, functools._lru_cache_wrapper):
         holder.cache_clear()
         return 1
     if isinstance(holder, list):
-        kept = [value for value in holder if id(value) not in wanted]
+        kept = [value for value in holder if id(value) not in leaked]
         removed = len(holder) - len(kept)
         holder[:] = kept
         return removed
@@ -123,7 +111,7 @@ def _remove(holder: Any, wanted: set[int]) -> int:
             raise _refusal(name)
     if not isinstance(holder, dict):
         return 0
-    keys = [key for key, value in holder.items() if id(value) in wanted]
+    keys = [key for key, value in holder.items() if id(value) in leaked]
     if keys and ("__name__" in holder or "__module__" in holder):  # a module's or a class's own
         raise _refusal(f"`{keys[0]}` of {holder.get('__name__', holder.get('__module__'))}")
     for key in keys:
@@ -132,7 +120,7 @@ def _remove(holder: Any, wanted: set[int]) -> int:
 
 
 def _names_of(cell: CellType) -> Iterator[str]:
-    """Name the variables of functions that a cell is; none if it dies with a call that ended."""
+    """Name the closure variables that use a cell; none if it belonged to a call that ended."""
     for closure in gc.get_referrers(cell):
         if type(closure) is not tuple:
             continue
@@ -144,7 +132,7 @@ def _names_of(cell: CellType) -> Iterator[str]:
 
 def _refusal(place: str) -> CaptureError:
     return CaptureError(
-        f"the model keeps a tensor of its forward pass in {place}, which holds one without values "
-        "now, from a trial run: set it back, and run the model once before you convert it, so that "
-        "it is filled already"
+        f"the model keeps a tensor of its forward pass in {place}, which now holds a fake one "
+        "without values from a trial run: reset it, and run the model once before you convert it, "
+        "so that it is already filled"
     )

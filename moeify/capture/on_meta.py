@@ -1,4 +1,4 @@
-"""Build modules whose parameters lie on `meta`, and leave every random state alone."""
+"""Build modules with parameters on `meta`, and leave every random state unchanged."""
 
 from __future__ import annotations
 
@@ -16,19 +16,18 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Send every parameter that this thread registers to meta, where filling it costs nothing."""
+    """Move every parameter that this thread registers to meta, where filling it costs nothing."""
     thread = threading.get_ident()
-    twins: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+    replaced: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # keeps ids unique
 
     def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
         if parameter is None or parameter.is_meta or threading.get_ident() != thread:
             return parameter
-        if id(parameter) not in twins:
-            twin = nn.Parameter(
-                torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad
-            )
-            twins[id(parameter)] = parameter, twin
-        return twins[id(parameter)][1]
+        if id(parameter) not in replaced:
+            empty = torch.empty_like(parameter, device="meta")
+            on_meta = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+            replaced[id(parameter)] = parameter, on_meta
+        return replaced[id(parameter)][1]
 
     handle = register_module_parameter_registration_hook(register)
     try:
@@ -39,7 +38,7 @@ def parameters_on_meta() -> Iterator[None]:
 
 @contextmanager
 def default_device_cpu() -> Iterator[None]:
-    """Make new tensors on the CPU, whatever `torch.set_default_device` says."""
+    """Make new tensors on the CPU, whatever `torch.set_default_device` chose."""
     if torch.get_default_device().type == "cpu":
         yield
     else:
@@ -50,13 +49,17 @@ def default_device_cpu() -> Iterator[None]:
 @contextmanager
 def quiet_random_state() -> Iterator[None]:
     """Leave every random state as it was."""
+    rng, python_rng = torch.get_rng_state(), random.getstate()
     numpy = sys.modules.get("numpy")
-    python_state = random.getstate()
-    numpy_state = None if numpy is None else numpy.random.get_state()
+    numpy_rng = numpy.random.get_state() if numpy is not None else None
+    on_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    cuda_rng = torch.cuda.get_rng_state_all() if on_cuda else None
     try:
-        with torch.random.fork_rng(devices=[]):
-            yield
+        yield
     finally:
-        random.setstate(python_state)
+        torch.set_rng_state(rng)
+        random.setstate(python_rng)
         if numpy is not None:
-            numpy.random.set_state(numpy_state)
+            numpy.random.set_state(numpy_rng)
+        if cuda_rng is not None:
+            torch.cuda.set_rng_state_all(cuda_rng)

@@ -1,16 +1,14 @@
-"""Running a model without a trace: afterwards it is what it was before.
+"""Run a model so that afterwards it is what it was before.
 
-Put back are the attributes and containers of every module, and of the plain objects and containers
-they hold; values that were written in place (copied the moment before they are first written, so
-that nothing is copied where nothing is written); and the random states.
+Restored are the attributes and containers of every module, and of the plain objects and containers
+they hold; values that were written in place (copied just before they are first written, so that
+nothing is copied where nothing is written); and the random states.
 """
 
 from __future__ import annotations
 
-import random
-import sys
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
@@ -19,26 +17,27 @@ import torch
 from torch import Tensor, nn
 
 from moeify import compat
+from moeify.capture.on_meta import quiet_random_state
 
 _CONTAINERS = (dict, OrderedDict, list, set, deque)
+_LIBRARIES = ("torch", "builtins", "numpy", "functools", "logging", "threading")
 _DEPTH = 6
 
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Put back every attribute, container, tensor and random state of the model afterwards."""
+    """Restore every attribute, container and tensor of the model, and random states, afterwards."""
     state = _State(model)
-    restore_random = _random_states()
-    try:
-        with compat.watching(before_write=state.before_write):
-            yield
-    finally:
-        state.restore()
-        restore_random()
+    with quiet_random_state():
+        try:
+            with compat.exposed_operators(before_write=state.before_write):
+                yield
+        finally:
+            state.restore()
 
 
 class _State:
-    """What a model and the objects it holds looked like."""
+    """The state of a model and of the objects it holds."""
 
     def __init__(self, model: nn.Module) -> None:
         self._seen: set[int] = set()
@@ -93,7 +92,7 @@ class _State:
             self._object(grad, 0)
 
     def before_write(self, written: Tensor) -> None:
-        """Copy the memory behind a tensor that is about to be written, if it is the model's."""
+        """Copy the memory of a tensor that is about to be written, if it is the model's."""
         storage = compat.storage_of(written)
         if storage is None or compat.storage_id(storage) in self._copies:
             return
@@ -124,34 +123,8 @@ class _State:
 
 
 def _is_plain_object(value: object) -> bool:
-    """Tell whether a value is an object of the user's, whose attributes are state."""
+    """Tell whether a value is an object of a user's class, whose attributes are state."""
     if isinstance(value, type | ModuleType | FunctionType | MethodType):
         return False
-    home = type(value).__module__.partition(".")[0]
-    return isinstance(getattr(value, "__dict__", None), dict) and home not in (
-        "torch",
-        "builtins",
-        "numpy",
-        "functools",
-        "logging",
-        "threading",
-    )
-
-
-def _random_states() -> Callable[[], None]:
-    """Return a function that puts the present random states back."""
-    rng, python_rng = torch.get_rng_state(), random.getstate()
-    numpy = sys.modules.get("numpy")
-    numpy_rng = numpy.random.get_state() if numpy is not None else None
-    on_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    cuda_rng = torch.cuda.get_rng_state_all() if on_cuda else None
-
-    def restore() -> None:
-        torch.set_rng_state(rng)
-        random.setstate(python_rng)
-        if numpy is not None:
-            numpy.random.set_state(numpy_rng)
-        if cuda_rng is not None:
-            torch.cuda.set_rng_state_all(cuda_rng)
-
-    return restore
+    package = type(value).__module__.partition(".")[0]
+    return isinstance(getattr(value, "__dict__", None), dict) and package not in _LIBRARIES

@@ -1,4 +1,4 @@
-"""Writing down what a model does while it runs.
+"""Record what a model does while it runs.
 
 The recorder is a `TorchFunctionMode`, so that it sees every torch call that Python makes. What runs
 without Python (TorchScript, C++ extensions) reaches it through a dispatch mode, operator by
@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import FunctionType, MethodType
 from typing import Any
@@ -35,46 +35,39 @@ from moeify.units import dtype_name
 
 @dataclass(slots=True)
 class ModuleCall:
-    """One call of one module.
+    """One call of one module, without the user's own hooks on it.
 
-    Attributes:
-        path: The module's path; `""` is the model.
-        index: Position in `Capture.calls`.
-        parent: Index of the calling module's call, or -1.
-        start, end: The nodes `Capture.nodes[start:end]` ran inside this call, hooks left out.
-        inputs: The tensor arguments: (position or keyword, node), after its forward pre-hooks.
-        others: Number of further arguments, None included.
-        outputs: The nodes returned, before its forward hooks.
-        single: True if the call returned one bare tensor.
+    The nodes `Capture.nodes[start:end]` ran inside; `inputs` are its tensor arguments as
+    (position or keyword, node).
     """
 
-    path: str
-    index: int
-    parent: int
+    path: str  # "" is the model
+    index: int  # in `Capture.calls`
+    parent: int  # index of the calling module's call, or -1
     start: int
     end: int = -1
     inputs: list[tuple[int | str, fx.Node]] = field(default_factory=list)
-    others: int = 0
+    others: int = 0  # number of further arguments, None included
     outputs: list[fx.Node] = field(default_factory=list)
-    single: bool = False
+    single: bool = False  # the call returned one bare tensor
 
     @property
     def plain(self) -> bool:
-        """Whether it took one tensor, nothing else, and returned one."""
+        """Whether the call took one tensor, nothing else, and returned one."""
         return len(self.inputs) == 1 and not self.others and self.single
 
 
 class Recorder(TorchFunctionMode):
-    """Writes the graph while the model runs."""
+    """Write the graph while the model runs; `fakes` collects the fake tensors that it sees."""
 
     def __init__(
         self,
         model: nn.Module,
         names: dict[int, str],
-        seen: list[weakref.ref[Tensor]] | None = None,
+        fakes: list[weakref.ref[Tensor]] | None = None,
     ) -> None:
         super().__init__()
-        self.model, self.names, self.seen = model, names, seen
+        self.model, self.names, self.fakes = model, names, fakes
         self.graph = fx.Graph()
         self.nodes: list[fx.Node] = []
         self.calls: list[ModuleCall] = []
@@ -84,13 +77,12 @@ class Recorder(TorchFunctionMode):
         self._made: dict[int, fx.Node] = {}
         self._memory: dict[tuple[Any, ...], fx.Node] = {}
         self._kept: list[object] = []  # ids are only unique among the living
-        self._counts: dict[str, int] = {}
         self._head: fx.Node | None = None
 
     # -- tensors and nodes
 
     def node_of(self, tensor: Tensor) -> fx.Node:
-        """Return the node that made `tensor`; a new source node where nothing did."""
+        """Return the node that made `tensor`; a new `get_attr` or placeholder if none did."""
         found = self._made.get(id(tensor))
         if found is not None:
             return found
@@ -110,7 +102,7 @@ class Recorder(TorchFunctionMode):
         self, op: str, target: str, tensor: Tensor, params: tuple[ParamRef, ...]
     ) -> fx.Node:
         place = self._head
-        with self.graph.inserting_after(place) if place is not None else _nothing():
+        with self.graph.inserting_after(place) if place is not None else nullcontext():
             name = target.replace(".", "_")
             node = self.graph.create_node(op, target, (), {}, name=name)
         self._head = node
@@ -121,8 +113,8 @@ class Recorder(TorchFunctionMode):
     def _remember(self, tensor: Tensor, node: fx.Node) -> None:
         self._made[id(tensor)] = node
         self._kept.append(tensor)
-        if self.seen is not None and compat.is_fake(tensor):
-            self.seen.append(weakref.ref(tensor))
+        if self.fakes is not None and compat.is_fake(tensor):
+            self.fakes.append(weakref.ref(tensor))
         key = compat.storage_key(tensor)
         if key is not None:
             self._memory[key] = node
@@ -138,12 +130,9 @@ class Recorder(TorchFunctionMode):
         if isinstance(value, dict):
             return {key: self._as_argument(part) for key, part in value.items()}
         if isinstance(value, slice):
-            start, stop, step = (
-                self._as_argument(p) for p in (value.start, value.stop, value.step)
-            )
-            return slice(start, stop, step)
+            return slice(*map(self._as_argument, (value.start, value.stop, value.step)))
         if isinstance(value, torch.ScriptObject | torch.Generator | FunctionType | MethodType):
-            return self._object(value)  # code has no words for it
+            return self._object(value)  # has no literal form in generated code
         return value
 
     def _object(self, value: Any) -> fx.Node:
@@ -234,10 +223,10 @@ class Recorder(TorchFunctionMode):
 
     @contextmanager
     def hooked(self, args: Args, kwargs: Kwargs) -> Iterator[None]:
-        """Watch every module call; name the tensors of the inputs.
+        """Watch every module call, and make placeholders for the tensors of the inputs.
 
-        Two hooks on each side of a module: the outer pair brackets the user's own hooks, so that
-        what these do counts as part of the call but not of the module's body.
+        There are two hooks on each side of a module: the outer pair brackets the user's own hooks,
+        so that what these do counts as part of the call but not of the module's body.
         """
         for name, tensor in _named_tensors(args, kwargs):
             if id(tensor) not in self._made and id(tensor) not in self.names:
@@ -246,7 +235,7 @@ class Recorder(TorchFunctionMode):
         try:
             for path, module in self.model.named_modules():
                 if isinstance(module, torch.jit.ScriptModule):
-                    continue  # takes no hooks; its operators are seen one by one
+                    continue  # it does not take hooks; its operators are seen one by one
                 handles += [
                     module.register_forward_pre_hook(self._entering(path), prepend=True),
                     module.register_forward_pre_hook(self._starting, with_kwargs=True),
@@ -305,19 +294,18 @@ class Recorder(TorchFunctionMode):
         self._emit(
             "call_function", FunctionCall(function), *made, result, list(tensors_in(result)), None
         )
-        gone, node = set(inner), self.nodes[start]
-        for key, known in list(self._made.items()):
-            if known in gone:
-                self._made[key] = node
-        for place, known in list(self._memory.items()):
-            if known in gone:
-                self._memory[place] = node
+        replaced, node = set(inner), self.nodes[start]
+        tables: tuple[dict[Any, fx.Node], ...] = (self._made, self._memory)
+        for table in tables:
+            for key, known in table.items():
+                if known in replaced:
+                    table[key] = node
         for former in reversed(inner):
             self.graph.erase_node(former)
         return result
 
     def finish(self) -> fx.GraphModule:
-        """Close the graph, hang the model's own tensors under it, and let go of all others."""
+        """Return the graph with the model's own tensors as attributes, and release all others."""
         self.graph.output(tuple(self.node_of(t) for t in self.outputs))
         own: dict[str, Any] = dict(self.model.named_parameters())
         own |= dict(self.model.named_buffers())
@@ -327,11 +315,6 @@ class Recorder(TorchFunctionMode):
         for table in (self._made, self._memory, self._kept, self.outputs):
             table.clear()
         return module
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 def _describe_node(

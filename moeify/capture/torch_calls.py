@@ -1,4 +1,4 @@
-"""What single calls of torch are: metadata only, writing in place, and as which graph node."""
+"""Classify single torch calls: metadata only, writing in place, and the graph node they become."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ METADATA = frozenset(
     "_has_compatible_shallow_copy_type has_names sym_size sym_stride sym_numel sym_storage_offset "
     "sym_is_contiguous device layout".split()
 )
-"""Calls that read no values and return no tensors: they leave no node."""
+"""Calls that neither read values nor return tensors, and do not become nodes."""
 
 _IN_PLACE = frozenset(
     "__setitem__ __iadd__ __isub__ __imul__ __itruediv__ __ifloordiv__ __ipow__ __iand__ __ior__ "
@@ -32,7 +32,7 @@ _IN_PLACE = frozenset(
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:
-    """Yield the tensors in nested lists, tuples, mappings and dataclass-like outputs."""
+    """Yield the tensors in nested lists, tuples, sets, mappings and dataclasses."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -74,11 +74,7 @@ def target_of(func: Callable[..., Any], name: str, args: Args) -> tuple[str, Any
 
 
 class FunctionCall:
-    """The use of an `autograd.Function` as the target of a node.
-
-    Args:
-        function: The function's class.
-    """
+    """The target of a node that applies an `autograd.Function`."""
 
     def __init__(self, function: Any) -> None:
         self.function = function

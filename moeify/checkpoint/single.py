@@ -29,7 +29,14 @@ from moeify.passes.infra.base import Pass
 from moeify.plan import strict_yaml
 from moeify.sites.record import Conversion, require_conversion, require_one_process
 from moeify.storage.atomic_folder import Folder
-from moeify.storage.manifest import MAX_BYTES, Manifest, TensorRecord, encode, read_manifest
+from moeify.storage.manifest import (
+    MAX_BYTES,
+    VERSION,
+    Manifest,
+    TensorRecord,
+    encode,
+    read_manifest,
+)
 from moeify.storage.model_state import (
     Rollback,
     assign,
@@ -133,7 +140,7 @@ def moeify_files(
     }
     common = {
         "format": "moeify",
-        "version": 1,
+        "version": VERSION,
         "versions": versions(),
         "model": describe_model(model, describe_modes(model)),
         "plan": conversion.plan.data(),

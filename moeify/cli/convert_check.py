@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from moeify import compat
-from moeify.capture.capture import tensors_in
+from moeify.capture.torch_calls import tensors_in
 from moeify.checkpoint import single
 from moeify.convert.verify import TOLERANCE, Snapshot, coarsest, compare
 from moeify.errors import MoeifyError, VerificationError

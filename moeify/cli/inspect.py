@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _SITES = {
     "#": "right",
     "site": "left",
-    "installs": "left",
+    "replaces": "left",
     "widths": "left",
     "activation": "left spare",
     "gated": "left spare",

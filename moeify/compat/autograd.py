@@ -20,9 +20,9 @@ def in_backward() -> bool:
 
 
 def graph_task() -> int:
-    """Return the number of the backward pass that runs here, -1 outside of one.
+    """Return the number of the current backward pass, -1 outside of one.
 
-    A backward pass inside another has a number of its own. Private like `in_backward`.
+    A backward pass inside another has its own number. Private like `in_backward`.
     """
     return int(torch._C._current_graph_task_id())
 
@@ -30,8 +30,8 @@ def graph_task() -> int:
 def at_end_of_backward(callback: Callable[[], None]) -> None:
     """Let the autograd engine call `callback` once when the current backward pass ends.
 
-    The engine owns it, and drops it uncalled when that pass raises. Private because torch has no
-    public end of a backward pass; its own DDP and FSDP use this.
+    The engine drops it uncalled when that pass raises. Private because torch has no public hook
+    for the end of a backward pass; its own DDP and FSDP use this.
     """
     torch.autograd.Variable._execution_engine.queue_callback(callback)
 

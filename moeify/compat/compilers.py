@@ -10,7 +10,7 @@ from torch import fx, nn
 
 
 def is_exporting() -> bool:
-    """Tell whether `torch.export` is tracing; torch 2.11 says so in every compilation."""
+    """Tell whether `torch.export` is tracing; torch 2.11 claims so in every compilation."""
     return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 
@@ -24,9 +24,9 @@ def is_compiled_module(module: nn.Module) -> bool:
 def record_under_compiled_checkpointing() -> None:
     """Let the router keep its losses and counts inside a checkpointed region that is compiled.
 
-    Without this switch dynamo refuses any attribute write there. It says what we want: the write
-    happens in the forward and is not replayed by the recomputation in the backward. A private
-    config, because torch has no public name for it.
+    Without this switch dynamo refuses any attribute write there. With it, the write happens in the
+    forward and is not repeated by the recomputation in the backward. A private config, because
+    torch has no public name for it.
     """
     from torch._dynamo import config
 
@@ -37,8 +37,8 @@ def record_under_compiled_checkpointing() -> None:
 def program_module(program: torch.export.ExportedProgram) -> fx.GraphModule:
     """Return an exported program as a module, without guards on its shapes.
 
-    `check_guards` is named only where it exists. Private because the graph remembers the tracer
-    that made it, which pickling would try to make again without its arguments.
+    `check_guards` is passed only where it exists. Private because the graph refers to the tracer
+    that made it, which unpickling would construct again without its arguments.
     """
     known = inspect.signature(program.module).parameters
     options: dict[str, Any] = {"check_guards": False} if "check_guards" in known else {}
@@ -66,14 +66,11 @@ def set_call_structure(graph: fx.Graph, structure: Any) -> None:
 
 
 def disable_fused_encoder(module: nn.Module) -> tuple[str, Any] | None:
-    """Turn off the fused evaluation kernel of torch's own encoder and its layers.
+    """Turn off the fused evaluation kernel of torch's own encoder, or of a layer of it.
 
-    That kernel reads `linear1.weight` and bypasses a replaced `linear1`. A layer asks
-    `activation_relu_or_gelu` first, where 0 means "not fusable"; the encoder around asks
-    `use_nested_tensor`.
-
-    Returns:
-        The attribute that was changed and its former value, or None for any other module.
+    That kernel reads `linear1.weight` and bypasses a replaced `linear1`. A layer checks
+    `activation_relu_or_gelu` first, where 0 means "not fusable"; the encoder around it checks
+    `use_nested_tensor`. Return the changed attribute and its former value; None for other modules.
     """
     if isinstance(module, nn.TransformerEncoderLayer):
         name, off = "activation_relu_or_gelu", 0
@@ -92,17 +89,12 @@ def restore_fused_encoder(module: nn.Module, former: tuple[str, Any]) -> None:
 
 
 def compile_cpp(source: str) -> Any:
-    """Compile C++ for this processor with the compiler that Inductor uses, and load it.
+    """Compile C++ for this processor with Inductor's compiler, and load it as a `ctypes.CDLL`.
 
     The library is kept in Inductor's cache, keyed by source and flags, behind a file lock; OpenMP
-    is torch's own, so `torch.set_num_threads` holds. Private because torch's public way,
-    `cpp_extension.load_inline`, needs ninja and takes a minute over torch's headers.
-
-    Returns:
-        A `ctypes.CDLL`.
-
-    Raises:
-        Exception: Whatever Inductor raises where there is no compiler or it fails.
+    is torch's own, so `torch.set_num_threads` applies. Private because the public
+    `cpp_extension.load_inline` needs ninja and takes a minute for torch's headers. Without a
+    compiler, whatever Inductor raises is raised.
     """
     from torch._inductor.codecache import CppCodeCache
 

@@ -16,7 +16,7 @@ def process_group(name: str) -> Any:
     Private because torch takes names in its functional collectives only.
 
     Raises:
-        LookupError: There is none.
+        LookupError: No group has that name.
     """
     from torch.distributed import distributed_c10d
 
@@ -51,10 +51,10 @@ def fake_store() -> Any:
 
 
 def take_timeout_of_world(groups: Iterable[Any]) -> None:
-    """Give process groups the timeout that the user gave to the whole world.
+    """Set the timeout of process groups to that of the default group.
 
-    Groups made later, also those of device meshes, wait for the default of half an hour. Private
-    because torch has no public way to read a group's timeout, nor to set it.
+    Groups made later, also those of device meshes, have the default of half an hour. Private
+    because torch has no public way to read or set a group's timeout.
     """
     from torch.distributed import distributed_c10d
 
@@ -64,7 +64,7 @@ def take_timeout_of_world(groups: Iterable[Any]) -> None:
     for device in world._device_types:
         try:
             timeouts.append(world._get_backend(device).options._timeout)
-        except (AttributeError, RuntimeError):  # a simulated one has none
+        except (AttributeError, RuntimeError):  # a fake group has none
             continue
     for group in groups if timeouts else ():
         if group is not world:
@@ -72,9 +72,9 @@ def take_timeout_of_world(groups: Iterable[Any]) -> None:
 
 
 def dtensor_like(local: Tensor, like: Any) -> Tensor:
-    """Return a DTensor laid out as another one, with another local tensor.
+    """Return a DTensor of a local tensor with the layout of another DTensor.
 
-    Private because the public constructor takes no layout but works out one of its own.
+    Private because the public constructor does not take a layout but derives one.
     """
     make: Any = type(like)
     found: Tensor = make(local, like._spec, requires_grad=False)
@@ -85,9 +85,9 @@ def sharded_halves(local: Tensor, mesh: Any, placements: Any, shape: torch.Size,
     """Return a DTensor whose dimension `dim` is two halves, each sliced over the last mesh axis.
 
     A rank's slice of a fused gate and up projection is a piece of each half. Private because torch
-    has that placement (`_StridedShard`) for its own FSDP over tensor parallelism only. Like FSDP2's
-    it calls itself an order of shards, which `full_tensor` sets right: torch plans an operation
-    over three mesh axes for minutes otherwise, and a compiler forgets that it says otherwise.
+    has that placement (`_StridedShard`) for its own FSDP over tensor parallelism only. As in FSDP2
+    its spec claims to be an order of shards, which `full_tensor` corrects: otherwise torch plans an
+    operation over three mesh axes for minutes, and a compiler drops the opposite claim.
     """
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
@@ -110,7 +110,7 @@ def is_halves(placement: Any) -> bool:
 def full_tensor(tensor: Any) -> Tensor:
     """Return all of a DTensor, sliced halves included (`sharded_halves`).
 
-    Private because torch 2.11 forgets for a gradient what the parameter's spec said of its halves.
+    Private because torch 2.11 does not pass on to a gradient the flag in the parameter's spec.
     """
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.placement_types import _StridedShard
@@ -126,7 +126,7 @@ def full_tensor(tensor: Any) -> Tensor:
 
 
 def leave_out_of_ddp(model: nn.Module, names: list[str]) -> None:
-    """Tell DistributedDataParallel, if it comes, which parameters differ from rank to rank.
+    """Let a later DistributedDataParallel ignore the parameters that differ from rank to rank.
 
     Private because torch has no public name for it; DDP would overwrite them with those of rank 0.
     """
@@ -138,10 +138,10 @@ def leave_out_of_ddp(model: nn.Module, names: list[str]) -> None:
 
 
 def span_fsdp(inner: Any, around: Any) -> None:
-    """Let the parameters of an FSDP2 module be gathered for the whole run of a module around it.
+    """Gather the parameters of an FSDP2 module for the whole forward of a module around it.
 
-    Private because FSDP2 ties a group to the module it was made for. The hooks of a module inside
-    another break the graph of the outer one; on the outer one itself they run before its graph.
+    Private because FSDP2 ties a group to the module it was made for. Hooks of the inner module
+    break the graph of the outer one; on the outer one itself they run before its graph.
     """
     state = inner._get_fsdp_state()
     state._pre_forward_hook_handle.remove()
@@ -153,9 +153,9 @@ def span_fsdp(inner: Any, around: Any) -> None:
 
 
 def forget_fsdp(module: nn.Module) -> None:
-    """Let FSDP2 take a module anew whose attributes are those of before.
+    """Let FSDP2 wrap a module again whose attributes were restored.
 
-    Private because torch keeps a table of all modules that it has ever taken, and no way out.
+    Private because torch keeps a table of all modules that it has ever wrapped.
     """
     from torch.distributed import _composable_state
 

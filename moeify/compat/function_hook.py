@@ -1,13 +1,12 @@
 """The one place where moeify changes torch: `autograd.Function.apply`, while a model is recorded.
 
 A custom function must become one node of the graph, because its gradient is not that of its parts,
-and torch tells nobody of it. Replacing the method would not do: `act = MyFunction.apply` is usually
+and torch has no hook for it. Replacing the method does not help: `act = MyFunction.apply` is often
 bound long before. What all these bound methods share is the code of `Function.apply`, so the code
-is exchanged, in the whole process: when the first thread asks, until the last one is done.
+is replaced, in the whole process: from when the first thread asks until the last one is done.
 
 Written for torch 2.11 to 2.13, whose `apply` is a Python function of `cls`, `*args` and `**kwargs`
-with the one free variable `__class__`. Where it is anything else, nothing is exchanged and a
-warning says what follows.
+with the one free variable `__class__`. Any other is left alone, with a warning about what follows.
 """
 
 from __future__ import annotations
@@ -36,18 +35,15 @@ _WRITTEN_FOR: Final = (
 
 _lock = threading.Lock()
 _handlers: dict[int, Around] = {}  # by thread
-_original: Any = None  # a function with torch's code, once that was exchanged
+_original: Any = None  # a function with torch's code, once that was replaced
 
 
 @contextmanager
 def custom_functions(around: Around) -> Iterator[None]:
     """Call `around(function, call, args, kwargs)` for each custom function that this thread uses.
 
-    Inside another such context of the same thread, the outer one keeps being called. Activation
-    checkpointing, which is an `autograd.Function` as well, passes through.
-
-    Args:
-        around: Must return `call()`.
+    `around` must return `call()`. Inside another such context of the same thread, the outer one
+    keeps being called. Activation checkpointing, itself an `autograd.Function`, is left alone.
     """
     thread = threading.get_ident()
     if thread in _handlers or not _is_known(_APPLY):
@@ -74,8 +70,8 @@ def _is_known(apply: Any) -> bool:
         if code is _REPLACEMENT or (code.co_freevars, kinds) == _WRITTEN_FOR:
             return True
     log.warning(
-        "torch %s has another autograd.Function.apply than moeify knows: custom autograd functions "
-        "are recorded as the operators inside them, and layers inside them may be converted",
+        "torch %s has another autograd.Function.apply than moeify supports: custom autograd "
+        "functions are recorded as the operators inside them, and layers inside may be converted",
         torch.__version__,
     )
     return False
@@ -90,7 +86,7 @@ def _install() -> None:
 
 
 def dispatch(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Do what `Function.apply` does, and let this thread's handler, if it has one, do it."""
+    """Do what `Function.apply` does, through this thread's handler if it has one."""
 
     def call() -> Any:
         return _original(cls, *args, **kwargs)
@@ -102,7 +98,7 @@ def dispatch(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _make_replacement() -> CodeType:
-    cell = None  # stands for `__class__`: code can only be exchanged for as many free variables
+    cell = None  # like `__class__`: code can only be replaced by code with as many free variables
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         # Runs with the globals of torch.autograd.function, so it imports what it calls.

@@ -43,23 +43,16 @@ def named_arguments(func: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, A
     return dict(zip(names, args, strict=False)) | kwargs
 
 
-def watching(*, before_write: Callable[[Tensor], None] | None = None) -> Any:
-    """Return a mode in which every operator shows itself to Python.
+def exposed_operators(*, before_write: Callable[[Tensor], None] | None = None) -> Any:
+    """Return a mode in which a `TorchFunctionMode` sees operators that run without Python, too.
 
-    A `TorchFunctionMode` that is active then sees the operators that ran without Python, too.
-
-    Args:
-        before_write: Called with each tensor that an operator is about to write to.
+    `before_write` is called with each tensor that an operator is about to write to. Private because
+    torch documents dispatch modes but exports them from a private module.
     """
-    return _Watch(before_write)
+    return _ExposedOperators(before_write)
 
 
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees every operator, also those that Python did not call, and what each is about to write.
-
-    Private because torch documents dispatch modes but exports them from a private module.
-    """
-
+class _ExposedOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     supports_higher_order_operators = True
 
     def __init__(self, before_write: Callable[[Tensor], None] | None) -> None:
@@ -87,45 +80,45 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterat
     schema = getattr(func, "_schema", None)
     if schema is None:
         return
-    all_of_them = "batch_norm" in schema.name or "instance_norm" in schema.name  # not in the schema
-    if not (schema.is_mutable or all_of_them):
+    # The schemas of these norms do not say that they write their running statistics.
+    any_input = "batch_norm" in schema.name or "instance_norm" in schema.name
+    if not (schema.is_mutable or any_input):
         return
     for place, argument in enumerate(schema.arguments):
         value = args[place] if place < len(args) else kwargs.get(argument.name)
         writes = argument.alias_info is not None and argument.alias_info.is_write
-        if writes or all_of_them:
+        if writes or any_input:
             parts = value if isinstance(value, list | tuple) else (value,)
             yield from (part for part in parts if isinstance(part, Tensor))
 
 
 def _grouped_mm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run a grouped matmul; its shape function knows bfloat16 only."""
+    """Run a grouped matmul; its shape function accepts bfloat16 only."""
     first = args[0]
     if first.dtype == torch.bfloat16 or not is_fake(first):
         return func(*args, **kwargs)
-    cast = [a.bfloat16() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
-    named = {
-        k: v.bfloat16() if isinstance(v, Tensor) and v.is_floating_point() else v
-        for k, v in kwargs.items()
-        if k != "out_dtype"
-    }
-    return func(*cast, **named).to(first.dtype)
+
+    def cast(value: Any) -> Any:
+        floats = isinstance(value, Tensor) and value.is_floating_point()
+        return value.bfloat16() if floats else value
+
+    named = {key: cast(value) for key, value in kwargs.items() if key != "out_dtype"}
+    return func(*map(cast, args), **named).to(first.dtype)
 
 
-def telling(tell: Callable[[Any, Any, Any], None]) -> Any:
-    """Return a mode that calls `tell(operator, args, kwargs)` before each one, backward included.
+def before_each_operator(callback: Callable[[Any, Any, Any], None]) -> Any:
+    """Return a mode that calls `callback(operator, args, kwargs)` before each operator.
 
-    Private because torch documents dispatch modes but exports them from a private module.
+    It sees those of the backward pass, and the ones on plain tensors inside a DTensor's. Private
+    because torch documents dispatch modes but exports them from a private module.
     """
-    return _Telling(tell)
+    return _BeforeEachOperator(callback)
 
 
-class _Telling(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Tells of every operator that runs on plain tensors, those inside a DTensor's included."""
-
-    def __init__(self, tell: Callable[[Any, Any, Any], None]) -> None:
+class _BeforeEachOperator(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __init__(self, callback: Callable[[Any, Any, Any], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.tell = tell
+        self.callback = callback
 
     def __torch_dispatch__(
         self,
@@ -136,5 +129,5 @@ class _Telling(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         if any(kind.__name__ == "DTensor" for kind in types):
             return NotImplemented  # it turns into operators on its local tensors first
-        self.tell(func, args, kwargs or {})
+        self.callback(func, args, kwargs or {})
         return func(*args, **(kwargs or {}))

@@ -22,19 +22,19 @@ def fake_mode() -> Any:
 
 
 def fake_like(mode: Any, tensor: Tensor) -> Tensor:
-    """Return a fake twin of `tensor`: same shape, strides, dtype, class; meta becomes CPU.
+    """Return a fake copy of `tensor`: same shape, strides, dtype, class; meta becomes CPU.
 
     Masks and caches read values, which plain `meta` tensors refuse; fakes on a real device do not.
     """
     if tensor.device.type != "meta":
         return cast(Tensor, mode.from_tensor(tensor))
     with mode:
-        twin = torch.empty_strided(
+        fake = torch.empty_strided(
             tuple(tensor.shape), tuple(tensor.stride()), dtype=tensor.dtype, device="cpu"
         )
         if isinstance(tensor, nn.Parameter):
-            return nn.Parameter(twin, requires_grad=tensor.requires_grad)
-        return twin
+            return nn.Parameter(fake, requires_grad=tensor.requires_grad)
+        return fake
 
 
 def is_fake(tensor: Tensor) -> bool:
@@ -60,7 +60,7 @@ def quiet_fake_tensors() -> Iterator[None]:
 
 
 def storage_key(tensor: Tensor) -> tuple[Any, ...] | None:
-    """Return what identifies the memory behind `tensor`, fake or real; None where it has none.
+    """Return an identity of the memory behind `tensor`, fake or real; None where it has none.
 
     Private because fake tensors have no data pointer; the storage's handle exists for both.
     """
@@ -80,20 +80,20 @@ def storage_of(tensor: Tensor) -> torch.UntypedStorage | None:
 
 
 def storage_id(storage: torch.UntypedStorage) -> int:
-    """Return what identifies a storage, also that of a fake tensor, which has no data pointer."""
+    """Return the identity of a storage, also of a fake tensor's, which has no data pointer."""
     key: int = storage._cdata
     return key
 
 
 def copy_of(storage: torch.UntypedStorage) -> torch.UntypedStorage:
-    """Return a copy of a storage, out of sight of every active mode."""
+    """Return a copy of a storage, unseen by every active mode."""
     with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
         copy: torch.UntypedStorage = storage.clone()  # type: ignore[no-untyped-call]
         return copy
 
 
 def version(tensor: Tensor) -> int:
-    """Return how often the memory behind a tensor was written to in place, `.data` apart.
+    """Return how often the memory behind a tensor was written to in place, except via `.data`.
 
     Private because torch keeps the counter for its checks of saved tensors.
     """

@@ -90,7 +90,7 @@ class Installation:
         for layer in self.resolved:
             found = find_site(self.discovery, layer)
             path = block_path(found, layer)
-            swaps = self._installer.install(layer, found, path, self.built.blocks[layer.name])
+            swaps = self._installer.install(found, path, self.built.blocks[layer.name])
             converted = ConvertedLayer(layer, path, swaps)
             if found is not None:
                 program = found.region.program

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from moeify import compat
-from moeify.capture.capture import ExampleInputs, preserved, split_inputs, tensors_in
+from moeify.capture.capture import ExampleInputs, split_inputs
+from moeify.capture.preserve import preserved
+from moeify.capture.torch_calls import tensors_in
 from moeify.distributed.dtensor import whole
 from moeify.errors import VerificationError
 from moeify.nn.router import lifted_capacity

@@ -18,7 +18,7 @@ from moeify.storage.manifest import MAX_BYTES, FileRecord, LayerRecord
 from moeify.storage.strict_json import canonical_digest, parse_json
 from moeify.storage.tensor_source import Kind, Written
 
-VERSION: Final = 2
+VERSION: Final = 3
 
 
 class FormatManifest(Strict):
@@ -41,7 +41,7 @@ class FormatManifest(Strict):
     """
 
     format: Literal["moeify-export"]
-    version: Literal[2]
+    version: Literal[3]
     kind: Literal["custom", "native", "dense"]
     versions: dict[str, str]
     architecture: str

@@ -32,7 +32,7 @@ class Recipe(Strict):
         layers: What must come out of the conversion, without what is at its default.
     """
 
-    version: Literal[2]
+    version: Literal[3]
     versions: dict[str, str]
     plan: dict[str, Any]
     plan_sha256: _Digest
@@ -43,7 +43,7 @@ class Recipe(Strict):
 def recipe_of(conversion: Conversion, layers: list[LayerRecord]) -> dict[str, Any]:
     """Return the recipe of a converted Hugging Face model, as JSON-able data."""
     recipe = Recipe(
-        version=2,
+        version=3,
         versions=versions(),
         plan=conversion.plan.data(),
         plan_sha256=conversion.plan.digest(),

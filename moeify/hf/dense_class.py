@@ -1,4 +1,4 @@
-"""Which dense class of transformers, and which config of it, a converted model has."""
+"""Find the dense class of transformers, and its config, behind a converted model."""
 
 from __future__ import annotations
 
@@ -14,32 +14,28 @@ from moeify.errors import CheckpointError
 from moeify.hf.detect import is_hf
 
 KEY: Final = "moeify"
-"""Where a converted model's config holds the recipe."""
+"""Key of the recipe in a converted model's config."""
 
-DECOY: Final = "load-with-an-Auto-class-and-trust_remote_code.safetensors"
-"""A file that is not there, where a dense class looks for weights: its own would be random."""
-
+# A file that does not exist, named as the weights, so that dense classes fail instead of drawing
+# random ones.
+_DECOY: Final = "load-with-an-Auto-class-and-trust_remote_code.safetensors"
 _DECOY_KEY: Final = "transformers_weights"
 _MODULE: Final = re.compile(r"transformers\.models(?:\.[A-Za-z_][A-Za-z0-9_]*)+")
 _CLASS: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def dense_class(model: nn.Module) -> type:
-    """Return the class of a model, without what a custom export or a sharding put before it."""
+    """Return a model's class without the subclasses that a custom export or sharding adds."""
     cls = next(c for c in type(model).__mro__ if not c.__module__.startswith("torch."))
     found = cls.__dict__.get("dense_class")
     return found if isinstance(found, type) else cls
 
 
 def own_class(cls: type, what: str) -> type:
-    """Check that a class is transformers' own, so that its name may stand in generated code.
-
-    Args:
-        cls: The class.
-        what: What it is, for the message.
+    """Return a class that is transformers' own, so that generated code may name it.
 
     Raises:
-        CheckpointError: It is not.
+        CheckpointError: It is not; the message calls it `what`.
     """
     module, name = str(cls.__module__), str(cls.__qualname__)
     if _MODULE.fullmatch(module) and _CLASS.fullmatch(name):
@@ -50,17 +46,13 @@ def own_class(cls: type, what: str) -> type:
         if found is cls:
             return cls
     raise CheckpointError(
-        f"{what} {module!r:.80}.{name!r:.80} is not of transformers, which alone can be named in a "
-        "Hugging Face folder: use moeify.save(model, directory) and moeify.load"
+        f"{what} {module!r:.80}.{name!r:.80} is not part of transformers, and a Hugging Face "
+        "folder can name only those: use moeify.save(model, directory) and moeify.load"
     )
 
 
 def dense_classes(model: nn.Module) -> tuple[type, type]:
-    """Return the model and config class of a Hugging Face model.
-
-    Raises:
-        CheckpointError: They are not transformers' own.
-    """
+    """Return the model and config class of a Hugging Face model, if they are transformers' own."""
     cls = own_class(dense_class(model), "the model's class")
     if not is_hf(model):
         raise CheckpointError(f"{cls.__name__} has no config: use moeify.save(model, directory)")
@@ -74,7 +66,7 @@ def dense_config_class(cls: type) -> type:
 
 
 def become_dense(model: nn.Module) -> None:
-    """Give a model of a generated class, which was converted back, its dense class and config."""
+    """Restore the dense class and config of a model that was converted back."""
     dense = getattr(type(model), "dense_class", None)
     if not isinstance(dense, type):
         return
@@ -88,18 +80,14 @@ def become_dense(model: nn.Module) -> None:
 
 
 def dense_config(model: nn.Module) -> dict[str, Any]:
-    """Return the data of `config.json` of a model's dense class.
-
-    Raises:
-        CheckpointError: The classes are not transformers' own.
-    """
+    """Return the data of `config.json` of a model's dense class."""
     cls, config_class = dense_classes(model)
     data = _dense_data(model.config, use_diff=True)
     return data | {"model_type": config_class.model_type, "architectures": [cls.__name__]}  # type: ignore[attr-defined]
 
 
 def config_json(config: Any) -> str:
-    """Return all of a config, as its dense class would write it."""
+    """Return a config, defaults included, as its dense class would write it."""
     if not hasattr(config, "saved_as"):
         return str(config.to_json_string(use_diff=False))
     data = _dense_data(config, use_diff=False)
@@ -116,13 +104,13 @@ def _dense_data(config: Any, *, use_diff: bool) -> dict[str, Any]:
 
 
 def with_decoys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config's data in which dense classes, also of its parts, find no weights."""
+    """Return a config's data that points dense classes, also of its parts, to a missing file."""
     parts = {
-        key: {**part, _DECOY_KEY: DECOY}
+        key: {**part, _DECOY_KEY: _DECOY}
         for key, part in config.items()
         if isinstance(part, dict) and "model_type" in part
     }
-    return {**config, **parts, _DECOY_KEY: DECOY}
+    return {**config, **parts, _DECOY_KEY: _DECOY}
 
 
 def without_decoys(config: Mapping[str, Any]) -> dict[str, Any]:

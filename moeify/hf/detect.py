@@ -1,7 +1,4 @@
-"""What moeify knows of Hugging Face models, by their config and signature; never by their class.
-
-transformers itself is not imported here.
-"""
+"""Recognise Hugging Face models by their config and signature, without importing transformers."""
 
 from __future__ import annotations
 
@@ -22,11 +19,11 @@ def example_inputs_for(model: nn.Module) -> dict[str, Any]:
     """Make small inputs for a Hugging Face model from its config and signature.
 
     Raises:
-        CaptureError: It is no such model, or its inputs are of an unknown kind.
+        CaptureError: It is not one, or its inputs are of an unknown kind.
     """
     if not is_hf(model):
         raise CaptureError(
-            f"{type(model).__name__} is no Hugging Face model: give example_inputs, a dict of "
+            f"{type(model).__name__} is not a Hugging Face model: give example_inputs, a dict of "
             "keyword arguments, a tuple of positional ones, or a tensor"
         )
     return make_inputs(model)

@@ -1,6 +1,6 @@
-"""Small example inputs for a Hugging Face model, from its config and its signature alone.
+"""Make small example inputs for a Hugging Face model from its config and its signature alone.
 
-One signature name has one or a few likely shapes, kept in a table. Where several fit (is a waveform
+A table has one or a few likely shapes for each argument name. Where several fit (is a waveform
 `[B, T]` or `[B, 1, T]`? how many image tokens does this projector make?), each is tried on fake
 tensors until one runs.
 """
@@ -30,10 +30,7 @@ Inputs = dict[str, Any]
 
 
 def make_inputs(model: nn.Module) -> Inputs:
-    """Return inputs on which `model` runs.
-
-    Args:
-        model: A model with a `config`.
+    """Return inputs on which `model`, which has a `config`, runs.
 
     Raises:
         CaptureError: Its signature asks for something unknown, or nothing that was tried runs.
@@ -41,7 +38,7 @@ def make_inputs(model: nn.Module) -> Inputs:
     config: Any = model.config
     parameters = inspect.signature(model.forward).parameters
     names = _wanted(model, parameters)
-    candidates = list(itertools.islice(_candidates(config, parameters, names), _TRIES))
+    candidates = list(itertools.islice(_candidates(config, names), _TRIES))
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     finished = [_finish(c, config, parameters, device, dtype) for c in candidates]
@@ -77,7 +74,7 @@ def _wanted(model: nn.Module, parameters: Mapping[str, inspect.Parameter]) -> li
     if unknown or not names:
         asked = ", ".join(repr(n) for n in unknown) or "no argument that moeify knows"
         raise CaptureError(
-            f"{type(model).__name__} takes {asked}, which moeify cannot make up: give "
+            f"{type(model).__name__} takes {asked}, which moeify cannot make: give "
             "example_inputs, a dict of keyword arguments"
         )
     for other, parts in _SECOND.items():
@@ -93,7 +90,7 @@ def _wanted(model: nn.Module, parameters: Mapping[str, inspect.Parameter]) -> li
 
 
 _SECOND = {"pixel_values": ("vision_config", "image_config"), "input_ids": ("text_config",)}
-"""A second modality, and the parts of a config that ask for it."""
+"""Arguments of a second modality, and the parts of a config that show it."""
 
 _TOGETHER: dict[str, frozenset[str]] = {
     "past_time_features": frozenset({"past_values"}),
@@ -106,9 +103,7 @@ _TOGETHER: dict[str, frozenset[str]] = {
 """Arguments with a default that are needed beside others."""
 
 
-def _candidates(
-    config: Any, parameters: Mapping[str, inspect.Parameter], names: list[str]
-) -> Iterator[Inputs]:
+def _candidates(config: Any, names: list[str]) -> Iterator[Inputs]:
     """Yield likely inputs, the likeliest first."""
     options = [list(_MAKERS[name](config)) for name in names]
     image_token = _of(config, "image_token_id", "image_token_index")
@@ -157,16 +152,12 @@ def _of(config: Any, *names: str, default: Any = None) -> Any:
     return default
 
 
-def _generator() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
-
-
 def _floats(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=_generator())
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
 def _ids(config: Any) -> Iterator[Tensor]:
-    """Yield token ids [B, L] that are none of the special ones."""
+    """Yield token ids [B, L], special ones left out."""
     parts = [config, *(getattr(config, part, None) for part in _PARTS)]
     sizes = [getattr(part, "vocab_size", None) for part in parts]
     size = min((n for n in sizes if isinstance(n, int) and n > 0), default=100)
@@ -176,7 +167,8 @@ def _ids(config: Any) -> Iterator[Tensor]:
         special |= set(token) if isinstance(token, list | tuple) else {token}
     low = min(3, size - 1)
     plain = [i for i in range(low, size) if i not in special] if size < 10**6 else []
-    ids = torch.randint(0, len(plain) or size, (BATCH, LENGTH), generator=_generator())
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, len(plain) or size, (BATCH, LENGTH), generator=draw)
     yield torch.tensor(plain)[ids] if plain else ids
 
 

@@ -1,6 +1,6 @@
-"""Hugging Face folders, as the command line reads them: local, safetensors only, no code of theirs.
+"""Read Hugging Face folders: local ones, safetensors only, and never their own code.
 
-Nothing here touches the network, and nothing unpickles.
+Nothing here uses the network, and nothing unpickles.
 """
 
 from __future__ import annotations
@@ -39,11 +39,7 @@ _BESIDE = (
 
 
 def transformers_offline() -> Any:
-    """Import transformers with the network and its progress bars switched off.
-
-    Raises:
-        MoeifyError: It is not installed.
-    """
+    """Import transformers with the network and its progress bars switched off."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
@@ -58,31 +54,20 @@ def transformers_offline() -> Any:
 
 
 def model_folder(path: str | os.PathLike[str]) -> Path:
-    """Return a folder that holds a `config.json`.
-
-    Raises:
-        MoeifyError: There is none; moeify downloads nothing.
-    """
+    """Return a local folder that holds a `config.json`."""
     folder = Path(path)
     if not folder.is_dir():
         raise MoeifyError(f"{folder}: no such folder; give a local one, moeify downloads nothing")
     if not (folder / "config.json").is_file():
-        raise MoeifyError(f"{folder}: has no config.json, so it is no Hugging Face model")
+        raise MoeifyError(f"{folder}: has no config.json, so it is not a Hugging Face model")
     return folder
 
 
 def build_on_meta(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
-    """Build the model that a folder's config describes, its parameters on meta.
+    """Build the model that a folder's config describes, with parameters on meta.
 
-    Buffers are computed as ever, because some (rotary frequencies) are in no file. Dtypes are those
-    that `from_pretrained` would give.
-
-    Args:
-        folder: From `model_folder`.
-        dtype: Of its parameters; as the config says if None.
-
-    Raises:
-        MoeifyError: transformers cannot build it.
+    Buffers are computed as usual, because some (rotary frequencies) are not in any file. Dtypes are
+    those that `from_pretrained` would choose.
     """
     config, kind = _config_and_class(folder)
     chosen = dtype or getattr(config, "dtype", None)
@@ -117,7 +102,7 @@ def _stored_dtype(folder: Path) -> torch.dtype:
 
 
 def _keep_in_float32(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give the parameters that their class keeps in float32 that dtype."""
+    """Cast the parameters that their class keeps in float32."""
     kept: set[str] = set()
     if dtype is torch.float16:
         kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
@@ -125,16 +110,16 @@ def _keep_in_float32(model: nn.Module, dtype: torch.dtype) -> None:
         kept |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     if not kept:
         return
-    twins: dict[int, nn.Parameter] = {}
+    cast: dict[int, nn.Parameter] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for key, parameter in list(module._parameters.items()):
             if parameter is not None and kept & {*path.split("."), key}:
                 wide = nn.Parameter(parameter.detach().float(), parameter.requires_grad)
-                module._parameters[key] = twins.setdefault(id(parameter), wide)
+                module._parameters[key] = cast.setdefault(id(parameter), wide)
 
 
 def _read_generation_config(model: Any, folder: Path) -> None:
-    """Give a model the folder's generation config, as `from_pretrained` does."""
+    """Set a model's generation config to the folder's, as `from_pretrained` does."""
     if getattr(model, "generation_config", None) is None:
         return
     if not (folder / "generation_config.json").is_file():
@@ -147,18 +132,10 @@ def _read_generation_config(model: Any, folder: Path) -> None:
 
 
 def load_dense(folder: Path, dtype: str | None = None) -> tuple[nn.Module, list[str]]:
-    """Load a model from its safetensors.
-
-    Args:
-        folder: From `model_folder`.
-        dtype: Name of a torch dtype; the one in the config if None.
+    """Load a model from its safetensors, in evaluation mode.
 
     Returns:
-        The model in evaluation mode, and the parameters that the files do not hold, which
-        transformers has therefore drawn at random.
-
-    Raises:
-        MoeifyError: There are no safetensors, they point elsewhere, or they do not fit.
+        The model, and the parameters that the files lack and transformers has drawn at random.
     """
     _check_files(folder)
     _, kind = _config_and_class(folder)
@@ -177,11 +154,7 @@ def load_dense(folder: Path, dtype: str | None = None) -> tuple[nn.Module, list[
 
 
 def files_beside(source: Path) -> dict[str, bytes]:
-    """Return the tokenizer, processor and generation files of a folder by name.
-
-    Raises:
-        MoeifyError: One is too large to be one.
-    """
+    """Return the contents of a folder's tokenizer and processor files by name."""
     found = {path.name for pattern in _BESIDE for path in source.glob(pattern) if path.is_file()}
     texts = {}
     for name in sorted(found):
@@ -192,7 +165,7 @@ def files_beside(source: Path) -> dict[str, bytes]:
 
 
 def copy_beside(source: Path, target: Path) -> list[str]:
-    """Copy tokenizer and processor files, over older ones too, and return their names."""
+    """Copy tokenizer and processor files, replacing older ones, and return their names."""
     texts = files_beside(source)
     for name, data in texts.items():
         replace_file(target / name, data)
@@ -200,7 +173,7 @@ def copy_beside(source: Path, target: Path) -> list[str]:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Return the bytes of all files in a folder."""
+    """Return the total size of all files in a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
@@ -232,9 +205,9 @@ def _check_files(folder: Path) -> None:
     try:
         names = set(json.loads(index.read_bytes())["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise MoeifyError(f"{index}: is no index of weights: {error!r}") from error
+        raise MoeifyError(f"{index}: is not an index of weights: {error!r}") from error
     for name in sorted(map(str, names)):
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise MoeifyError(f"{index}: {name!r} is no safetensors file in the same folder")
+            raise MoeifyError(f"{index}: {name!r} is not a safetensors file in the same folder")
         if not (folder / name).is_file():
-            raise MoeifyError(f"{folder}: {name} is missing, which the index names")
+            raise MoeifyError(f"{folder}: {name}, which the index names, is missing")

@@ -1,8 +1,8 @@
-"""A dense Hugging Face folder under the names of the model that it belongs to.
+"""Read a dense Hugging Face folder under the tensor names of its model.
 
-Older files name tensors otherwise than the classes that read them: transformers renames, adds or
-removes the prefix of the base model, and ties. Its own functions say how. Where it computes
-tensors out of others (merges, splits, transposes), only loading the whole model will do.
+Older files use other names than the classes that read them: transformers renames, adds or removes
+the prefix of the base model, and ties. Its own functions are used for that. Where it computes
+tensors from others (merges, splits, transposes), the whole model has to be loaded.
 """
 
 from __future__ import annotations
@@ -23,20 +23,14 @@ from moeify.storage.tensor_source import TensorSpec
 
 
 class NeedsLoading(MoeifyError):
-    """A folder's tensors are not the model's own: transformers makes them when it loads it."""
+    """The model's tensors are not in the folder: transformers computes them on loading."""
 
 
 class DenseTensors:
-    """The tensors of a dense model, by its own names, in a folder; a `TensorSource`.
+    """A `TensorSource` of a dense model's tensors in a folder, by the model's names.
 
-    Attributes:
-        folder: The files.
-        specs: See `TensorSource`; shapes are the model's, dtypes are those of the files. Those that
-            are `missing` have the model's dtype.
-        aliases: See `TensorSource`.
-        missing: Parameters and buffers that the files hold under none of their names; they cannot
-            be read.
-        unused: Tensors of the files, by their names there, that the model has no place for.
+    Shapes in `specs` are the model's and dtypes those of the files, or the model's for `missing`
+    tensors, which cannot be read. `unused` are the names in the files that the model lacks.
     """
 
     def __init__(
@@ -55,11 +49,7 @@ class DenseTensors:
         self._keys = keys
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """See `TensorSource.read`.
-
-        Raises:
-            CheckpointError: The files lack it, or cannot be read.
-        """
+        """See `TensorSource.read`."""
         key = self._keys.get(self.aliases.get(name, name))
         if key is None:
             raise CheckpointError(f"{self.folder.path}: {name}: is in none of the files")
@@ -67,19 +57,11 @@ class DenseTensors:
 
 
 def open_dense_folder(directory: str | os.PathLike[str], model: nn.Module) -> DenseTensors:
-    """Open a dense Hugging Face folder for reading, tensor by tensor.
-
-    Args:
-        directory: Holds safetensors and `config.json`.
-        model: Of the class that the folder is to be read as; its tensors may be on meta, and give
-            names, shapes and what is tied.
-
-    Returns:
-        The tensors by the model's names.
+    """Open a dense Hugging Face folder, tensor by tensor, under the names of a model (or on meta).
 
     Raises:
         CheckpointError: The folder is damaged, quantised, or does not fit the model.
-        NeedsLoading: The model's tensors are computed out of those in the files.
+        NeedsLoading: The model's tensors are computed from those in the files.
     """
     folder = CheckpointReader(directory)
     try:
@@ -90,11 +72,7 @@ def open_dense_folder(directory: str | os.PathLike[str], model: nn.Module) -> De
 
 
 def refuse_quantised(config: Mapping[str, Any], where: str) -> None:
-    """Refuse weights that are not what the layers compute with.
-
-    Raises:
-        CheckpointError: The config says that they are quantised; the message names the method.
-    """
+    """Refuse a folder whose config says that its weights are quantised."""
     for part in (config, *(v for v in config.values() if isinstance(v, dict))):
         found = part.get("quantization_config")
         if found is None:
@@ -120,7 +98,7 @@ def _by_name(folder: CheckpointReader, model: nn.Module) -> DenseTensors:
         spec = specs[aliases.get(name, name)]
         if entry.spec.shape != spec.shape:
             raise CheckpointError(
-                f"{folder.path}: {entry.file}: {key}: has the shape {list(entry.spec.shape)}, and "
+                f"{folder.path}: {entry.file}: {key}: has the shape {list(entry.spec.shape)}, but "
                 f"{name} of a {type(model).__name__} has {list(spec.shape)}"
             )
         if name in keys:
@@ -132,17 +110,16 @@ def _by_name(folder: CheckpointReader, model: nn.Module) -> DenseTensors:
     for name in specs:
         if name not in keys and made(name):
             raise NeedsLoading(
-                f"{folder.path}: {name} is in none of the files: a {type(model).__name__} makes it "
-                "when transformers loads the model"
+                f"{folder.path}: {name} is in none of the files: transformers computes it when "
+                f"it loads a {type(model).__name__}"
             )
     return DenseTensors(folder, specs, aliases, keys, (key for key in unused if not known(key)))
 
 
 def places_of(model: nn.Module) -> tuple[dict[str, TensorSpec], dict[str, str]]:
-    """Return every tensor of a state dict under its first name, and its further names.
+    """Return every tensor of a state dict under its first name, and its aliases.
 
-    Args:
-        model: Its tensors may be on meta: tied is what is one object.
+    Tensors are tied if they are one object, so the model may be on meta.
     """
     specs: dict[str, TensorSpec] = {}
     aliases: dict[str, str] = {}
@@ -161,25 +138,21 @@ def places_of(model: nn.Module) -> tuple[dict[str, TensorSpec], dict[str, str]]:
 def _tied(
     folder: CheckpointReader, keys: Mapping[str, str], aliases: Mapping[str, str]
 ) -> dict[str, str]:
-    """Return the key of each tensor's first name, whichever of its names the files use.
-
-    Raises:
-        NeedsLoading: They hold different tensors for names that the model ties.
-    """
+    """Return the key of each tensor's first name, whichever of its names the files use."""
     found = {name: key for name, key in keys.items() if name not in aliases}
     for name, key in keys.items():
         if name in aliases:
             held = found.setdefault(aliases[name], key)
             if held != key and not _same(folder, held, key):
                 raise NeedsLoading(
-                    f"{folder.path}: {held} and {key} differ, and the config says that they are "
-                    "one tensor: mend tie_word_embeddings, or load the model whole"
+                    f"{folder.path}: {held} and {key} differ, but the config ties them: correct "
+                    "tie_word_embeddings, or load the whole model"
                 )
     return found
 
 
 def _same(folder: CheckpointReader, one: str, other: str) -> bool:
-    """Compare two tensors of one shape, some rows at a time."""
+    """Compare two tensors bit by bit, some rows at a time."""
     specs = [folder.keys[key].spec for key in (one, other)]
     if specs[0] != specs[1]:
         return False
@@ -196,15 +169,7 @@ def _same(folder: CheckpointReader, one: str, other: str) -> bool:
 
 
 def renaming(model: nn.Module, where: str) -> Callable[[str], str]:
-    """Return what turns a key of the files into a name of the model, as transformers loads it.
-
-    Args:
-        model: The dense model; may be on meta.
-        where: The folder, for messages.
-
-    Raises:
-        NeedsLoading: This transformers does it in another way.
-    """
+    """Return the function from keys of the files to names of the model, as transformers has it."""
     if not hasattr(model, "base_model_prefix"):
         return lambda key: key
     try:
@@ -215,7 +180,7 @@ def renaming(model: nn.Module, where: str) -> Callable[[str], str]:
             rename_source_key,
         )
     except ImportError as error:
-        raise NeedsLoading(f"{where}: this transformers is too old to say its names") from error
+        raise NeedsLoading(f"{where}: transformers is too old to rename its tensors") from error
     dense: Any = model
     mapping = get_model_conversion_mapping(dense)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -238,7 +203,7 @@ def renaming(model: nn.Module, where: str) -> Callable[[str], str]:
 
 
 def _ignored(model: nn.Module, which: str) -> Callable[[str], bool]:
-    """Return whether the model's class says that a name does not count."""
+    """Return a test for names that the model's class ignores on loading."""
     patterns = list(getattr(model, f"_keys_to_ignore_on_load_{which}", None) or ())
     if which == "unexpected":  # buffers that older files hold
         patterns += [r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"]

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from moeify import compat
-from moeify.capture.capture import ExampleInputs, split_inputs, tensors_in
+from moeify.capture.capture import ExampleInputs, split_inputs
 from moeify.capture.preserve import preserved
+from moeify.capture.torch_calls import tensors_in
 from moeify.errors import CaptureError
 from moeify.plan.layer_plan import LayerPlan
 from moeify.sites.discovery import Discovery, find_site
@@ -60,8 +61,8 @@ def mlp_inputs(
             path, argument, channel = layer.site.name, "", -1
             if found is not None:
                 place = found.placement
-                path = place.module if place.install == "T1" else place.taps[0]
-                argument = place.argument if place.install == "T1" else ""
+                path = place.module if place.install == "module" else place.taps[0]
+                argument = place.argument if place.install == "module" else ""
                 channel = found.region.ups[0].channel
             hook = _recorder(seen[layer.name], argument, channel)
             target = model.get_submodule(path)

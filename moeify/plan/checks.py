@@ -1,4 +1,4 @@
-"""What must hold for one layer of a resolved plan; every failure names the field that said so."""
+"""What must hold for the layers of a resolved plan; every failure names the field at fault."""
 
 from __future__ import annotations
 
@@ -14,19 +14,14 @@ if TYPE_CHECKING:
 _Fault: TypeAlias = tuple[str, str]
 
 
-def check_layer(plan: Plan, layer: LayerPlan, said: Mapping[str, Where]) -> None:
-    """Checks one layer.
-
-    Args:
-        plan: The plan, for its layout and for error places.
-        layer: The layer.
-        said: Where each field was stated in a rule; others are the plan's own.
+def check_layer(plan: Plan, layer: LayerPlan, stated: Mapping[str, Where]) -> None:
+    """Check one layer, of which `stated` has the place of each field that a rule states.
 
     Raises:
-        PlanError: On the first thing that does not fit.
+        PlanError: Something does not fit; the message names the first field at fault.
     """
     for dotted, message in _faults(plan, layer):
-        where = said.get(dotted)
+        where = stated.get(dotted)
         if where is None:
             # A default of the rule itself has no place of its own: point at the rule.
             parts = tuple(dotted.split("."))
@@ -66,15 +61,15 @@ def _granular(layer: LayerPlan) -> Iterator[_Fault]:
             yield "init.granularity", f"{slices} slices need `init: {{experts: granular}}`"
         return
     if layer.expert == "linear":
-        yield "init.experts", "granular slices hidden neurons, and a linear has none; use copy"
+        yield "init.experts", "granular slices hidden neurons; a linear layer has none; use copy"
     if site.inner:
         yield "init.experts", f"granular cannot slice the inner norm {site.inner[0]}; use copy"
     if layer.experts % slices:
-        yield "experts", f"{layer.experts} experts are no multiple of granularity {slices}"
+        yield "experts", f"{layer.experts} experts are not a multiple of granularity {slices}"
     if layer.top_k % slices:
         yield (
             "top_k",
-            f"top_k {layer.top_k} is no multiple of granularity {slices}; use top_k {slices}",
+            f"top_k {layer.top_k} is not a multiple of granularity {slices}; use top_k {slices}",
         )
     if site.d_ff % slices:
         yield "init.granularity", f"hidden width {site.d_ff} does not divide by {slices}"
@@ -93,7 +88,7 @@ def _split(layer: LayerPlan) -> Iterator[_Fault]:
             yield "init.router", "clusters needs `init: {experts: split}`; use normal or hidden"
         return
     if layer.expert == "linear":
-        yield "init.experts", "split deals out hidden neurons, and a linear has none; use copy"
+        yield "init.experts", "split divides hidden neurons; a linear layer has none; use copy"
     if site.inner:
         yield "init.experts", f"split cannot cut the inner norm {site.inner[0]}; use copy"
     if site.d_ff % experts:
@@ -115,23 +110,18 @@ def _models(layer: LayerPlan) -> Iterator[_Fault]:
             yield "init.rest", f"{init.rest} needs `init: {{experts: models}}`"
         return
     if layer.expert == "linear":
-        yield "init.experts", "models takes MLPs, and a linear is none; use copy"
+        yield "init.experts", "models takes MLPs; a linear layer is not one; use copy"
     if not count:
         yield "init.from", "models needs the folders of the checkpoints"
     elif layer.experts % count:
         yield (
             "experts",
-            f"{layer.experts} experts are no multiple of the {count} checkpoints; use {count}",
+            f"{layer.experts} experts are not a multiple of the {count} checkpoints; use {count}",
         )
 
 
 def check_layers(plan: Plan, layers: Sequence[LayerPlan]) -> None:
-    """Checks what layers must not do to one another.
-
-    Raises:
-        PlanError: A linear layer is part of an MLP that becomes an MoE itself, or two layers are
-            made from different checkpoints, of which the rest of the model is made once.
-    """
+    """Refuse a linear layer inside another selected MLP, and layers made from other checkpoints."""
     _refuse_overlap(plan, layers)
     made = [layer for layer in layers if layer.init.experts == "models"]
     for layer in made[1:]:
@@ -143,12 +133,12 @@ def check_layers(plan: Plan, layers: Sequence[LayerPlan]) -> None:
             if one != other:
                 raise plan.fault(
                     ("layers", layer.rule),
-                    f"{layer.name}: init.{key} is not that of {first.name}; use one for all",
+                    f"{layer.name}: init.{key} differs from that of {first.name}; use one for all",
                 )
 
 
 def nearest_divisors(number: int, count: int) -> str:
-    """Names the divisors of `number` on both sides of `count`."""
+    """Name the divisors of `number` on both sides of `count`."""
     below = next((n for n in range(min(count, number), 0, -1) if number % n == 0), 1)
     above = next((n for n in range(count, number + 1) if number % n == 0), None)
     return str(below) if above is None else f"{below} or {above}"
@@ -174,7 +164,7 @@ def _layout(plan: Plan, layer: LayerPlan) -> Iterator[_Fault]:
 
 
 def _nearest_counts(experts: int, ranks: int) -> str:
-    """Names the counts next to `experts` that divide over the ranks, or into them."""
+    """Name the counts next to `experts` that divide over the ranks, or into them."""
     # Below the number of ranks, the divisors of it work; from there on, its multiples.
     above = -(-experts // ranks) * ranks
     divisors = [count for count in range(1, min(experts, ranks)) if ranks % count == 0]

@@ -1,11 +1,11 @@
-"""Turns pydantic's findings into one `PlanError` with file, line and place."""
+"""Turn what pydantic found into one `PlanError` with file, line and place."""
 
 from __future__ import annotations
 
 import difflib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
@@ -29,28 +29,28 @@ _ALLOWED = {
     "parallel.coordinated": "auto, true or false",
     "version": "1",
 }
-"""What a place takes, where the type that pydantic tried last tells only half of it."""
+"""What a field accepts, where the type that pydantic tried last is only part of the answer."""
 
-_TYPES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
-    "int_type": lambda ctx: "an integer",
-    "int_parsing_size": lambda ctx: "a smaller integer",
-    "float_type": lambda ctx: "a number",
-    "finite_number": lambda ctx: "a finite number",
-    "bool_type": lambda ctx: "true or false",
-    "string_type": lambda ctx: "a string",
-    "tuple_type": lambda ctx: "a list",
-    "model_type": lambda ctx: "a mapping",
-    "model_attributes_type": lambda ctx: "a mapping",
-    "dict_type": lambda ctx: "a mapping",
-    "greater_than_equal": lambda ctx: f"at least {ctx['ge']}",
-    "greater_than": lambda ctx: f"more than {ctx['gt']}",
-    "less_than_equal": lambda ctx: f"at most {ctx['le']}",
-    "less_than": lambda ctx: f"less than {ctx['lt']}",
-    "literal_error": lambda ctx: str(ctx["expected"]).replace("'", ""),
-    "too_short": lambda ctx: f"at least {ctx['min_length']} item",
-    "string_unicode": lambda ctx: "text without half of a surrogate pair",
-    "string_too_short": lambda ctx: "some text",
+_TYPES: Mapping[str, str] = {
+    "int_type": "an integer",
+    "int_parsing_size": "a smaller integer",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "a string",
+    "tuple_type": "a list",
+    **dict.fromkeys(("model_type", "model_attributes_type", "dict_type"), "a mapping"),
+    "greater_than_equal": "at least {ge}",
+    "greater_than": "more than {gt}",
+    "less_than_equal": "at most {le}",
+    "less_than": "less than {lt}",
+    "literal_error": "{expected}",
+    "too_short": "at least {min_length} item",
+    "string_unicode": "text without half of a surrogate pair",
+    "string_too_short": "some text",
 }
+"""What fits instead, by pydantic's error type, with the fields of its context."""
+
 _BOUNDS = frozenset(("less_than_equal", "too_short", "string_too_short", "string_unicode"))
 _BOOLEAN_WORDS = frozenset(("yes", "no", "on", "off", "y", "n"))
 _NUMBER_LIKE = re.compile(r"[-+]?(0x|0o)?[0-9][0-9_:.eE+-]*")
@@ -59,16 +59,9 @@ _NUMBER_LIKE = re.compile(r"[-+]?(0x|0o)?[0-9][0-9_:.eE+-]*")
 def plan_error(
     error: ValidationError, known: Mapping[str, tuple[str, ...]], lines: Lines, file: str | None
 ) -> PlanError:
-    """Translates a failed validation.
+    """Translate a failed validation: the first finding in full, any others on lines of their own.
 
-    Args:
-        error: What pydantic raised.
-        known: Allowed keys of every mapping in a plan, by dotted path without positions.
-        lines: Line of every place, empty if the plan came from no file.
-        file: The plan's file.
-
-    Returns:
-        The error to raise: the first finding in full, any others on lines of their own.
+    `known` has the allowed keys of every mapping in a plan, by dotted path without positions.
     """
     found: list[tuple[bool, int, Where, str]] = []
     for details in error.errors(include_url=False):
@@ -97,27 +90,24 @@ def _message(details: ErrorDetails, where: Where, known: Mapping[str, tuple[str,
         return f"is missing; it takes {_ALLOWED[dotted]}" if dotted in _ALLOWED else "is missing"
     if kind in ("extra_forbidden", "invalid_key"):
         return unknown(str(where[-1]), known.get(parent, ()), "key")
-    expected = _TYPES[kind](context) if kind in _TYPES else details["msg"]
-    # A bound says it all; a wrong type is told with everything that the place takes.
+    expected = _TYPES[kind].format(**context) if kind in _TYPES else details["msg"]
+    if kind == "literal_error":
+        expected = expected.replace("'", "")
+    # A violated bound is specific enough; a wrong type is reported with all accepted forms.
     if kind not in _BOUNDS and isinstance(where[-1] if where else None, str):
         expected = _ALLOWED.get(dotted, expected)
     return f"{_show(given)} does not fit: expected {expected}{_hint(given, kind, context)}"
 
 
+def guess(word: str, known: Iterable[str]) -> str:
+    """Return "did you mean `x`? " for the nearest known word, or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"did you mean `{close[0]}`? " if close else ""
+
+
 def unknown(word: str, known: tuple[str, ...], what: str) -> str:
-    """Says that a word is not among those allowed, and which one is nearest.
-
-    Args:
-        word: What was written.
-        known: What is allowed.
-        what: The kind of word, such as "key".
-
-    Returns:
-        The message.
-    """
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    guess = f"did you mean `{close[0]}`? " if close else ""
-    return f"unknown {what} `{word}`; {guess}allowed: {', '.join(known)}"
+    """Return the message for a word that is not allowed; `what` is its kind, such as "key"."""
+    return f"unknown {what} `{word}`; {guess(word, known)}allowed: {', '.join(known)}"
 
 
 def _show(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Tables that fit their terminal: names break at dots, and columns that matter least are left out.
+"""Tables that fit the terminal: names break at dots, and columns that matter least are left out.
 
 Needs rich, which is imported only when something is rendered.
 """
@@ -19,23 +19,14 @@ _SHORTEST = 24
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column.
-
-    Attributes:
-        title: Its head.
-        cells: Its texts, one for each row.
-        right: Whether it is flush right.
-        footer: What stands below the line.
-        names: Whether it holds dotted names, which may take several lines.
-        spare: Left out where there is no room, the highest first; 0 never.
-    """
+    """One column of a table."""
 
     title: str
     cells: Sequence[str]
-    right: bool = False
+    right: bool = False  # flush right
     footer: str = ""
-    names: bool = False
-    spare: int = 0
+    names: bool = False  # dotted names, which may take several lines
+    spare: int = 0  # left out where there is no room, the highest first; 0 never
 
     @property
     def width(self) -> int:
@@ -45,13 +36,9 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class FittedTable:
-    """A table, which rich prints.
+    """A table that rich prints."""
 
-    Attributes:
-        columns: At most one with names.
-    """
-
-    columns: tuple[Column, ...]
+    columns: tuple[Column, ...]  # at most one with names
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
         """Yield a table no wider than the console."""

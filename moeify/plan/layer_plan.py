@@ -1,13 +1,13 @@
-"""What a plan makes of one model: `LayerPlan` for each layer, `ResolvedPlan` for all of it.
+"""A plan applied to one model: `LayerPlan` for each layer, `ResolvedPlan` for all of it.
 
-Data only, and without torch; `moeify.plan.resolve` makes them. A `ResolvedPlan` prints as a
-table, for which rich is imported then.
+Data only, and without torch; `moeify.plan.resolve` makes them. A `ResolvedPlan` prints as a table,
+and rich is imported only then.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,9 +30,9 @@ class LayerPlan:
     """What one site becomes.
 
     All counts are of parameter elements. An expert is the site's MLP with its biases and inner
-    norms; `granular` gives it 1/granularity of the hidden neurons and a whole output bias, `split`
-    1/experts. With `expert: linear` an expert is a square `Linear(d_in, d_in)` with bias, and the
-    original projection stays behind the experts. The router is `experts * d_in`, without bias. A
+    norms; with `granular` it has 1/granularity of the hidden neurons and a whole output bias, with
+    `split` 1/experts. With `expert: linear` an expert is a square `Linear(d_in, d_in)` with bias,
+    and the original projection follows the experts. The router is `experts * d_in`, without bias. A
     residual keeps one dense MLP (or one more square linear) and a mixer: `2 * d_in + 2` elements
     for `coefficient`, `d_in` for `sigmoid`, none for `add`. The bias of `bias_update` is a buffer
     and not counted.
@@ -45,8 +45,8 @@ class LayerPlan:
         expert: "mlp" or "linear".
         router: Routing, overrides applied and `combine` decided.
         init: Start, overrides applied.
-        rule: Position of the last rule that had a say.
-        kernel: What is to run the experts; "auto" leaves it to the pass that lowers them.
+        rule: Position of the last rule that selected it.
+        kernel: What runs the experts; "auto" leaves it to the pass that lowers them.
         folder: Where relative paths in `init` start; "" for the working directory.
     """
 
@@ -199,11 +199,7 @@ class ResolvedPlan:
         return _plain_text(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """Gives the resolved plan as JSON-able data.
-
-        Returns:
-            The plan, its layers, the sites left out, and the totals.
-        """
+        """Return the plan, its layers, the sites left out and the totals as JSON-able data."""
         return {
             "plan": self.plan.data(),
             "layers": [layer.to_dict() for layer in self.layers],
@@ -219,7 +215,7 @@ class ResolvedPlan:
 
 
 def _parts(resolved: ResolvedPlan) -> list[RenderableType]:
-    """Make what rich prints: a table of the layers, and lines on the sites that stay dense."""
+    """Return what rich prints: a table of the layers, and lines on the sites that stay dense."""
     from rich.text import Text
 
     parts: list[RenderableType] = [_table(resolved)]
@@ -234,7 +230,7 @@ def _parts(resolved: ResolvedPlan) -> list[RenderableType]:
 
 
 def _slices(resolved: ResolvedPlan) -> list[str]:
-    """Say what share of the hidden neurons tokens use where experts are slices of an MLP."""
+    """Return lines on the share of hidden neurons that a token uses where experts are slices."""
     shares: dict[float, list[str]] = {}
     for layer in resolved:
         if layer.init.experts == "split":
@@ -270,40 +266,17 @@ def _table(resolved: ResolvedPlan) -> FittedTable:
     columns += [
         Column("k", [str(layer.top_k) for layer in layers], right=True),
         Column("residual", residual, spare=2 if set(residual) <= {"-"} else 0),
-        Column(
+        _sizes(
             "before",
-            [_short(layer.parameters_before) for layer in layers],
-            right=True,
-            footer=_short(resolved.dense_parameters),
+            [layer.parameters_before for layer in layers],
+            resolved.dense_parameters,
             spare=3,
         ),
-        Column(
-            "after",
-            [_short(layer.parameters_after) for layer in layers],
-            right=True,
-            footer=_short(resolved.parameters),
-        ),
-        Column(
-            "active",
-            [_short(layer.active_parameters) for layer in layers],
-            right=True,
-            footer=_short(resolved.active_parameters),
-        ),
-        Column(
-            "bytes",
-            [format_bytes(layer.bytes_after) for layer in layers],
-            right=True,
-            footer=format_bytes(resolved.bytes),
-        ),
+        _sizes("after", [layer.parameters_after for layer in layers], resolved.parameters),
+        _sizes("active", [layer.active_parameters for layer in layers], resolved.active_parameters),
+        _sizes("bytes", [layer.bytes_after for layer in layers], resolved.bytes, format_bytes),
     ]
     return FittedTable(tuple(columns))
-
-
-def _widths(layer: LayerPlan) -> str:
-    site = layer.site
-    if layer.expert == "linear":
-        return f"{site.d_in}->{site.d_in}->{site.d_out}"
-    return f"{site.d_in}->{site.d_ff}->{site.d_out}"
 
 
 def _short(count: int) -> str:
@@ -316,3 +289,21 @@ def _short(count: int) -> str:
             break
         value, unit = value / 1000, larger
     return f"{value:,.{2 if value < 100 else 1}f}{unit}"
+
+
+def _sizes(
+    title: str,
+    each: Sequence[int],
+    total: int,
+    text: Callable[[int], str] = _short,
+    *,
+    spare: int = 0,
+) -> Column:
+    return Column(title, [text(n) for n in each], right=True, footer=text(total), spare=spare)
+
+
+def _widths(layer: LayerPlan) -> str:
+    site = layer.site
+    if layer.expert == "linear":
+        return f"{site.d_in}->{site.d_in}->{site.d_out}"
+    return f"{site.d_in}->{site.d_ff}->{site.d_out}"

@@ -1,13 +1,12 @@
-"""The plan: what a user says about which MLPs become what, as strict, immutable data.
+"""The plan: which MLPs become what, as strict, immutable data.
 
-A plan is written in YAML, JSON or Python and says nothing about one particular model; `resolve`
-applies it to one. Later rules override earlier ones site by site, in the fields they state. A plan
-that cannot be right is a `PlanError` with its file, line and place. Importable without torch.
+A plan is written in YAML, JSON or Python and is not tied to one model; `resolve` applies it to one.
+Later rules override earlier ones site by site, in the fields they state. A plan that cannot be
+right is a `PlanError` with its file, line and place. Importable without torch.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
@@ -21,7 +20,7 @@ import moeify
 from moeify.errors import PlanError
 from moeify.plan import strict_yaml
 from moeify.plan.deepspeed.importer import plan_data
-from moeify.plan.errors import plan_error
+from moeify.plan.errors import guess, plan_error
 from moeify.plan.presets import PRESETS, preset_data
 from moeify.plan.rules import LayerRule
 from moeify.plan.selection import LISTED, Schedule, Select, Strict
@@ -61,7 +60,7 @@ class Plan(Strict):
         student: The model with fewer layers that learns from this one; none if null.
 
     Raises:
-        PlanError: If the data is no plan.
+        PlanError: The data is not a plan.
 
     Example:
         >>> plan = Plan.of({"layers": [{"select": {"every": 2, "start": 1}, "experts": 8}]})
@@ -119,7 +118,7 @@ class Plan(Strict):
             The plan.
 
         Raises:
-            PlanError: If the file cannot be read or holds no plan.
+            PlanError: The file cannot be read or does not hold a plan.
         """
         file = os.fspath(path)
         _check_suffix(file)
@@ -130,14 +129,14 @@ class Plan(Strict):
         """Parse a plan.
 
         Args:
-            text: YAML, or JSON if `file` says so.
+            text: YAML, or JSON if `file` ends in `.json`.
             file: File name for messages.
 
         Returns:
             The plan.
 
         Raises:
-            PlanError: If the text holds no plan.
+            PlanError: The text is not a plan.
         """
         file = "<string>" if file is None else file
         data, lines = strict_yaml.load(text, file)
@@ -155,7 +154,7 @@ class Plan(Strict):
             The plan.
 
         Raises:
-            PlanError: If the name, an option or its value does not fit.
+            PlanError: The name, an option or its value does not fit.
         """
         return cls(**preset_data(name, options))
 
@@ -167,20 +166,20 @@ class Plan(Strict):
         moe: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
         layers: Any = None,
     ) -> Plan:
-        """Read what DeepSpeed is told, with DeepSpeed's meanings.
+        """Read a DeepSpeed config, with DeepSpeed's meanings.
 
         Args:
             config: A ds_config: a dict, a path, JSON text, or that in URL-safe base64.
             moe: Arguments of `deepspeed.moe.layer.MoE`, or of a Megatron-DeepSpeed launch script;
                 a list of them, one for each MoE layer, if layers differ.
-            layers: Where they stand: "all", a `Select` or its data, or a list of rules, which take
-                from `moe` what they do not state; every second layer if None.
+            layers: Which layers they are: "all", a `Select` or its data, or a list of rules, which
+                take from `moe` what they do not state; every second layer if None.
 
         Returns:
-            The plan; `notes` says what of the config is not in it.
+            The plan; `notes` lists what of the config is not in it.
 
         Raises:
-            PlanError: If the config cannot be read or contradicts itself.
+            PlanError: The config cannot be read or contradicts itself.
         """
         data, notes = plan_data(config, moe, layers)
         plan = cls.of(data)
@@ -195,12 +194,12 @@ class Plan(Strict):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a config that this plan was read from says beyond it; no part of the plan."""
+        """What the config that this plan was read from says beyond it; not part of the plan."""
         return self._notes
 
     @classmethod
     def of(cls, value: Plan | Mapping[str, Any] | str | os.PathLike[str]) -> Plan:
-        """Take whatever stands for a plan.
+        """Return the plan that a value stands for.
 
         Args:
             value: A plan, its data, a preset's name, or a path.
@@ -209,7 +208,7 @@ class Plan(Strict):
             The plan.
 
         Raises:
-            PlanError: If it stands for none.
+            PlanError: The value does not stand for a plan.
         """
         if isinstance(value, Plan):
             return value
@@ -219,12 +218,10 @@ class Plan(Strict):
             if value in PRESETS:
                 return cls.preset(value)
             if not value.lower().endswith(_SUFFIXES) and os.sep not in value:
-                close = difflib.get_close_matches(value, PRESETS, n=1, cutoff=0.5)
-                guess = f"did you mean `{close[0]}`? " if close else ""
                 raise PlanError(
-                    f"{value[:60]!r} is neither a preset nor a plan file; {guess}"
+                    f"{value[:60]!r} is neither a preset nor a plan file; {guess(value, PRESETS)}"
                     f"presets: {', '.join(PRESETS)}; files end in {', '.join(_SUFFIXES)}; "
-                    "text goes through Plan.loads"
+                    "for text use Plan.loads"
                 )
             return cls.load(value)
         if isinstance(value, os.PathLike):
@@ -240,7 +237,7 @@ class Plan(Strict):
             path: A `.yaml`, `.yml` or `.json` file; replaced if it exists.
 
         Raises:
-            PlanError: If it cannot be written there; an older file is then as it was.
+            PlanError: It cannot be written; an older file is left as it was.
         """
         file = os.fspath(path)
         _check_suffix(file)
@@ -278,15 +275,7 @@ class Plan(Strict):
         return hashlib.sha256(text.encode()).hexdigest()
 
     def fault(self, where: Where, message: str) -> PlanError:
-        """Make an error about a place in this plan.
-
-        Args:
-            where: Keys and positions, such as `("layers", 1, "select")`.
-            message: What is wrong and what would work.
-
-        Returns:
-            The error, with the plan's file and line if it came from one.
-        """
+        """Make an error about a place such as `("layers", 1, "select")`, with its file and line."""
         return PlanError(
             message,
             file=self._file,
@@ -306,14 +295,14 @@ class Plan(Strict):
             What every site becomes; prints as a table.
 
         Raises:
-            PlanError: If the plan does not fit the model.
-            CaptureError: If the model cannot be run.
+            PlanError: The plan does not fit the model.
+            CaptureError: The model cannot be run.
         """
-        # A plan is read without torch, a model is not run without it: `moeify.api` has the body.
+        # This module does without torch, running a model does not: `moeify.api` has the body.
         return moeify.resolve_plan(self, model, example_inputs)
 
     def __eq__(self, other: object) -> bool:
-        # Not pydantic's: where a plan was read from is no part of it, what its rules state is.
+        # Not pydantic's: which fields the rules state counts, the file they came from does not.
         return self.data() == other.data() if isinstance(other, Plan) else NotImplemented
 
     def __hash__(self) -> int:

@@ -1,205 +1,92 @@
-"""Plans by name: the layouts of the papers, with the options that one usually turns.
+"""Plans by name: the layouts of the papers, with the options that are usually changed.
 
-Each preset is a function of keyword options that returns a plan's data, as a plan file would hold
-it. Positions count over the model's installable sites, so a preset fits a model of any depth.
+Positions count over the model's installable sites, so a preset fits a model of any depth.
 Importable without torch.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from moeify.errors import PlanError
 from moeify.plan.errors import unknown
 
 PlanData: TypeAlias = dict[str, Any]
 
-
-def _plan(*rules: PlanData, **router: Any) -> PlanData:
-    return {"version": 1, "layers": list(rules), "router": router}
-
-
-def moe(
-    *,
-    experts: int = 8,
-    top_k: int = 1,
-    residual: str = "none",
-    every: int = 2,
-    start: int = 1,
-    aux_loss: float = 0.01,
-    capacity_factor: float | None = 1.25,
-) -> PlanData:
-    """Standard MoE: every second MLP, from the second on. Source: GShard, Switch, DeepSpeed-MoE."""
-    rule = {
-        "select": {"every": every, "start": start},
-        "experts": experts,
-        "top_k": top_k,
-        "residual": residual,
-    }
-    return _plan(rule, aux_loss=aux_loss, capacity_factor=capacity_factor)
+_SELECTORS: Final = ("every", "start", "half")
+_ROUTER: Final = ("aux_loss", "capacity_factor", "combine", "noise")
 
 
-def residual(
-    *,
-    experts: int = 8,
-    every: int = 2,
-    start: int = 1,
-    aux_loss: float = 0.01,
-    capacity_factor: float | None = 1.25,
-) -> PlanData:
-    """Residual-MoE: each expert corrects a dense MLP that stays. Source: DeepSpeed-MoE, 4.1."""
-    return moe(
-        experts=experts,
-        residual="coefficient",
-        every=every,
-        start=start,
-        aux_loss=aux_loss,
-        capacity_factor=capacity_factor,
-    )
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """A plan with options."""
+
+    options: Mapping[str, Any]  # what the user may set, with the defaults
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+
+    def data(self, options: Mapping[str, Any]) -> PlanData:
+        """Return the plan's data, as a plan file would hold it, not yet validated."""
+        values = {**self.options, **self.fixed, **options}
+        select = {key: values.pop(key) for key in _SELECTORS if key in values}
+        router = {key: values.pop(key) for key in _ROUTER if key in values}
+        layers = [{"select": select or "all", **values}]
+        if "last" in layers[0]:
+            # Counted over all sites, the second-last MLP of the model would become an MoE as well.
+            last_two = {"last": 2, "of": "selected"}
+            layers.append({"select": last_two, "experts": layers[0].pop("last")})
+        return {"version": 1, "layers": layers, "router": router}
 
 
-def pr_moe(
-    *,
-    experts: int = 32,
-    last: int = 64,
-    every: int = 2,
-    start: int = 1,
-    top_k: int = 1,
-    aux_loss: float = 0.01,
-    capacity_factor: float | None = 1.25,
-) -> PlanData:
-    """Pyramid-Residual-MoE: `last` experts in the last two MoE layers. Source: DeepSpeed-MoE, 4.1.
+_LOSS: Final = {"aux_loss": 0.01}
+_CAPACITY: Final = {**_LOSS, "capacity_factor": 1.25}
+_ALTERNATE: Final = {"experts": 8, "every": 2, "start": 1, **_CAPACITY}
+_HALF: Final = {"experts": 8, "top_k": 1, "residual": "none", **_CAPACITY}
 
-    The second rule counts over the sites that the first one selected (`of: selected`): counted over
-    all sites it would turn the second-last MLP of the model into an MoE as well.
-    """
-    rule = {
-        "select": {"every": every, "start": start},
-        "experts": experts,
-        "top_k": top_k,
-        "residual": "coefficient",
-    }
-    pyramid = {"select": {"last": 2, "of": "selected"}, "experts": last}
-    return _plan(rule, pyramid, aux_loss=aux_loss, capacity_factor=capacity_factor)
-
-
-def top2(
-    *,
-    experts: int = 8,
-    residual: str = "none",
-    every: int = 2,
-    start: int = 1,
-    aux_loss: float = 0.01,
-    capacity_factor: float | None = 1.25,
-) -> PlanData:
-    """Every second MLP, two experts per token. Source: GShard."""
-    return moe(
-        experts=experts,
-        top_k=2,
-        residual=residual,
-        every=every,
-        start=start,
-        aux_loss=aux_loss,
-        capacity_factor=capacity_factor,
-    )
-
-
-def _half(which: str, experts: int, top_k: int, residual: str, router: PlanData) -> PlanData:
-    rule = {"select": {"half": which}, "experts": experts, "top_k": top_k, "residual": residual}
-    return _plan(rule, **router)
-
-
-def first_half(
-    *,
-    experts: int = 8,
-    top_k: int = 1,
-    residual: str = "none",
-    aux_loss: float = 0.01,
-    capacity_factor: float | None = 1.25,
-) -> PlanData:
-    """Every MLP of the first half. Source: the placement study of DeepSpeed-MoE, 4.1."""
-    router = {"aux_loss": aux_loss, "capacity_factor": capacity_factor}
-    return _half("first", experts, top_k, residual, router)
-
-
-def second_half(
-    *,
-    experts: int = 8,
-    top_k: int = 1,
-    residual: str = "none",
-    aux_loss: float = 0.01,
-    capacity_factor: float | None = 1.25,
-) -> PlanData:
-    """Every MLP of the second half. Source: the placement study of DeepSpeed-MoE, 4.1."""
-    router = {"aux_loss": aux_loss, "capacity_factor": capacity_factor}
-    return _half("second", experts, top_k, residual, router)
-
-
-def switch(
-    *,
-    experts: int = 8,
-    every: int = 2,
-    start: int = 1,
-    aux_loss: float = 0.01,
-    capacity_factor: float | None = 1.25,
-) -> PlanData:
-    """Switch Transformer: one expert, scaled by its probability, jittered. Source: Switch, 2.1.
-
-    Scaling by the probability changes what the model computes, so this one does not start equal
-    to the dense model; `moe` does.
-    """
-    data = moe(
-        experts=experts,
-        every=every,
-        start=start,
-        aux_loss=aux_loss,
-        capacity_factor=capacity_factor,
-    )
-    data["router"] |= {"combine": "probability", "noise": "jitter"}
-    return data
-
-
-def mixtral(*, experts: int = 8, top_k: int = 2, aux_loss: float = 0.01) -> PlanData:
-    """Every MLP, two of eight experts, nothing dropped. Source: Mixtral of Experts."""
-    rule = {"select": "all", "experts": experts, "top_k": top_k}
-    return _plan(rule, combine="normalized", capacity_factor=None, aux_loss=aux_loss)
-
-
-PRESETS: Mapping[str, Callable[..., PlanData]] = MappingProxyType(
+PRESETS: Final[Mapping[str, Preset]] = MappingProxyType(
     {
-        "moe": moe,
-        "pr-moe": pr_moe,
-        "residual": residual,
-        "top2": top2,
-        "first-half": first_half,
-        "second-half": second_half,
-        "switch": switch,
-        "mixtral": mixtral,
+        # Standard MoE: every second MLP, from the second on.
+        # Source: GShard, Switch, DeepSpeed-MoE.
+        "moe": Preset({"experts": 8, "top_k": 1, "residual": "none", **_ALTERNATE}),
+        # Pyramid-Residual-MoE: `last` experts in the last two MoE layers.
+        # Source: DeepSpeed-MoE, 4.1.
+        "pr-moe": Preset(
+            {**_ALTERNATE, "experts": 32, "last": 64, "top_k": 1}, {"residual": "coefficient"}
+        ),
+        # Residual-MoE: each expert corrects a dense MLP that stays. Source: DeepSpeed-MoE, 4.1.
+        "residual": Preset(_ALTERNATE, {"top_k": 1, "residual": "coefficient"}),
+        # Two experts per token. Source: GShard.
+        "top2": Preset({**_ALTERNATE, "residual": "none"}, {"top_k": 2}),
+        # Every MLP of one half. Source: the placement study of DeepSpeed-MoE, 4.1.
+        "first-half": Preset(_HALF, {"half": "first"}),
+        "second-half": Preset(_HALF, {"half": "second"}),
+        # Switch Transformer: one expert, scaled by its probability, jittered. Scaling changes what
+        # the model computes, so it does not start equal to the dense model. Source: Switch, 2.1.
+        "switch": Preset(
+            _ALTERNATE,
+            {"top_k": 1, "residual": "none", "combine": "probability", "noise": "jitter"},
+        ),
+        # Every MLP, two of eight experts, nothing dropped. Source: Mixtral of Experts.
+        "mixtral": Preset(
+            {"experts": 8, "top_k": 2, **_LOSS}, {"combine": "normalized", "capacity_factor": None}
+        ),
     }
 )
 
 
 def preset_data(name: str, options: Mapping[str, Any]) -> PlanData:
-    """Makes a preset's data.
-
-    Args:
-        name: One of `PRESETS`.
-        options: Keyword options of that preset.
-
-    Returns:
-        The plan's data, not yet validated.
+    """Return a preset's data.
 
     Raises:
-        PlanError: If the name or an option is unknown; it lists those that exist.
+        PlanError: The name or an option is unknown; the message lists those that exist.
     """
     if name not in PRESETS:
         raise PlanError(unknown(name, tuple(PRESETS), "preset"))
-    make = PRESETS[name]
-    allowed = tuple(inspect.signature(make).parameters)
+    preset = PRESETS[name]
     for option in options:
-        if option not in allowed:
+        if option not in preset.options:
+            allowed = tuple(preset.options)
             raise PlanError(unknown(option, allowed, "option"), path=f"preset {name}")
-    return make(**options)
+    return preset.data(options)

@@ -1,7 +1,6 @@
-"""A plan applied to one model's sites: what each becomes, checked and counted. Without torch.
+"""Apply a plan to a model's sites: what each becomes, checked and counted. Without torch.
 
-`resolve_sites` is the whole of it and looks at `Site` records only, so that a plan can be tried
-without the model. What the numbers count is said in `LayerPlan`.
+`resolve_sites` looks at `Site` records only, so that a plan can be tried without the model.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from moeify.plan.strict_yaml import Where
 
 @dataclass(slots=True)
 class _Choice:
-    """What the rules have said of one site so far; `said` is where each field was stated."""
+    """What the rules read so far decide about one site."""
 
     experts: int
     rule: int
@@ -32,7 +31,7 @@ class _Choice:
     kernel: str = "auto"
     router: RouterSpec = field(default_factory=RouterSpec)
     init: InitSpec = field(default_factory=InitSpec)
-    said: dict[str, Where] = field(default_factory=dict)
+    stated: dict[str, Where] = field(default_factory=dict)  # the place of each stated field
 
 
 def resolve_sites(
@@ -44,7 +43,7 @@ def resolve_sites(
     linears: Sequence[Projection] = (),
     near_misses: Sequence[str] = (),
 ) -> ResolvedPlan:
-    """Applies a plan to sites.
+    """Return what every selected site becomes.
 
     Args:
         plan: The plan.
@@ -52,30 +51,18 @@ def resolve_sites(
         parameters: Parameter elements of the whole model, shared ones counted once.
         parameter_bytes: Their bytes.
         linears: Linear layers that are modules of their own, for rules with `expert: linear`.
-        near_misses: What nearly is an MLP and why it is none, for the message where none is.
-
-    Returns:
-        What every selected site becomes.
+        near_misses: Near misses with their reasons, for the message where there is no MLP.
 
     Raises:
-        PlanError: If a rule selects nothing, or what it says does not fit a site.
-        UnsupportedModuleError: If a selected site is blocked by the state of its weights.
+        PlanError: A rule selects nothing, or what it states does not fit a site.
+        UnsupportedModuleError: A selected site is blocked by the state of its weights.
     """
     itemsize = parameter_bytes // parameters if parameters else 4
-    like = next((site for site in sites), None)
-    linear_sites: dict[str, Site] = {}
-    for projection in linears:
-        if projection.module is not None and projection.module not in linear_sites:
-            position = len(sites) + len(linear_sites)
-            linear_sites[projection.module] = _linear_site(projection, position, like, itemsize)
+    refused = {s.name: s.reason for s in sites if s.install == "refused" and not s.blocked}
     universe = Universe(
         mlps={site.name: site for site in sites if site.install != "refused" or site.blocked},
-        linears=linear_sites,
-        refused={
-            site.name: site.reason
-            for site in sites
-            if site.install == "refused" and not site.blocked
-        },
+        linears=_linear_sites(linears, sites, itemsize),
+        refused=refused,
         near=near_misses,
     )
     chosen: dict[str, dict[str, _Choice]] = {"mlp": {}, "linear": {}}
@@ -88,13 +75,25 @@ def resolve_sites(
             if (choice := chosen[expert].get(name)) is not None:
                 if site.blocked:
                     raise UnsupportedModuleError(
-                        name, f"{site.reason}; mend it, or take it back with `experts: dense`"
+                        name, f"{site.reason}; fix that, or leave it dense with `experts: dense`"
                     )
                 layers.append(_layer(plan, site, expert, choice))
     if not layers:
-        raise plan.fault(("layers",), "the rules take back all that they select; nothing is left")
+        raise plan.fault(("layers",), "`experts: dense` undoes all that the rules select")
     check_layers(plan, layers)
     return ResolvedPlan(plan, tuple(layers), tuple(sites), parameters, parameter_bytes)
+
+
+def _linear_sites(
+    linears: Sequence[Projection], sites: Sequence[Site], itemsize: int
+) -> dict[str, Site]:
+    found: dict[str, Site] = {}
+    for projection in linears:
+        if projection.module is not None and projection.module not in found:
+            position = len(sites) + len(found)
+            like = sites[0] if sites else None
+            found[projection.module] = _linear_site(projection, position, like, itemsize)
+    return found
 
 
 def _linear_site(projection: Projection, position: int, like: Site | None, itemsize: int) -> Site:
@@ -103,7 +102,7 @@ def _linear_site(projection: Projection, position: int, like: Site | None, items
     return Site(
         name=projection.module or projection.weight,
         index=position,
-        install="T1",
+        install="module",
         reason="",
         d_in=projection.in_features,
         d_ff=0,
@@ -122,7 +121,7 @@ def _linear_site(projection: Projection, position: int, like: Site | None, items
 def _apply(
     plan: Plan, position: int, rule: LayerRule, names: Sequence[str], chosen: dict[str, _Choice]
 ) -> None:
-    """Lets one rule speak on the sites it selects."""
+    """Apply one rule to the sites it selects."""
     if rule.experts == "dense":
         for name in names:
             chosen.pop(name, None)
@@ -138,7 +137,7 @@ def _apply(
             if count is None:
                 raise plan.fault(
                     ("layers", position),
-                    f"say how many `experts`: no earlier rule selects `{name}`",
+                    f"state how many `experts`: no earlier rule selects `{name}`",
                 )
             choice = chosen[name] = _Choice(count, position, router=plan.router, init=plan.init)
         _override(choice, position, rule, count)
@@ -148,21 +147,18 @@ def _override(choice: _Choice, position: int, rule: LayerRule, count: int | None
     here: Where = ("layers", position)
     choice.rule = position
     if count is not None:
-        choice.experts, choice.said["experts"] = count, (*here, "experts")
-    if "top_k" in rule.model_fields_set:
-        choice.top_k, choice.said["top_k"] = rule.top_k, (*here, "top_k")
-    if "residual" in rule.model_fields_set:
-        choice.residual, choice.said["residual"] = rule.residual, (*here, "residual")
-    if "kernel" in rule.model_fields_set:
-        choice.kernel, choice.said["kernel"] = rule.kernel, (*here, "kernel")
+        choice.experts, choice.stated["experts"] = count, (*here, "experts")
+    for key in rule.model_fields_set & {"top_k", "residual", "kernel"}:
+        setattr(choice, key, getattr(rule, key))
+        choice.stated[key] = (*here, key)
     router = {key: getattr(rule.router, key) for key in rule.router.model_fields_set}
     init = {key: getattr(rule.init, key) for key in rule.init.model_fields_set}
     choice.router = choice.router.model_copy(update=router)
     choice.init = choice.init.model_copy(update=init)
-    choice.said |= {f"router.{key}": (*here, "router", key) for key in router}
+    choice.stated |= {f"router.{key}": (*here, "router", key) for key in router}
     for key in init:
         written = key.rstrip("_")  # `from` in a plan
-        choice.said[f"init.{written}"] = (*here, "init", written)
+        choice.stated[f"init.{written}"] = (*here, "init", written)
 
 
 def _layer(plan: Plan, site: Site, expert: str, choice: _Choice) -> LayerPlan:
@@ -183,5 +179,5 @@ def _layer(plan: Plan, site: Site, expert: str, choice: _Choice) -> LayerPlan:
         choice.kernel,
         plan.folder,
     )
-    check_layer(plan, layer, choice.said)
+    check_layer(plan, layer, choice.stated)
     return layer

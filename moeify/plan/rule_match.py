@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from moeify.errors import PlanError
 from moeify.plan.selection import Select, matches, nearest, shorten
 from moeify.plan.site import Site
 from moeify.plan.strict_yaml import Where
@@ -17,41 +16,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Universe:
-    """What a model offers to a plan.
+    """What a model offers to a plan, by name in execution order."""
 
-    Attributes:
-        mlps: Sites that can be converted, by name, in execution order.
-        linears: Linear layers as sites, by module path.
-        refused: Why the other sites cannot be converted, by name.
-        near: What nearly is an MLP, each with its reason.
-    """
+    mlps: Mapping[str, Site]  # those that can be converted
+    linears: Mapping[str, Site]  # linear layers as sites, by module path
+    refused: Mapping[str, str]  # why the other sites cannot be converted
+    near: Sequence[str] = ()  # near misses, each with its reason
 
-    mlps: Mapping[str, Site]
-    linears: Mapping[str, Site]
-    refused: Mapping[str, str]
-    near: Sequence[str] = ()
+    def offered(self, expert: str) -> Mapping[str, Site]:
+        """Return what a rule with this kind of expert can select."""
+        return self.linears if expert == "linear" else self.mlps
 
 
 def match_rule(
     plan: Plan, position: int, universe: Universe, selected: Collection[str]
 ) -> tuple[str, ...]:
-    """Finds what a rule selects.
+    """Return the names that the rule at `position` selects, in execution order, at least one.
 
-    Args:
-        plan: The plan.
-        position: Which of its rules.
-        universe: What the model offers.
-        selected: What earlier rules have selected, of this rule's kind of expert.
-
-    Returns:
-        Names in execution order, at least one.
+    `selected` is what earlier rules have selected of this rule's kind of expert.
 
     Raises:
-        PlanError: If nothing, or less than the rule names, is there.
+        PlanError: The model lacks some or all of what the rule names.
     """
     rule = plan.layers[position]
     here: Where = ("layers", position, "select")
-    offered = universe.linears if rule.expert == "linear" else universe.mlps
+    offered = universe.offered(rule.expert)
     if not offered:
         raise plan.fault(here, _nothing_offered(rule.expert, universe))
     if rule.select == "all":
@@ -61,7 +50,7 @@ def match_rule(
     if not names:
         raise plan.fault(here, "`of: selected` counts over earlier rules; they select nothing")
     if select.key == "name":
-        return _by_name(plan, here, select, names, offered, universe, rule.expert)
+        return _by_name(plan, here, select, names, universe, rule.expert)
     try:
         positions = select.positions(len(names))
     except IndexError as error:
@@ -98,7 +87,6 @@ def _by_name(
     here: Where,
     select: Select,
     names: Sequence[str],
-    offered: Mapping[str, Site],
     universe: Universe,
     expert: str,
 ) -> tuple[str, ...]:
@@ -107,32 +95,24 @@ def _by_name(
         hits = [name for name in names if matches(pattern, name)]
         if not hits:
             where = (*here, "name") if isinstance(select.name, str) else (*here, "name", at)
-            raise _miss(plan, where, pattern, offered, universe, expert)
+            raise plan.fault(where, _miss(pattern, universe, expert))
         found.update(hits)
     return tuple(name for name in names if name in found)
 
 
-def _miss(
-    plan: Plan,
-    where: Where,
-    pattern: str,
-    offered: Mapping[str, Site],
-    universe: Universe,
-    expert: str,
-) -> PlanError:
-    """Explains why a pattern matched nothing, by the nearest thing that it does match."""
-    if any(matches(pattern, name) for name in offered):
-        reason = "matches only sites that no earlier rule selects; leave out `of: selected`"
-    elif refused := [name for name in universe.refused if matches(pattern, name)]:
-        reason = f"`{refused[0]}` cannot be converted: {universe.refused[refused[0]]}"
-    elif expert == "mlp" and (hit := _first(pattern, universe.linears)):
-        reason = f"`{hit}` is a linear, not an MLP; say `expert: linear`"
-    elif expert == "linear" and (hit := _first(pattern, universe.mlps)):
-        reason = f"`{hit}` is an MLP, not a linear; leave out `expert: linear`"
-    else:
-        reason = f"`{pattern}` matches nothing; {nearest(pattern, list(offered))}"
-    return plan.fault(where, reason)
+def _miss(pattern: str, universe: Universe, expert: str) -> str:
+    """Explain why a pattern matched nothing, by the nearest thing that it does match."""
+    offered = universe.offered(expert)
+    if _first(pattern, offered) is not None:
+        return "matches only sites that no earlier rule selects; leave out `of: selected`"
+    if (hit := _first(pattern, universe.refused)) is not None:
+        return f"`{hit}` cannot be converted: {universe.refused[hit]}"
+    if expert == "mlp" and (hit := _first(pattern, universe.linears)):
+        return f"`{hit}` is a linear layer, not an MLP; use `expert: linear`"
+    if expert == "linear" and (hit := _first(pattern, universe.mlps)):
+        return f"`{hit}` is an MLP, not a linear layer; leave out `expert: linear`"
+    return f"`{pattern}` matches nothing; {nearest(pattern, list(offered))}"
 
 
-def _first(pattern: str, sites: Mapping[str, Site]) -> str | None:
-    return next((name for name in sites if matches(pattern, name)), None)
+def _first(pattern: str, names: Iterable[str]) -> str | None:
+    return next((name for name in names if matches(pattern, name)), None)

@@ -26,15 +26,15 @@ class LayerRule(Strict):
 
     Attributes:
         select: Which sites.
-        experts: How many experts each; a schedule over the selected sites; `dense` takes back what
-            earlier rules selected; `keep` (the default) for what an earlier rule said.
+        experts: How many experts each; a schedule over the selected sites; `dense` undoes what
+            earlier rules selected; `keep` (the default) leaves the count of an earlier rule.
         top_k: Experts per token.
-        residual: How the dense MLP stays beside the experts: not at all, mixed by a learned
-            two-way softmax (`coefficient`), added, or behind a sigmoid gate.
+        residual: How the dense MLP is kept beside the experts: not at all, mixed by a learned
+            two-way softmax (`coefficient`), added, or scaled by a sigmoid gate.
         expert: What an expert is: the site's `mlp`, or a square `linear` in front of a linear layer
             that `select: {name: ...}` gives by its module path.
         kernel: What runs the experts: `auto` decides by device, dtype and sizes, or one of
-            `reference` (plain torch), `cpu`, `triton`, `grouped_mm`; it holds where it can run.
+            `reference` (plain torch), `cpu`, `triton`, `grouped_mm`, used where it can run.
         router: Overrides of the plan's `router`.
         init: Overrides of the plan's `init`.
     """

@@ -52,7 +52,7 @@ def _check_pattern(text: str) -> str:
     except (re.error, RecursionError, OverflowError) as error:
         context = {"text": text, "error": str(error)}
         raise PydanticCustomError(
-            "plan", "`{text}` is no regular expression: {error}", context
+            "plan", "`{text}` is not a regular expression: {error}", context
         ) from None
     return text
 
@@ -76,6 +76,14 @@ _Patterns: TypeAlias = Annotated[
 ]
 
 SELECTORS = ("every", "first", "last", "half", "index", "name")
+
+
+def require_exactly_one(given: Sequence[str], keys: Sequence[str]) -> None:
+    """Refuse a mapping that has none or several of `keys`."""
+    if len(given) != 1:
+        found = " and ".join(f"`{key}`" for key in given) or "none"
+        context = {"keys": ", ".join(keys), "found": found}
+        raise PydanticCustomError("plan", "needs exactly one of {keys}; found {found}", context)
 
 
 class Select(Strict):
@@ -104,15 +112,9 @@ class Select(Strict):
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Select:
-        said = [key for key in SELECTORS if key in self.model_fields_set]
-        if len(said) != 1:
-            found = " and ".join(f"`{key}`" for key in said) or "none"
-            raise PydanticCustomError(
-                "plan",
-                "needs exactly one of {keys}; found {found}",
-                {"keys": ", ".join(SELECTORS), "found": found},
-            )
-        if "start" in self.model_fields_set and said != ["every"]:
+        given = [key for key in SELECTORS if key in self.model_fields_set]
+        require_exactly_one(given, SELECTORS)
+        if "start" in self.model_fields_set and given != ["every"]:
             raise PydanticCustomError("plan", "`start` goes with `every` only")
         return self
 
@@ -127,16 +129,10 @@ class Select(Strict):
         return (self.name,) if isinstance(self.name, str) else self.name
 
     def positions(self, count: int) -> tuple[int, ...]:
-        """Picks from a sequence by position; not for `name`.
-
-        Args:
-            count: Length of the sequence.
-
-        Returns:
-            Ascending 0-based positions, possibly none.
+        """Return the chosen positions in a sequence, ascending from 0; not for `name`.
 
         Raises:
-            IndexError: If an `index` is out of range; its argument is that index.
+            IndexError: An `index` is out of range; its argument is that index.
         """
         everything = range(count)
         match self.key:
@@ -172,14 +168,7 @@ class Schedule(Strict):
     shape: Literal["step", "linear", "geometric"] = "step"
 
     def spread(self, count: int) -> tuple[int, ...]:
-        """Spreads the schedule over some sites.
-
-        Args:
-            count: Number of sites.
-
-        Returns:
-            One expert count per site, monotone, from `from` to `to`; a single site gets `from`.
-        """
+        """Return the expert count of each of `count` sites; a single site gets `from`."""
         return tuple(self._at(position, count - 1) for position in range(count))
 
     def _at(self, position: int, last: int) -> int:
@@ -195,36 +184,19 @@ class Schedule(Strict):
 
 
 def _between(low: int, high: int, position: int, last: int) -> int:
-    """Rounds `low + (high - low) * position / last` to the nearest integer, halves up."""
+    """Round `low + (high - low) * position / last` to the nearest integer, halves up."""
     return (2 * low * last + 2 * (high - low) * position + last) // (2 * last)
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Says whether a `name` pattern means a site.
-
-    Args:
-        pattern: A glob, or `re:` and a regular expression.
-        name: The site's name.
-
-    Returns:
-        True if the pattern matches the whole name, minding case.
-    """
+    """Tell whether a pattern (a glob, or `re:` and a regular expression) matches a whole name."""
     if pattern.startswith("re:"):
         return re.fullmatch(pattern[3:], name) is not None
     return fnmatchcase(name, pattern)
 
 
 def nearest(word: str, known: Collection[str], limit: int = 3) -> str:
-    """Suggests names close to one that matched nothing.
-
-    Args:
-        word: What was written.
-        known: What exists.
-        limit: Most names to show.
-
-    Returns:
-        Text such as "did you mean `h.1.mlp`?", or a few of the names if none is close.
-    """
+    """Suggest up to `limit` known names close to a word, or list a few if none is close."""
     close = difflib.get_close_matches(word, list(known), n=limit, cutoff=0.6)
     if close:
         return f"did you mean {' or '.join(f'`{name}`' for name in close)}?"
@@ -232,15 +204,7 @@ def nearest(word: str, known: Collection[str], limit: int = 3) -> str:
 
 
 def shorten(words: Sequence[str], limit: int) -> str:
-    """Joins words with commas, leaving out the middle ones when there are too many.
-
-    Args:
-        words: What to join.
-        limit: Most words to show.
-
-    Returns:
-        The joined text.
-    """
+    """Join words with commas, leaving out the middle ones where there are more than `limit`."""
     if len(words) <= limit:
         return ", ".join(words)
     return ", ".join([*words[: limit - 1], "...", words[-1]])

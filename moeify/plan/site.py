@@ -5,26 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-Install = Literal["T1", "T2", "refused"]
+Install = Literal["module", "across modules", "refused"]
+
+_INSTALL_TEXT = {"module": "module swapped", "across modules": "written across modules"}
 
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """One linear map of a site.
+    """One linear map of a site."""
 
-    Attributes:
-        weight: Qualified name of the weight parameter.
-        bias: Qualified name of the bias parameter, or None.
-        module: Path of the module whose whole body is this projection, or None if it is inlined.
-        transposed: True if the weight is stored `[in, out]` (Conv1D) instead of `[out, in]`.
-        in_features: Input width.
-        out_features: Output width.
-    """
-
-    weight: str
+    weight: str  # qualified name of the parameter
     bias: str | None
-    module: str | None
-    transposed: bool
+    module: str | None  # path of the module whose whole body this is; None if it is inlined
+    transposed: bool  # the weight is stored `[in, out]` (Conv1D) instead of `[out, in]`
     in_features: int
     out_features: int
 
@@ -34,11 +27,12 @@ class Site:
     """One MLP: projections that share an input, elementwise ops, one projection back.
 
     Attributes:
-        name: Unique name: the path of the module that holds the MLP (T1), or of the smallest module
-            around it, or of its last projection where that is not unique (T2).
+        name: Unique name: the path of the module that holds the MLP, or (written across modules) of
+            the smallest module around it, or of its last projection where that is not unique.
         index: Position among the installable sites in execution order, from 0; -1 if refused
             and not blocked.
-        install: "T1" (swap one module), "T2" (tap and block), or "refused".
+        install: How it is replaced: "module" (one module is swapped), "across modules" (its first
+            projections are tapped, its last one becomes the block), or "refused".
         reason: Why it was refused; empty otherwise.
         d_in: Input width.
         d_ff: Hidden width (of one half, if gated).
@@ -77,5 +71,5 @@ class Site:
     def __str__(self) -> str:
         shape = f"{self.d_in} -> {self.d_ff} -> {self.d_out}"
         kind = f"{'gated ' if self.gated else ''}{self.activation}"
-        how = self.install if self.install != "refused" else f"refused: {self.reason}"
+        how = _INSTALL_TEXT.get(self.install, f"refused: {self.reason}")
         return f"{self.name}: {shape}, {kind}, {how}"

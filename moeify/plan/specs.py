@@ -27,7 +27,8 @@ class RouterSpec(Strict):
         capacity_factor: Rows per expert in training, relative to an even load; null drops nothing.
         eval_capacity_factor: The same in evaluation.
         min_capacity: Fewest rows per expert.
-        drop: Who goes when an expert is full: `random`, later `position`, or lower `score`.
+        drop: Which rows are dropped when an expert is full: `random` ones, those at a later
+            `position`, or those with a lower `score`.
         balance: Balance loss over `all` choices or the `first` only.
         aux_loss: Weight of the balance loss.
         z_loss: Weight of the squared log-partition of the logits.
@@ -53,22 +54,22 @@ class InitSpec(Strict):
 
     Attributes:
         experts: `copy` of the dense MLP; copies with `noise`; with neurons re-drawn (`drop`);
-            `random`; slices of copies (`granular`); the hidden neurons dealt to the experts
+            `random`; slices of copies (`granular`); the hidden neurons divided among the experts
             (`split`); or the MLPs of several checkpoints (`models`).
-        router: `normal`; `zeros`; rows that look for what excites a split's `clusters`; or made
-            from the MLP's inputs on the example inputs, in groups by likeness (`hidden`) or by
-            their place in the batch (`prompts`).
+        router: `normal`; `zeros`; rows that score what activates a split's `clusters`; or made
+            from the MLP's inputs on the example inputs, grouped by similarity (`hidden`) or by
+            their position in the batch (`prompts`).
         router_std: Standard deviation of a normal router.
         seed: Seed of everything that is drawn.
         noise_std: Standard deviation of `noise`, relative to each weight's own.
-        drop_ratio: Part of the hidden neurons that `drop` re-draws.
+        drop_ratio: Share of the hidden neurons that `drop` re-draws.
         granularity: Slices per copy, with `granular`.
-        clusters: Which neurons `split` keeps together: those with like `weights`, those that are
+        clusters: Which neurons `split` keeps together: those with similar `weights`, those that are
             active on the same tokens (`coactivation`, on the example inputs), `random` ones, or
             neighbours (`slices`).
         from_: Folders of checkpoints of the same architecture (`from` in a plan), with `models`;
             relative ones start at the plan file's folder. Expert i is the i-th one's MLP.
-        rest: What `models` makes of all other parameters: their `average`, or `keep` the model's.
+        rest: What `models` does with all other parameters: their `average`, or `keep` the model's.
     """
 
     experts: Literal["copy", "noise", "drop", "random", "granular", "split", "models"] = "copy"
@@ -94,24 +95,25 @@ def _word_or_bool(value: Any) -> str:
 
 
 class ParallelSpec(Strict):
-    """How the model lies on the ranks.
+    """How the model is laid out on the ranks.
 
     Attributes:
         expert: Ranks that share the experts of a layer.
         tensor: Ranks that share each dense layer.
-        experts_in_tp: Experts in a tensor group: `replicate`, `slice`, or `fold` (different ones).
-        all_to_all: How rows travel: straight to their ranks (`flat`), over one rank per node
-            (`hierarchical`), or all tokens to all ranks (`allgather`); `auto` by size and topology,
-            for as many tokens as the example inputs have, at least 2,048.
-        coordinated: In a tensor group, which holds the same tokens, each rank sends its share of
-            them only; `auto` always does.
+        experts_in_tp: Experts in a tensor group: `replicate`, `slice`, or `fold` (each rank has
+            different ones).
+        all_to_all: How rows are exchanged: directly between ranks (`flat`), through one rank per
+            node (`hierarchical`), or all tokens to all ranks (`allgather`); `auto` by size and
+            topology, for as many tokens as the example inputs have, at least 2,048.
+        coordinated: Ranks of a tensor group hold the same tokens; each sends only its share of
+            them. `auto` always does.
         splits: `auto` sends every expert its full capacity where there is one, so that nothing
-            waits for the routing (ranks then hold equally many tokens); `uneven` always
+            waits for the routing (ranks must then hold equally many tokens); `uneven` always
             sends only the rows that there are.
-        overlap_chunks: In how many pieces rows travel, so that the exchange of one overlaps the
-            experts of another.
+        overlap_chunks: In how many chunks rows are exchanged, so that the exchange of one overlaps
+            the experts of another.
         gradients: Which gradients are reduced over the ranks in the backward pass: `all`; those of
-            the `experts` and of slices, if DDP or another engine does the others; `none`.
+            the `experts` and of slices, if DDP or another engine reduces the others; `none`.
     """
 
     expert: Count = 1
@@ -128,18 +130,18 @@ class ParallelSpec(Strict):
 
 
 class ZeroSpec(Strict):
-    """What is partitioned over the data-parallel ranks, experts over the ranks that repeat them.
+    """What is partitioned over the data-parallel ranks; experts over the ranks that replicate them.
 
     Attributes:
         stage: 1: optimizer states; 2: and gradients; 3: and parameters.
         engine: `fsdp2`, torch's own; or `graph`: gathers are nodes of the blocks' graphs, so that a
             whole model compiles in one piece (stages 2 and 3).
         offload: What lives in CPU memory: the `optimizer` (master weights and states), the
-            `parameters` (with them, at stage 3), or `all`.
-        precision: What parameters are gathered and computed in; `model` keeps their dtype.
-        master: What the optimizer updates, with another precision: `float32`, or the `same` as it
-            computes in (DeepSpeed's `fp16_master_weights_and_grads`).
-        reduce: What gradients are reduced in, with another precision.
+            `parameters` (and their optimizer state, at stage 3), or `all`.
+        precision: Dtype in which parameters are gathered and used; `model` keeps their own.
+        master: Dtype that the optimizer updates, with another precision: `float32`, or the `same`
+            as it computes in (DeepSpeed's `fp16_master_weights_and_grads`).
+        reduce: Dtype in which gradients are reduced, with another precision.
         prefetch: How many units ahead parameters are gathered.
     """
 

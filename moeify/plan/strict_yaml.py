@@ -1,9 +1,9 @@
 """YAML and JSON for plans, read strictly: nothing is guessed, and every value knows its line.
 
 PyYAML follows YAML 1.1, where `no` is false, `1e-3` a string, `010` eight, `1:30` ninety, and the
-last of two equal keys wins. Here scalars follow YAML 1.2 and the rest of that list is an error
-that names its line. Parsing walks PyYAML's flat stream of events, never recursing, so neither deep
-nesting nor an alias bomb can hurt. Importable without torch.
+last of two equal keys wins. Here scalars follow YAML 1.2, and duplicate keys and ambiguous numbers
+are errors that name their line. Parsing walks PyYAML's flat stream of events without recursion, so
+neither deep nesting nor an alias bomb does harm. Importable without torch.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ Lines: TypeAlias = Mapping[Where, int]
 """1-based line of every key and every list item."""
 
 MAX_BYTES: Final = 1 << 20
+_TOO_LONG: Final = "longer than 1 MiB; a plan is a few lines"
 MAX_DEPTH: Final = 32
 MAX_NODES: Final = 50_000
 
@@ -44,28 +45,13 @@ _JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]|[^\s"\[\]{},:]+|\n', re.DO
 
 
 def path_text(where: Where) -> str:
-    """Writes a place the way people do.
-
-    Args:
-        where: Keys and positions from the root.
-
-    Returns:
-        Text such as `layers[1].select`; empty for the root.
-    """
+    """Return a place as text such as `layers[1].select`; empty for the root."""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where)
     return text.removeprefix(".")
 
 
 def line_of(where: Where, lines: Lines) -> int | None:
-    """Finds the line of a place, or of the nearest thing around it.
-
-    Args:
-        where: Keys and positions from the root.
-        lines: What `load` returned.
-
-    Returns:
-        The 1-based line, or None if nothing is known.
-    """
+    """Return the 1-based line of a place, or of the nearest one around it; None if unknown."""
     for end in range(len(where), -1, -1):
         if (line := lines.get(where[:end])) is not None:
             return line
@@ -73,16 +59,10 @@ def line_of(where: Where, lines: Lines) -> int | None:
 
 
 def plain(text: str) -> str | int | float | bool | None:
-    """Resolves an unquoted scalar by YAML 1.2, without octal, hexadecimal, `_` or `:` numbers.
-
-    Args:
-        text: The scalar as written.
-
-    Returns:
-        Its value; the text itself if it is no number, boolean or null.
+    """Resolve an unquoted scalar by YAML 1.2, without octal, hexadecimal, `_` or `:` numbers.
 
     Raises:
-        ValueError: If it is a number that is not finite, or an integer beyond 64 bits.
+        ValueError: It is a number that is not finite, or an integer beyond 64 bits.
     """
     if text in _WORDS:
         return _WORDS[text]
@@ -101,16 +81,10 @@ def plain(text: str) -> str | int | float | bool | None:
 
 
 def read(path: str | os.PathLike[str]) -> str:
-    """Reads a plan's text.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The decoded text.
+    """Read a plan's text.
 
     Raises:
-        PlanError: If it is missing, no file, longer than 1 MiB, or not UTF-8.
+        PlanError: It is missing, not a file, longer than 1 MiB, or not UTF-8.
     """
     file = os.fspath(path)
     try:
@@ -119,11 +93,11 @@ def read(path: str | os.PathLike[str]) -> str:
     except FileNotFoundError:
         raise PlanError("there is no such file", file=file) from None
     except IsADirectoryError:
-        raise PlanError("this is a directory; name the plan's file in it", file=file) from None
+        raise PlanError("this is a directory; name the plan file in it", file=file) from None
     except (OSError, ValueError) as error:
         raise PlanError(f"cannot be read: {error}", file=file) from error
     if len(raw) > MAX_BYTES:
-        raise PlanError("longer than 1 MiB; a plan is a few lines", file=file)
+        raise PlanError(_TOO_LONG, file=file)
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -132,21 +106,14 @@ def read(path: str | os.PathLike[str]) -> str:
 
 
 def load(text: str, file: str | None = None) -> tuple[Any, Lines]:
-    """Parses YAML, or JSON if the file's name ends in `.json`.
-
-    Args:
-        text: The document.
-        file: Its file name, for messages.
-
-    Returns:
-        The data (dicts, lists and scalars) and the line of every place in it.
+    """Parse YAML, or JSON if the file's name ends in `.json`; return data and lines.
 
     Raises:
-        PlanError: If the text is no single document of the strict subset, with file and line.
+        PlanError: The text is not a single document of the strict subset; names file and line.
     """
     builder = _Builder(file)
     if len(text) > MAX_BYTES:
-        raise PlanError("longer than 1 MiB; a plan is a few lines", file=file)
+        raise PlanError(_TOO_LONG, file=file)
     if file is not None and file.lower().endswith(".json"):
         _load_json(text, builder)
     else:
@@ -173,15 +140,7 @@ _Dumper.add_representer(str, _represent_str)
 
 
 def dump(data: Any, file: str) -> str:
-    """Writes data so that `load` gives it back.
-
-    Args:
-        data: Dicts, lists and scalars.
-        file: A file name: `.json` makes JSON, anything else YAML.
-
-    Returns:
-        The text.
-    """
+    """Return dicts, lists and scalars as text that `load` reads back; JSON for a `.json` file."""
     if file.lower().endswith(".json"):
         return json.dumps(data, indent=2, allow_nan=False) + "\n"
     return yaml.dump(
@@ -192,12 +151,8 @@ def dump(data: Any, file: str) -> str:
 def write(path: str | os.PathLike[str], text: str) -> None:
     """Write a file, all or nothing.
 
-    Args:
-        path: Where; replaced if it exists.
-        text: What.
-
     Raises:
-        PlanError: If it cannot be written there; an older file is then as it was.
+        PlanError: It cannot be written; an older file is left as it was.
     """
     file = os.fspath(path)
     try:
@@ -208,15 +163,15 @@ def write(path: str | os.PathLike[str], text: str) -> None:
 
 @dataclass(slots=True)
 class _Frame:
-    """A list or mapping that is still open; `key` waits for its value."""
+    """A list or mapping that is still open."""
 
     container: dict[str, Any] | list[Any]
     where: Where
-    key: str | None = None
+    key: str | None = None  # waits for its value
 
 
 class _Builder:
-    """Builds data from a flat stream of openings, closings and scalars."""
+    """Build data from a flat stream of openings, closings and scalars."""
 
     def __init__(self, file: str | None) -> None:
         self.file = file
@@ -226,14 +181,13 @@ class _Builder:
         self._nodes = 0
 
     def error(self, message: str, line: int | None) -> PlanError:
-        """Makes an error at a line, inside whatever is open now."""
+        """Make an error at a line, in the innermost open container."""
         frame = self._stack[-1] if self._stack else None
         return PlanError(
             message, file=self.file, line=line, path=path_text(frame.where) if frame else ""
         )
 
     def open(self, container: dict[str, Any] | list[Any], line: int) -> None:
-        """Starts a mapping or a list."""
         if self._wants_key():
             raise self.error("a key must be a string, not a collection", line)
         if len(self._stack) >= MAX_DEPTH:
@@ -241,11 +195,9 @@ class _Builder:
         self._stack.append(_Frame(container, self._attach(container, line)))
 
     def close(self) -> None:
-        """Ends the innermost mapping or list."""
         self._stack.pop()
 
     def scalar(self, value: str | int | float | bool | None, line: int) -> None:
-        """Adds a key or a value."""
         if isinstance(value, str) and not _is_unicode(value):
             raise self.error("a string holds half of a surrogate pair", line)
         if self._wants_key():
@@ -302,7 +254,9 @@ def _load_yaml(text: str, builder: _Builder) -> None:
             if isinstance(event, yaml.DocumentStartEvent):
                 documents += 1
                 if documents > 1:
-                    raise builder.error("a second document starts here; a plan is one", line)
+                    raise builder.error(
+                        "a second document starts here; a plan is one document", line
+                    )
             elif isinstance(event, yaml.NodeEvent):
                 _yaml_node(event, line, builder)
             elif isinstance(event, yaml.CollectionEndEvent):

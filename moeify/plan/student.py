@@ -16,7 +16,7 @@ from pydantic import AfterValidator, Discriminator, Field, Tag, ValidationError,
 from pydantic_core import PydanticCustomError
 
 from moeify.plan.errors import plan_error
-from moeify.plan.selection import LISTED, MAX_INT, Count, Natural, Strict
+from moeify.plan.selection import LISTED, MAX_INT, Count, Natural, Strict, require_exactly_one
 
 
 def _share_or_count(value: Any) -> str:
@@ -103,27 +103,15 @@ class StudentSpec(Strict):
 
     @model_validator(mode="after")
     def _exactly_one(self) -> StudentSpec:
-        said = [key for key in ("drop", "keep", "depth") if getattr(self, key) is not None]
-        if len(said) != 1:
-            found = " and ".join(f"`{key}`" for key in said) or "none"
-            raise PydanticCustomError(
-                "plan",
-                "needs exactly one of drop, keep, depth; found {found}",
-                {"found": found},
-            )
+        keys = ("drop", "keep", "depth")
+        require_exactly_one([key for key in keys if getattr(self, key) is not None], keys)
         return self
 
     def positions(self, count: int) -> tuple[int, ...]:
-        """Picks the layers to keep.
-
-        Args:
-            count: Layers of the stack.
-
-        Returns:
-            Ascending 0-based positions.
+        """Return which of a stack's `count` layers to keep, as ascending 0-based positions.
 
         Raises:
-            ValueError: If the choice does not fit; says what would.
+            ValueError: The choice does not fit; the message says what would.
         """
         if self.drop is not None:
             every = self.drop.every
@@ -141,7 +129,7 @@ class StudentSpec(Strict):
         assert self.depth is not None
         depth = self.depth if isinstance(self.depth, int) else max(1, round(self.depth * count))
         if depth > count:
-            raise ValueError(f"depth: {depth} is more than the {count} layers that there are")
+            raise ValueError(f"depth: {depth} is more than the model's {count} layers")
         if depth == 1:
             return (0,)
         # i (n - 1) / (d - 1), rounded to the nearest integer, halves up.
@@ -153,14 +141,10 @@ _Section = TypeVar("_Section", StudentSpec, DistillSpec)
 
 
 def read_section(kind: type[_Section], data: Mapping[str, Any]) -> _Section:
-    """Return a section of a plan that stands alone.
-
-    Args:
-        kind: `StudentSpec` or `DistillSpec`.
-        data: What a plan has under `student:`, or under that section's `distill:`.
+    """Parse what a plan has under `student:`, or under that section's `distill:`, on its own.
 
     Raises:
-        PlanError: If `data` is none; its path starts at the section.
+        PlanError: The data does not fit; the path in it starts at the section.
     """
     keys: dict[str, type[Strict]] = {"": kind, "drop": DropSpec, "distill": DistillSpec}
     known = {where: tuple(part.model_fields) for where, part in keys.items()}

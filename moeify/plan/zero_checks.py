@@ -1,4 +1,4 @@
-"""Does a plan's `zero:` go with the rest of the plan, and with the process it runs in?"""
+"""Check a plan's `zero:` against the rest of the plan, and against the process it runs in."""
 
 from __future__ import annotations
 
@@ -12,11 +12,7 @@ log = logging.getLogger("moeify")
 
 
 def check_spec(plan: Plan) -> None:
-    """Check a plan's `zero:` against the rest of the plan.
-
-    Raises:
-        PlanError: They cannot go together.
-    """
+    """Raise a `PlanError` if a plan's `zero:` contradicts the rest of the plan."""
     zero, gradients = plan.zero, plan.parallel.gradients
     if zero.engine == "graph" and zero.stage < 2:
         raise plan.fault(("zero", "engine"), "`graph` partitions parameters: use stage 2 or 3")
@@ -25,7 +21,8 @@ def check_spec(plan: Plan) -> None:
     if zero.offload in ("parameters", "all") and zero.stage < 3:
         raise plan.fault(
             ("zero", "offload"),
-            f"`{zero.offload}` needs stage 3: whole parameters stay on the device; use `optimizer`",
+            f"`{zero.offload}` needs stage 3: below it, parameters stay whole and on the device; "
+            "use `optimizer`",
         )
     if zero.stage >= 2 and gradients != "all":
         raise plan.fault(
@@ -34,15 +31,7 @@ def check_spec(plan: Plan) -> None:
 
 
 def check_process(plan: Plan, *, distributed: bool) -> None:
-    """Check a plan's `zero:` against the process it runs in.
-
-    Args:
-        plan: The plan.
-        distributed: Whether `torch.distributed` runs.
-
-    Raises:
-        PlanError: It cannot be carried out.
-    """
+    """Raise a `PlanError` if a plan's `zero:` needs `torch.distributed`, which does not run."""
     zero = plan.zero
     if distributed:
         return

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from moeify.errors import MoeifyError
 from moeify.plan.layer_description import LayerDescription
 from moeify.plan.strict_yaml import path_text
-from moeify.train.run_log import FORMAT
+from moeify.train.run_log import FORMAT, VERSION
 
 MAX_BYTES: Final = 1 << 28
 _ROUTER: Final = re.compile(r"router/(.+)/(load_max|load_min|entropy|dropped)")
@@ -148,8 +148,12 @@ def _parse(text: str, where: str) -> dict[str, Any]:
 def _describe(run: Run, record: dict[str, Any], where: str) -> None:
     """Take over what the line about the model says."""
     name, plan, layers = record.get("class"), record.get("plan"), record.get("layers")
-    if record.get("version") != 1:
-        raise MoeifyError(f"{where}: version: {record.get('version')!r:.40} cannot be read, only 1")
+    version = record.get("version")
+    if version != VERSION:
+        raise MoeifyError(
+            f"{where}: version: {version!r:.40} cannot be read, only {VERSION}; "
+            "use the moeify that wrote it"
+        )
     fits = isinstance(name, str) and (plan is None or isinstance(plan, dict))
     if not fits or not isinstance(layers, list):
         raise MoeifyError(f"{where}: does not describe a model as RunLog does")

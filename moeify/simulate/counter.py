@@ -101,7 +101,7 @@ class Counter:
                 after = module.register_forward_hook(self._leave, always_call=True)
                 stack.callback(before.remove)
                 stack.callback(after.remove)
-            stack.enter_context(compat.telling(self._tell))
+            stack.enter_context(compat.before_each_operator(self._tell))
             yield
 
     def _enter(self, label: str) -> Callable[..., None]:

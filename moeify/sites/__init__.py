@@ -1,1 +1,1 @@
-"""The MLPs of a model, and what stands in their place after a conversion."""
+"""The MLPs of a model, and what replaces them in a conversion."""

@@ -20,41 +20,24 @@ from moeify.units import dtype_name
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FoundSite:
-    """A site with what is needed to replace it.
-
-    Attributes:
-        site: Its description.
-        region: Its first run in the graph.
-        placement: Where it goes.
-    """
+    """A site with what is needed to replace it."""
 
     site: Site
-    region: Region
+    region: Region  # its first run in the graph
     placement: Placement
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Discovery:
-    """What was found in one model.
-
-    Attributes:
-        capture: The recorded graph.
-        found: Every site in execution order, refused ones included.
-        regions: Every run of every site.
-        linear_nodes: Every projection in the graph.
-        near_misses: What nearly was a site, with the reason.
-        linears: Every linear layer that is a module of its own.
-        parameters: Elements of all parameters, shared ones counted once.
-        parameter_bytes: Their bytes.
-    """
+    """What was found in one model."""
 
     capture: Capture
-    found: tuple[FoundSite, ...]
-    regions: tuple[Region, ...]
-    linear_nodes: tuple[Linear, ...]
+    found: tuple[FoundSite, ...]  # in execution order, refused ones included
+    regions: tuple[Region, ...]  # every run of every site
+    linear_nodes: tuple[Linear, ...]  # every projection in the graph
     near_misses: tuple[NearMiss, ...]
-    linears: tuple[Projection, ...]
-    parameters: int
+    linears: tuple[Projection, ...]  # every `nn.Linear` that ran, once
+    parameters: int  # elements, shared ones counted once
     parameter_bytes: int
 
     @property
@@ -66,12 +49,8 @@ class Discovery:
 def discover(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Discovery:
     """Run `model` once (on fake tensors where it can) and find its MLPs.
 
-    Args:
-        model: Any module; it is not changed.
-        example_inputs: Inputs to run it on; made from the config of a Hugging Face model if None.
-
     Raises:
-        CaptureError: The model does not run on these inputs, or none were given or can be made.
+        CaptureError: It does not run on these inputs, or they are None and cannot be made.
     """
     if example_inputs is None:
         example_inputs = example_inputs_for(model)
@@ -105,7 +84,7 @@ def discover(model: nn.Module, example_inputs: ExampleInputs | None = None) -> D
 
 
 def _placement(placer: Placer, check: TrainingCheck | None, runs: list[Region]) -> Placement:
-    """Place one MLP as it is in evaluation, where training mode does not object."""
+    """Place one MLP as it runs in evaluation; refuse it if training mode contradicts that."""
     place = placer.placement(runs)
     if check is None or place.install == "refused":
         return place
@@ -135,7 +114,7 @@ def find_mlps(model: nn.Module, example_inputs: ExampleInputs | None = None) -> 
         >>> nn = torch.nn
         >>> mlp = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
         >>> print(find_mlps(torch.nn.Sequential(mlp), torch.randn(2, 8))[0])
-        0: 8 -> 32 -> 8, gelu, T1
+        0: 8 -> 32 -> 8, gelu, module swapped
     """
     return list(discover(model, example_inputs).sites)
 
@@ -167,8 +146,8 @@ def _site(
         d_out=region.down.out_features,
         activation=region.program.activation,
         gated=region.program.gated,
-        up=tuple(_projection(model, up) for up in region.ups),
-        down=_projection(model, region.down),
+        up=tuple(map(_projection, region.ups)),
+        down=_projection(region.down),
         inner=region.program.params,
         calls=len(runs),
         dtype=dtype_name(weight.dtype),
@@ -178,7 +157,7 @@ def _site(
     )
 
 
-def _projection(model: nn.Module, linear: Linear) -> Projection:
+def _projection(linear: Linear) -> Projection:
     path = linear.weight.name.rpartition(".")[0]
     return Projection(
         weight=linear.weight.name,
@@ -197,7 +176,7 @@ def _own_linears(model: nn.Module, linears: tuple[Linear, ...]) -> tuple[Project
     for linear in linears:
         path = linear.weight.name.rpartition(".")[0]
         if not linear.problem and isinstance(modules.get(path), nn.Linear):
-            seen.setdefault(path, _projection(model, linear))
+            seen.setdefault(path, _projection(linear))
     return tuple(seen.values())
 
 
@@ -213,4 +192,4 @@ def block_path(site: FoundSite | None, layer: LayerPlan) -> str:
     if site is None:
         return layer.site.name
     placement = site.placement
-    return placement.module if placement.install == "T1" else placement.block
+    return placement.module if placement.install == "module" else placement.block

@@ -1,4 +1,4 @@
-"""Put MoE blocks in the place of dense modules, and take them out again."""
+"""Replace dense modules by MoE blocks, and undo it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch import fx, nn
 from moeify import compat
 from moeify.errors import MoeifyError, UnsupportedModuleError
 from moeify.nn.block import Tap, TapReader
-from moeify.plan.layer_plan import LayerPlan
 from moeify.sites.discovery import FoundSite
 from moeify.sites.record import ConvertedLayer, Fate, Swap
 
@@ -29,26 +28,16 @@ HOOK_TABLES = (
 
 
 class Installer:
-    """Puts blocks into the model and can take all of them out again.
-
-    Args:
-        model: The user's model.
-    """
+    """Put blocks into the user's model; `undo` takes all of them out again."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.fused: dict[str, Any] = {}
         self._done: list[tuple[nn.Module, str, nn.Module]] = []
 
-    def install(
-        self, layer: LayerPlan, found: FoundSite | None, path: str, block: fx.GraphModule
-    ) -> list[Swap]:
-        """Put one block in place: swap a module (T1), or tap its input (T2).
-
-        Raises:
-            UnsupportedModuleError: The module does more than the plan knows of.
-        """
-        if found is None or found.placement.install == "T1":
+    def install(self, found: FoundSite | None, path: str, block: fx.GraphModule) -> list[Swap]:
+        """Swap the MLP's module for a block, or tap its input and swap its last projection."""
+        if found is None or found.placement.install == "module":
             return [self._swap(path, block, keep_hooks=found is not None)]
         region, placement = found.region, found.placement
         self._unfuse(placement.block)
@@ -82,7 +71,7 @@ class Installer:
             for table in HOOK_TABLES:
                 new.__dict__[table] = original.__dict__[table]
         new.train(original.training)
-        for parent in list(self.model.modules()):  # a shared module stands in several places
+        for parent in list(self.model.modules()):  # a shared module has several parents
             for key, child in parent._modules.items():
                 if child is original:
                     parent._modules[key] = new
@@ -116,8 +105,8 @@ def skeleton(module: nn.Module) -> nn.Module:
     """Return a copy of a module whose parameters and buffers are on `meta`."""
     memo: dict[int, Any] = {}
     for parameter in module.parameters():
-        twin = torch.empty_like(parameter, device="meta")
-        memo[id(parameter)] = nn.Parameter(twin, requires_grad=parameter.requires_grad)
+        empty = torch.empty_like(parameter, device="meta")
+        memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
     try:
         return copy.deepcopy(module, memo)
     except Exception:  # it holds what cannot be copied, such as a scripted function
@@ -126,32 +115,26 @@ def skeleton(module: nn.Module) -> nn.Module:
 
 def _share(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """Copy a module's tables, with parameters from `memo`; share all its other attributes."""
-    twin = copy.copy(module)
-    twin._parameters = {
+    copied = copy.copy(module)
+    copied._parameters = {
         k: None if p is None else memo[id(p)] for k, p in module._parameters.items()
     }
-    twin._buffers = dict(module._buffers)
-    twin._modules = {
+    copied._buffers = dict(module._buffers)
+    copied._modules = {
         k: None if child is None else _share(child, memo) for k, child in module._modules.items()
     }
-    return twin
+    return copied
 
 
 def make_ledger(
     before: dict[str, nn.Parameter], model: nn.Module, layers: Sequence[ConvertedLayer]
 ) -> dict[str, tuple[Fate, str]]:
-    """Say for each parameter of the dense model where it is now.
+    """Return (fate, new name or block) of each parameter of the dense model.
 
-    Args:
-        before: The dense model's parameters by every name they had.
-        model: The converted model.
-        layers: What was converted.
-
-    Returns:
-        Name to (fate, new name or block).
+    `before` has the dense model's parameters by every name they had.
 
     Raises:
-        MoeifyError: A tensor of the dense model is nowhere; the message names it.
+        MoeifyError: A parameter of the dense model is nowhere; the message names it.
     """
     now: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -22,36 +22,22 @@ ATTRIBUTE = "_moeify_conversion"
 
 @dataclass(slots=True)
 class Swap:
-    """One module that was replaced.
-
-    Attributes:
-        path: Where it was.
-        original: The dense module; after the conversion only its skeleton, on `meta`.
-        replacement: What stands there now.
-    """
+    """One module that was replaced."""
 
     path: str
-    original: nn.Module
+    original: nn.Module  # after the conversion only its skeleton, on `meta`
     replacement: nn.Module
 
 
 @dataclass(slots=True)
 class ConvertedLayer:
-    """One converted layer.
-
-    Attributes:
-        layer: Its resolved plan.
-        block: Path of the block in the model.
-        swaps: The modules that were replaced for it.
-        swap_halves: The linear half came first in the dense weights.
-        program_params: Names of inner parameters in the dense model.
-    """
+    """One converted layer."""
 
     layer: LayerPlan
-    block: str
+    block: str  # path of the block in the model
     swaps: list[Swap]
-    swap_halves: bool = False
-    program_params: tuple[str, ...] = ()
+    swap_halves: bool = False  # the linear half came first in the dense weights
+    program_params: tuple[str, ...] = ()  # names of inner parameters in the dense model
 
 
 Fate = Literal["kept", "moved", "copied"]
@@ -59,24 +45,16 @@ Fate = Literal["kept", "moved", "copied"]
 
 @dataclass(slots=True)
 class Conversion:
-    """The record of one conversion.
-
-    Attributes:
-        plan: The user's plan.
-        layers: What was converted, in execution order.
-        ledger: For every parameter of the dense model, whether it was kept under its name, moved
-            (the new name follows) or copied into experts.
-        fused: Encoder layers whose fused kernel was switched off, with the former value.
-        inputs: Description of the example inputs, enough to make others of the same form.
-        parallel: How it lies on its ranks; None if one process did it all.
-    """
+    """The record of one conversion."""
 
     plan: Plan
-    layers: list[ConvertedLayer]
+    layers: list[ConvertedLayer]  # in execution order
+    # By parameter of the dense model: kept or moved under the name that follows, or copied into
+    # the experts of the block that follows.
     ledger: dict[str, tuple[Fate, str]] = field(default_factory=dict)
-    fused: dict[str, Any] = field(default_factory=dict)
-    inputs: Any = None
-    parallel: Any = None
+    fused: dict[str, Any] = field(default_factory=dict)  # fused encoders: their former attributes
+    inputs: Any = None  # description of the example inputs
+    parallel: Any = None  # layout on its ranks; None in one process
 
 
 def conversion_of(model: nn.Module) -> Conversion | None:
@@ -104,10 +82,10 @@ def require_conversion(model: nn.Module) -> Conversion:
 
 
 def require_one_process(model: nn.Module, what: str) -> None:
-    """Refuse what needs a whole model where a rank holds a share of it.
+    """Refuse what needs the whole model where each rank holds a part of it.
 
     Raises:
-        MoeifyError: Experts or dense layers lie on several ranks.
+        MoeifyError: Experts or dense layers are sharded over several ranks.
     """
     record = conversion_of(model)
     if record is None or record.parallel is None:
@@ -115,10 +93,10 @@ def require_one_process(model: nn.Module, what: str) -> None:
     layout, zero = record.parallel.layout, record.parallel.zero
     stage = 0 if zero is None else zero.stage
     if layout.expert * layout.tensor > 1 or stage >= 2:
-        lies = f"expert {layout.expert}, tensor {layout.tensor}"
-        lies += f", ZeRO stage {stage}" if stage >= 2 else ""
+        axes = f"expert {layout.expert}, tensor {layout.tensor}"
+        axes += f", ZeRO stage {stage}" if stage >= 2 else ""
         raise MoeifyError(
-            f"{what} needs the whole model, and its layers lie on {layout.world} ranks ({lies}): "
+            f"{what} needs the whole model, which is sharded over {layout.world} ranks ({axes}): "
             "do it in one process; moeify.save_sharded saves from all ranks"
         )
 

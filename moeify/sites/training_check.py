@@ -1,8 +1,8 @@
-"""Does an MLP do the same in training as in evaluation, where it was found?
+"""Check that an MLP, found in evaluation mode, does the same in training mode.
 
 Stochastic depth, noise or another activation that runs in training only would be lost with the
 module that is replaced. So the model is recorded once more in training mode, on fake tensors, and
-each site is looked for again.
+each site is searched for again.
 """
 
 from __future__ import annotations
@@ -25,24 +25,14 @@ log = logging.getLogger("moeify")
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What training mode says about one site.
+    """The result of the check for one site."""
 
-    Attributes:
-        reason: Why it cannot be replaced, or "".
-        whole: Whether its whole module may be swapped (T1).
-    """
-
-    reason: str = ""
-    whole: bool = True
+    reason: str = ""  # why it cannot be replaced
+    whole: bool = True  # whether its whole module may be swapped
 
 
 class TrainingCheck:
-    """Compares sites with what the model does in training mode.
-
-    Args:
-        model: The model; it is not changed.
-        example_inputs: What it is run on. Where it cannot run so, nothing is objected to.
-    """
+    """Compare sites with the model in training mode; where that cannot run, accept all of them."""
 
     def __init__(self, model: nn.Module, example_inputs: ExampleInputs) -> None:
         self.placer: Placer | None = None
@@ -71,11 +61,11 @@ class TrainingCheck:
         if trained is None:
             name = region.down.weight.name.rpartition(".")[0]
             why = self.reasons.get(name, "something else happens to its hidden value")
-            return Verdict(f"in training mode it is no such MLP: {why}")
+            return Verdict(f"in training mode it is not such an MLP: {why}")
         if _meaning(trained[0].program) != _meaning(region.program):
             return Verdict("between its projections it does something else in training mode")
         whole = self.placer.whole_module(trained)
-        return Verdict(whole=whole == placement or placement.install != "T1")
+        return Verdict(whole=whole == placement or placement.install != "module")
 
 
 def _meaning(program: InnerProgram) -> tuple[object, ...]:

@@ -1,6 +1,6 @@
-"""What cannot be converted because of its weights: quantised ones, and adapters that lie on them.
+"""Refuse what cannot be converted because of its weights: quantised ones, and those with adapters.
 
-Libraries are known by the names of their classes; none of them is imported.
+Libraries are recognised by the names of their classes; none of them is imported.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from moeify.errors import CaptureError, UnsupportedModuleError
 from moeify.sites.discovery import Discovery, discover
 from moeify.units import dtype_from_name, dtype_name
 
-__all__ = ["discover_float", "quantised", "refuse_adapters", "refuse_quantised"]
-
 _LIBRARIES = frozenset(
     "torchao bitsandbytes optimum hqq gptqmodel auto_gptq awq compressed_tensors aqlm eetq".split()
 )
@@ -26,11 +24,10 @@ _DTYPES = frozenset(
     map(dtype_from_name, ("int8", "uint8", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz"))
 )
 _PACKED = frozenset(("qweight", "weight_packed", "W_q"))
-_MEND = "convert the float model, then quantise"
 
 
-def quantised(module: nn.Module) -> str | None:
-    """Say how a module's own weights are quantised; None if they are not."""
+def _quantised(module: nn.Module) -> str | None:
+    """Return how a module's own weights are quantised; None if they are not."""
     for name, value in (*module._parameters.items(), *module._buffers.items()):
         if value is None:
             continue
@@ -46,7 +43,7 @@ def quantised(module: nn.Module) -> str | None:
 
 
 def _foreign(value: Tensor | nn.Module) -> str | None:
-    """Return the name of a class that a quantisation library gave a weight or a module."""
+    """Return the name of the quantisation library's class that a weight or module has."""
     for kind in type(value).__mro__:
         if kind.__module__.split(".")[0] in _LIBRARIES or kind.__name__ in _CLASSES:
             return kind.__name__
@@ -54,11 +51,7 @@ def _foreign(value: Tensor | nn.Module) -> str | None:
 
 
 def refuse_quantised(model: nn.Module, weights: Iterable[str] | None = None) -> None:
-    """Refuse quantised weights by name.
-
-    Args:
-        model: The dense model.
-        weights: Names of the parameters that would be copied into experts; the whole model if None.
+    """Refuse quantised weights among these parameters, or in the whole model if None.
 
     Raises:
         UnsupportedModuleError: One is quantised.
@@ -69,17 +62,14 @@ def refuse_quantised(model: nn.Module, weights: Iterable[str] | None = None) -> 
         paths = dict.fromkeys(name.rpartition(".")[0] for name in weights)
         modules = [(path, model.get_submodule(path)) for path in paths]
     for path, module in modules:
-        if (why := quantised(module)) is not None:
-            raise UnsupportedModuleError(path or type(module).__name__, f"{why}: {_MEND}")
+        if (why := _quantised(module)) is not None:
+            raise UnsupportedModuleError(
+                path or type(module).__name__, f"{why}: convert the float model, then quantise"
+            )
 
 
 def discover_float(model: nn.Module, example_inputs: ExampleInputs) -> Discovery:
-    """Find a model's sites; say so where it has none because its weights are quantised.
-
-    Raises:
-        UnsupportedModuleError: It has none, or does not run, and its weights are quantised.
-        CaptureError: It does not run on the example inputs.
-    """
+    """Find a model's sites; if there are none, or it does not run, blame quantised weights."""
     try:
         discovery = discover(model, example_inputs)
     except CaptureError:
@@ -91,11 +81,7 @@ def discover_float(model: nn.Module, example_inputs: ExampleInputs) -> Discovery
 
 
 def refuse_adapters(model: nn.Module) -> None:
-    """Refuse a model with PEFT's adapters: they would be left behind by the weights they adapt.
-
-    Raises:
-        UnsupportedModuleError: The first layer that has one.
-    """
+    """Refuse a model with PEFT adapters: they would not follow the weights they adapt."""
     found = [
         (path, module)
         for path, module in model.named_modules()

@@ -16,7 +16,7 @@ from moeify.plan.strict_yaml import path_text
 from moeify.storage.atomic_folder import MANIFEST, Folder
 from moeify.storage.strict_json import canonical_digest, parse_json
 
-VERSION: Final = 1
+VERSION: Final = 2
 MAX_BYTES: Final = 1 << 28
 
 SHARD_NAME: Final = re.compile(r"moeify-([0-9]{5})-of-([0-9]{5})\.safetensors")
@@ -139,7 +139,7 @@ class Manifest(Strict):
     """
 
     format: Literal["moeify"]
-    version: Literal[1]
+    version: Literal[2]
     versions: dict[str, str]
     model: ModelRecord
     plan: dict[str, Any]

@@ -22,9 +22,10 @@ from moeify.plan.layer_description import describe_layer
 from moeify.sites.record import conversion_of
 from moeify.train.losses import live_routers, router_stats
 
-__all__ = ["FORMAT", "LayerNumbers", "RunLog"]
+__all__ = ["FORMAT", "VERSION", "LayerNumbers", "RunLog"]
 
 FORMAT: Final = "moeify-run"
+VERSION: Final = 2
 _RESERVED: Final = ("format", "version", "step", "layers")
 
 
@@ -150,7 +151,7 @@ def _describe(model: nn.Module) -> dict[str, Any]:
     record = conversion_of(model)
     return {
         "format": FORMAT,
-        "version": 1,
+        "version": VERSION,
         "class": type(model).__name__,
         "plan": None if record is None else record.plan.data(),
         "layers": [] if record is None else [describe_layer(c.layer).data() for c in record.layers],

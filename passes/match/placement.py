@@ -1,10 +1,10 @@
 """How an MLP found in the graph can be replaced in the model.
 
-T1: one submodule's call is exactly the MLP: swap that submodule. What may follow inside it is a
+module: one submodule's call is exactly the MLP: swap that submodule. What may follow inside it is a
 dropout, which the block applies instead.
 
-T2: the MLP is written out in a larger module, or spread over several: its first projections
-become taps, which remember their input, and its last projection becomes the block.
+across modules: the MLP is written out in a larger module, or spread over several. Its first
+projections become taps, which remember their input, and its last projection becomes the block.
 
 Else the site is refused, with the reason.
 """
@@ -19,7 +19,8 @@ import torch
 from torch import fx, nn
 
 from moeify import compat
-from moeify.capture.capture import Capture, ModuleCall
+from moeify.capture.capture import Capture
+from moeify.capture.recorder import ModuleCall
 from moeify.passes.infra.records import module_path_of
 from moeify.passes.match.dataflow import Linear
 from moeify.passes.match.mlp_regions import Region
@@ -42,13 +43,13 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 class Placement:
     """Where a site goes."""
 
-    install: Literal["T1", "T2", "refused"]
+    install: Literal["module", "across modules", "refused"]
     reason: str = ""
-    module: str = ""  # T1: the module to swap; T2: the smallest module around the MLP
-    argument: str = ""  # T1: the argument's name, if it is passed by keyword
-    taps: tuple[str, ...] = ()  # T2: the modules of the first projections, in order
-    block: str = ""  # T2: the module of the last projection
-    tail_dropout: float = 0.0  # T1: of a dropout after the last projection, inside the module
+    module: str = ""  # the module to swap; across modules, the smallest one around the MLP
+    argument: str = ""  # of the swapped module, if it is passed by keyword
+    taps: tuple[str, ...] = ()  # the modules of the first projections, in order
+    block: str = ""  # the module of the last projection
+    tail_dropout: float = 0.0  # of a dropout after the last projection, inside the swapped module
     # refused for what the user can change: the state of its weights, or hooks
     blocked: bool = False
 
@@ -91,10 +92,10 @@ class Placer:
             return Placement("refused", reason, module=place.module, blocked=True)
         return place
 
-    # -- T1
+    # -- one module
 
     def whole_module(self, regions: Sequence[Region]) -> Placement | None:
-        """Return the T1 placement of one MLP, given every run of it, or None."""
+        """Return where one MLP is a whole module, given every run of it, or None."""
         placements = {self._whole_call(region) for region in regions}
         placement = placements.pop()
         if placements or placement is None:
@@ -114,7 +115,7 @@ class Placer:
             if tail is None:
                 continue
             argument = name if isinstance(name, str) else ""
-            return Placement("T1", module=call.path, argument=argument, tail_dropout=tail)
+            return Placement("module", module=call.path, argument=argument, tail_dropout=tail)
         return None
 
     def _tail(self, call: ModuleCall, region: Region) -> float | None:
@@ -145,7 +146,7 @@ class Placer:
         own = {id(p) for p in module.parameters()}
         return own <= self._parameter_ids(region) and not any(True for _ in module.buffers())
 
-    # -- T2
+    # -- across modules
 
     def _tapped(self, regions: Sequence[Region]) -> Placement:
         around = self._around(regions)
@@ -167,7 +168,7 @@ class Placer:
         if reason:
             return Placement("refused", reason, module=around)
         *taps, block = paths
-        return Placement("T2", module=around, taps=tuple(taps), block=block)
+        return Placement("across modules", module=around, taps=tuple(taps), block=block)
 
     def _same(self, linear: Linear, region: Region) -> Linear:
         candidates = (*region.ups, region.down)
@@ -218,7 +219,7 @@ class Placer:
 
     def _customised(self, regions: Sequence[Region], place: Placement) -> str:
         """Return which module that would be lost has hooks or a patched forward, or ""."""
-        if place.install == "T1":
+        if place.install == "module":
             lost = {p for p in self.modules if p.startswith(f"{place.module}.")}
             patched = {place.module, *lost}
         else:

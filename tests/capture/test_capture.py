@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from moeify.capture.capture import Capture, capture, preserved
+from moeify.capture.capture import Capture, capture
+from moeify.capture.preserve import preserved
 from moeify.errors import CaptureError
 from moeify.passes.infra.printer import print_graph
 
@@ -210,7 +211,7 @@ class Variables(nn.Module):
         return self.linear(x) * _SCALE * type(self).table * _PAIR[0]
 
 
-def test_variables_get_back_what_they_held() -> None:
+def test_variables_are_restored() -> None:
     model, x = Variables(), torch.randn(2, D)
     assert capture(model, x).mode == "fake"
     assert (_SCALE, _PAIR, Variables.table) == (3.0, None, "none yet")
@@ -219,7 +220,7 @@ def test_variables_get_back_what_they_held() -> None:
     globals().update(_SCALE=3.0, _PAIR=None)
 
 
-def test_a_place_that_cannot_be_set_back_is_refused() -> None:
+def test_a_place_that_cannot_be_restored_is_refused() -> None:
     double, reset = closed_over()
 
     class Model(nn.Module):
@@ -299,7 +300,7 @@ def test_the_recorded_graph_computes_what_the_model_does(
         torch.testing.assert_close(got, want)
 
 
-def test_custom_functions_and_scripts_are_seen() -> None:
+def test_custom_functions_and_scripts_are_recorded() -> None:
     model = Everything().eval()
     pair = {"a": torch.randn(D), "b": torch.randn(6, D)}
     names = ran(capture(model, (torch.randn(2, 6, D), pair)))
@@ -308,7 +309,7 @@ def test_custom_functions_and_scripts_are_seen() -> None:
     assert names.count("sigmoid") == 0  # inside the function
 
 
-def test_functions_that_run_modules_are_looked_into() -> None:
+def test_functions_that_run_modules_are_not_one_node() -> None:
     class Reversible(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor, module: nn.Module) -> Tensor:
@@ -326,7 +327,7 @@ def test_functions_that_run_modules_are_looked_into() -> None:
     assert ran(recorded) == ["linear", "gelu", "linear", "add"]
 
 
-def test_calls_know_their_body() -> None:
+def test_calls_have_their_nodes() -> None:
     model = nn.Sequential(nn.Linear(D, D), nn.ReLU())
     model[0].register_forward_pre_hook(lambda m, a: (a[0] * 2,))
     model[0].register_forward_hook(lambda m, a, o: o + 1)
@@ -359,7 +360,7 @@ class Looks(nn.Module):
         return self.linear(x) if x.sum().item() < 1e9 else x
 
 
-def test_values_call_for_real_tensors() -> None:
+def test_reading_values_needs_real_tensors() -> None:
     recorded = capture(Looks(), torch.randn(2, D))
     assert recorded.mode == "real"
     assert "DataDependent" in recorded.fallback

@@ -348,7 +348,8 @@ DAMAGE = {
         "is no JSON",
     ),
     "unknown key": (edit(lambda d: d.update(more=1)), "more: "),
-    "version": (edit(lambda d: d.update(version=2)), "version: 2 cannot be read"),
+    "version": (edit(lambda d: d.update(version=3)), "version: 3 cannot be read"),
+    "older version": (edit(lambda d: d.update(version=1)), "version: 1 cannot be read"),
     "no piece": (
         edit(lambda d: d["tensors"]["model.norm.weight"].update(pieces=[])),
         "model.norm.weight: pieces: 0 elements of 8 are there",

@@ -159,7 +159,7 @@ def test_inspect_json(gpt2):
     data = json.loads(call("inspect", gpt2, "--json").stdout)
     assert data["class"] == "GPT2LMHeadModel"
     assert [site["name"] for site in data["sites"]] == [f"transformer.h.{i}.mlp" for i in range(4)]
-    assert {site["install"] for site in data["sites"]} == {"T1"}
+    assert {site["install"] for site in data["sites"]} == {"module"}
 
 
 def test_inspect_reads_no_weights(gpt2, tmp_path):

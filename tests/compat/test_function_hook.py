@@ -1,4 +1,4 @@
-"""`autograd.Function.apply` is watched for as long as asked, by thread, and then as it was."""
+"""`autograd.Function.apply` is observed by thread while a context is open, and restored after."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def noting(found: list[str]) -> Any:
     return around
 
 
-def test_watches_what_was_bound_before_and_puts_it_back() -> None:
+def test_methods_bound_before_are_seen_and_restored() -> None:
     found: list[str] = []
     x = torch.ones(2, requires_grad=True)
 

@@ -221,7 +221,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
         lambda f: (f / "moeify.json").write_bytes(
             (f / "moeify.json")
             .read_bytes()
-            .replace(b'"version": 2', b'"version":  2')
+            .replace(b'"version": 3', b'"version":  3')
             .replace(b"OPTForCausalLM", b"OPTForCausalML", 1)
         ),
         "it was changed",

@@ -249,6 +249,7 @@ def test_models_that_read_values_on_the_way(folder, model, monkeypatch):
     ("change", "message"),
     [
         (lambda m: m.update(version=1), "version"),
+        (lambda m: m.update(version=2), "version"),
         (lambda m: m.update(extra=1), "extra"),
         (lambda m: m["plan"].update(layers="x"), "layers"),
         (lambda m: m["plan"]["layers"][0].update(experts=5), "plan_sha256"),

@@ -181,7 +181,7 @@ def test_all_layers_must_use_the_same_checkpoints(models):
         {"select": {"index": i}, "experts": 2, "init": {"experts": "models", "from": [a, "b"]}}
         for i, a in enumerate("ac")
     ]
-    with pytest.raises(PlanError, match=r"init.from is not that of model.layers.0.mlp"):
+    with pytest.raises(PlanError, match=r"init.from differs from that of model.layers.0.mlp"):
         Plan.of({"layers": rules}).resolve(models[0])
 
 

@@ -222,7 +222,7 @@ def test_launch_arguments() -> None:
     assert kept.router.capacity_factor == 1.0
 
 
-def test_where_layers_stand() -> None:
+def test_positions_of_layers() -> None:
     for select, given in (
         ("all", "all"),
         ({"half": "second"}, {"half": "second"}),
@@ -262,7 +262,7 @@ def test_where_layers_stand() -> None:
         ({"half": "first"}, "need positions"),
         ({"first": 3}, "selects 3 sites for 5"),
         ([{"select": "all"}], "1 rules for 5"),
-        ([7], "7 is no rule"),
+        ([7], "7 is not a rule"),
     ):
         with pytest.raises(PlanError, match=text):
             read(moe=pyramid, layers=layers)
@@ -344,7 +344,7 @@ def test_precisions_that_do_not_fit_are_noted() -> None:
         {**bf16, "communication_data_type": "bf16", "data_types": {"grad_accum_dtype": "fp32"}}
     )
     assert plan.zero.reduce == "same"
-    assert "added up" in noted(plan, "data_types.grad_accum_dtype")
+    assert "accumulated" in noted(plan, "data_types.grad_accum_dtype")
     assert "not scaled" in noted(read({"fp16": {"enabled": True}}), "fp16")
     off = read({"bf16": {"enabled": "auto"}})
     assert "taken as unset" in noted(off, "bf16.enabled")
@@ -425,7 +425,7 @@ def test_every_unmapped_key_is_noted_or_off(tables: Any, wrap: Any) -> None:
                 assert not any(f"{key}: " in note for note in notes), (key, value)
 
 
-def test_notes_are_warnings_and_no_part_of_the_plan(caplog: pytest.LogCaptureFixture) -> None:
+def test_notes_are_warnings_and_not_part_of_the_plan(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "moeify"):
         plan = read({"train_batch_size": 64, "gradient_clipping": 0.5, "amp": {"enabled": False}})
     assert len(plan.notes) == 2
@@ -529,7 +529,7 @@ def test_optimizers_and_schedules() -> None:
         ({}, {"num_experts": 0}, "MoE.num_experts"),
         ({}, {"num_experts": [1, 1]}, "no layer has more than one expert"),
         ({}, {"k": 1}, "MoE: `num_experts` is missing"),
-        ({}, None, "nothing says how many experts"),
+        ({}, None, "the number of experts is missing"),
         ({"expert_parallel": {"enabled": True}}, None, "`num_experts` is missing"),
         ({}, [], "empty list"),
         ({}, [MOE_8, 3], r"MoE\[1\]: 3 does not fit"),
@@ -568,7 +568,7 @@ def test_files_text_and_lines(tmp_path: Any) -> None:
         read(twice)
 
 
-def test_torch_stays_out() -> None:
+def test_torch_is_not_imported() -> None:
     code = (
         "import sys; from moeify.plan.plan import Plan;"
         "Plan.from_deepspeed({'optimizer': {'type': 'Adam'}}, moe={'num_experts': 8});"

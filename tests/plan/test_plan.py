@@ -39,7 +39,7 @@ zero: {stage: 2, offload: none}
 """
 
 
-def test_the_designs_example() -> None:
+def test_the_example_of_the_design() -> None:
     plan = Plan.loads(EXAMPLE)
     assert [rule.experts for rule in plan.layers] == [32, 64]
     assert plan.layers[1].model_fields_set == {"select", "experts"}
@@ -80,7 +80,7 @@ def test_defaults() -> None:
         ("  - select: {index: []}\n", 5, "layers[1].select.index", ["at least 1 item"]),
         ("  - select: {index: [1, true]}\n", 5, "layers[1].select.index[1]", ["an integer"]),
         ("  - select: {name: [a, 1]}\n", 5, "layers[1].select.name[1]", ["a string"]),
-        ("  - select: {name: 're:('}\n", 5, "layers[1].select.name", ["no regular expression"]),
+        ("  - select: {name: 're:('}\n", 5, "layers[1].select.name", ["not a regular expression"]),
         ("  - experts: 1\n", 5, "layers[1].select", ["missing"]),
         ("  - 5\n", 5, "layers[1]", ["a mapping"]),
         ("  - select: all\n    experts: 010\n", 6, "layers[1].experts", ["'010' (a string)"]),
@@ -136,13 +136,13 @@ def test_a_mistake_names_file_line_and_path(
         ("5", ""),
     ],
 )
-def test_a_document_that_is_no_plan(text: str, path: str) -> None:
+def test_a_document_that_is_not_a_plan(text: str, path: str) -> None:
     with pytest.raises(PlanError) as caught:
         Plan.loads(text)
     assert caught.value.path == path
 
 
-def test_all_findings_are_told() -> None:
+def test_all_findings_are_reported() -> None:
     with pytest.raises(PlanError) as caught:
         Plan.loads(RULE + "router: {drop: x}\nzero: {stage: 9}\n", file="p.yaml")
     assert str(caught.value).startswith("p.yaml:5: router.drop: ")

@@ -30,7 +30,7 @@ def make_site(index: int, *, bias: bool = True, gated: bool = False, d_ff: int =
         f"{name}.down.weight", f"{name}.down.bias" if bias else None, f"{name}.down", False, d_ff, D
     )
     count = D * width + d_ff * D + (width + D if bias else 0)
-    return Site(name, index, "T1", "", D, d_ff, D, "gelu", gated, (up,), down, parameters=count)
+    return Site(name, index, "module", "", D, d_ff, D, "gelu", gated, (up,), down, parameters=count)
 
 
 def make_sites(count: int, **options: Any) -> list[Site]:
@@ -122,7 +122,7 @@ def test_of_selected_counts_over_earlier_rules() -> None:
         resolve([{"select": {"last": 2, "of": "selected"}, "experts": 2}])
 
 
-def test_dense_takes_sites_back() -> None:
+def test_dense_undoes_earlier_rules() -> None:
     rules: list[Any] = [
         {"select": "all", "experts": 4},
         {"select": {"first": 5}, "experts": "dense"},
@@ -130,7 +130,7 @@ def test_dense_takes_sites_back() -> None:
     resolved = resolve(rules)
     assert [layer.site.index for layer in resolved] == [5]
     assert [site.index for site in resolved.dense_sites] == [0, 1, 2, 3, 4]
-    with pytest.raises(PlanError, match="nothing is left"):
+    with pytest.raises(PlanError, match="undoes all that the rules select"):
         resolve([*rules, {"select": "all", "experts": "dense"}])
 
 
@@ -174,7 +174,7 @@ def test_presets_fit_any_depth(preset: str) -> None:
         (
             [{"select": {"name": "fc3"}, "experts": 2}],
             "layers[0].select.name",
-            "`fc3` is a linear, not an MLP; say `expert: linear`",
+            "`fc3` is a linear layer, not an MLP; use `expert: linear`",
         ),
         (
             [{"select": {"name": "*.1.mlp"}, "experts": 2, "expert": "linear"}],

@@ -1,4 +1,4 @@
-"""Strict YAML and JSON: what is read, and that whatever is refused names its line."""
+"""Strict YAML and JSON: what is read, and that every refusal names its line."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_path_text() -> None:
     assert path_text(()) == ""
 
 
-def test_read_refuses_what_is_no_text(tmp_path: Path) -> None:
+def test_read_refuses_what_is_not_text(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes(b"a: 1\nb: \xe9\n")
     (tmp_path / "big.yaml").write_bytes(b"#" * (MAX_BYTES + 1))
     (tmp_path / "bom.yaml").write_bytes(b"\xef\xbb\xbfa: 1\n")
@@ -200,7 +200,7 @@ def test_write_is_all_or_nothing(tmp_path: Path) -> None:
 
 @given(DATA.filter(lambda data: data is not None), st.sampled_from(["p.yaml", "p.json"]))
 @example(["\x85", "\u2028 a", "1e-3", "a\n b", " x ", "\ufeff", "<<", "~"], "p.yaml")
-def test_dump_and_load_give_the_same(data: Any, file: str) -> None:
+def test_dump_and_load_round_trip(data: Any, file: str) -> None:
     back, _ = load(strict_yaml.dump(data, file), file)
     assert back == data
 

@@ -149,7 +149,7 @@ def test_nothing_hostile_gets_through(model, tmp_path):
     log = mf.RunLog(tmp_path / "x<b>&'.jsonl")
     log.write(1, layers=layers, **{HOSTILE: 1.0, "loss": 1.0})
     sound(mf.report(None, tmp_path / "a.html", log.path))
-    header = {"format": "moeify-run", "version": 1, "class": HOSTILE, "plan": {HOSTILE: HOSTILE}}
+    header = {"format": "moeify-run", "version": 2, "class": HOSTILE, "plan": {HOSTILE: HOSTILE}}
     layer = next(iter(model._moeify_conversion.layers)).layer.to_dict()
     line = json.dumps(header | {"layers": [layer | {"name": HOSTILE, "residual": HOSTILE}]})
     log.path.write_text(
@@ -288,8 +288,8 @@ def test_run_log_goes_on(model, tmp_path):
         '{"step": 1, "layers": {"a": {"counts": []}}}\n',
         '{"step": 1, "layers": {"a": {"counts": [1]}}}\n'
         '{"step": 2, "layers": {"a": {"counts": [1, 2]}}}\n',
-        '{"format": "moeify-run", "version": 2}\n',
-        '{"format": "moeify-run", "version": 1, "class": "A", "plan": null, "layers": [1]}\n',
+        '{"format": "moeify-run", "version": 1}\n',
+        '{"format": "moeify-run", "version": 2, "class": "A", "plan": null, "layers": [1]}\n',
         '{"format": "other"}\n',
     ],
 )
@@ -309,7 +309,7 @@ def test_pages_stay_small(tmp_path):
     )
     layer = base._moeify_conversion.layers[0].layer.to_dict()
     layers = [layer | {"name": f"model.layers.{i}.{'long' * 50}"} for i in range(32)]
-    head = {"format": "moeify-run", "version": 1, "class": "Big", "plan": {"x": "y" * 10**6}}
+    head = {"format": "moeify-run", "version": 2, "class": "Big", "plan": {"x": "y" * 10**6}}
     draw = torch.Generator().manual_seed(0)
     lines = [json.dumps(head | {"layers": layers})]
     for step in range(300):

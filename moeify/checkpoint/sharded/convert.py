@@ -40,6 +40,7 @@ from moeify.storage.atomic_folder import (
 )
 from moeify.storage.manifest import (
     MAX_BYTES,
+    VERSION,
     FileRecord,
     LayerRecord,
     Manifest,
@@ -240,7 +241,7 @@ def _single(manifest: ShardedManifest, limit: int) -> Manifest:
     return Manifest.model_validate(
         {
             "format": "moeify",
-            "version": 1,
+            "version": VERSION,
             "versions": manifest.versions,
             "model": manifest.model,
             "plan": manifest.plan,

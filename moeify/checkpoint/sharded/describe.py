@@ -10,6 +10,7 @@ from moeify.capture.input_spec import describable
 from moeify.checkpoint.rebuild import config_texts, describe_model
 from moeify.checkpoint.sharded.chunks import Pieces
 from moeify.checkpoint.sharded.manifest import (
+    VERSION,
     DataFile,
     OptimizerRecord,
     PieceRecord,
@@ -50,7 +51,7 @@ def describe(
     """
     common = _of_model(model) | {
         "format": "moeify-sharded",
-        "version": 1,
+        "version": VERSION,
         "versions": versions(),
         "step": step,
         "world": world,

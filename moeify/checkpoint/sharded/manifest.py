@@ -21,6 +21,7 @@ from moeify.storage.strict_json import canonical_digest, parse_json
 
 __all__ = [
     "NAME",
+    "VERSION",
     "DataFile",
     "OptimizerRecord",
     "OptionGroup",
@@ -32,6 +33,7 @@ __all__ = [
 ]
 
 NAME: Final = "moeify-sharded.json"
+VERSION: Final = 2
 MAX_BYTES: Final = 1 << 30
 _FILE = re.compile(r"moeify-rank-[0-9]{5,7}\.safetensors")
 _Natural = Annotated[int, Field(ge=0)]
@@ -141,7 +143,7 @@ class ShardedManifest(Strict):
     """
 
     format: Literal["moeify-sharded"]
-    version: Literal[1]
+    version: Literal[2]
     versions: dict[str, str]
     step: _Natural
     world: Annotated[int, Field(ge=1)]
@@ -178,10 +180,10 @@ def read(folder: Folder) -> ShardedManifest:
     if not isinstance(data, dict) or data.get("format") != "moeify-sharded":
         raise CheckpointError(f"{where}: format: is no sharded moeify checkpoint")
     version = data.get("version")
-    if type(version) is not int or version != 1:
+    if type(version) is not int or version != VERSION:
         raise CheckpointError(
-            f"{where}: version: {version!r:.40} cannot be read, only 1; use the moeify that wrote "
-            "it"
+            f"{where}: version: {version!r:.40} cannot be read, only {VERSION}; "
+            "use the moeify that wrote it"
         )
     digest = data.pop("sha256", None)
     try:

@@ -1,7 +1,7 @@
-"""Reads a DeepSpeed config section by section, so that no key is lost. Without torch.
+"""Read a DeepSpeed config section by section, so that no key is lost. Without torch.
 
-What is mapped is taken out of its section; what is left is reported with a sentence of advice, or
-with the nearest known word.
+What is mapped is taken out of its section. What is left is reported with a sentence of advice, or
+with the nearest known key.
 """
 
 from __future__ import annotations
@@ -31,17 +31,11 @@ _KINDS: Final[Mapping[str, tuple[tuple[type, ...], str]]] = {
 
 @dataclass(slots=True)
 class Source:
-    """Where a config came from, and what it says that a plan cannot.
-
-    Attributes:
-        file: Its file, for messages.
-        lines: Line of every place in it.
-        notes: A sentence for each key that is not carried over.
-    """
+    """Where a config came from, and notes on what a plan cannot express."""
 
     file: str | None = None
     lines: Lines = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # a sentence for each key not carried over
 
     def fault(self, where: Where, message: str) -> PlanError:
         """Make an error about a place in the config."""
@@ -54,24 +48,14 @@ class Source:
         )
 
     def note(self, where: Where, text: str) -> None:
-        """Report a key."""
+        """Note what becomes of a key, once."""
         note = f"{strict_yaml.path_text(where)}: {text}"
         if note not in self.notes:
             self.notes.append(note)
 
 
 class Section:
-    """A mapping of the config, from which keys are taken.
-
-    Args:
-        source: Where notes and errors go.
-        value: The mapping; None is an empty one.
-        where: Its place.
-        places: Places of keys that stand elsewhere.
-
-    Raises:
-        PlanError: It is no mapping, or a key is no string.
-    """
+    """A mapping of the config, from which keys are taken; `places` has those of keys elsewhere."""
 
     def __init__(
         self,
@@ -90,28 +74,18 @@ class Section:
             if isinstance(each, str) and each == "auto":
                 source.note(
                     (*where, key),
-                    "auto: taken as unset; what would fill it in (Hugging Face's Trainer) is not "
-                    "asked",
+                    "auto: taken as unset; Hugging Face's Trainer, which would fill it in, is not "
+                    "consulted",
                 )
             elif each is not None:
                 self.left[key] = each
         self._seen: list[str] = []
 
     def at(self, key: str) -> Where:
-        """Return the place of a key."""
         return self._places.get(key, (*self.where, key))
 
     def take(self, key: str, kind: str = "", default: Any = None) -> Any:
-        """Take a value out.
-
-        Args:
-            key: Its key.
-            kind: A word of `_KINDS`, or "" for anything.
-            default: What stands for a missing value.
-
-        Raises:
-            PlanError: It is of another kind.
-        """
+        """Take a value out; `kind` is a key of `_KINDS`, or "" for anything."""
         self._seen.append(key)
         if key not in self.left:
             return default
@@ -124,11 +98,7 @@ class Section:
         return value
 
     def choice(self, key: str, words: Iterable[str], default: str | None = None) -> str | None:
-        """Take a word out that must be one of `words`.
-
-        Raises:
-            PlanError: It is another one.
-        """
+        """Take a word out that must be one of `words`."""
         word: str | None = self.take(key, "word", default)
         allowed = tuple(words)
         if word is not None and word not in allowed:
@@ -140,19 +110,13 @@ class Section:
         return Section(self.source, self.take(key), self.at(key))
 
     def fault(self, key: str, message: str) -> PlanError:
-        """Make an error about a key."""
         return self.source.fault(self.at(key), message)
 
     def note(self, key: str, text: str) -> None:
-        """Report a key."""
         self.source.note(self.at(key), text)
 
     def report(self, known: Mapping[str, Unmapped]) -> None:
-        """Report what nobody took.
-
-        Args:
-            known: Advice by key.
-        """
+        """Note every key that was not taken, with the advice for it where there is one."""
         for key, value in self.left.items():
             if key in known:
                 if not known[key].is_off(value):
@@ -165,7 +129,7 @@ class Section:
 
 
 def show(value: Any) -> str:
-    """Write a value briefly, as JSON where that is possible."""
+    """Return a short text of a value, as JSON where that is possible."""
     try:
         text = json.dumps(value)
     except (TypeError, ValueError):
@@ -174,16 +138,10 @@ def show(value: Any) -> str:
 
 
 def read(config: Any) -> tuple[Mapping[str, Any], Source]:
-    """Read a config in the forms that DeepSpeed takes.
-
-    Args:
-        config: A dict; a path to a JSON file; JSON text; or that in URL-safe base64.
-
-    Returns:
-        The data and where it came from.
+    """Read a dict, a path to a JSON file, JSON text, or that in URL-safe base64.
 
     Raises:
-        PlanError: There is no such file, or it holds no JSON object.
+        PlanError: The file does not exist, or does not hold a JSON object.
     """
     if isinstance(config, Mapping):
         return config, Source()
@@ -204,7 +162,7 @@ def _parse(text: str, name: str, file: str) -> tuple[Mapping[str, Any], Source]:
     if not text.strip():
         raise PlanError("empty; a DeepSpeed config is a JSON object", file=file, line=1)
     try:
-        # Whatever the file is called, it holds JSON.
+        # `name` ends in .json, so that the file is read as JSON whatever it is called.
         data, lines = strict_yaml.load(text, name)
     except PlanError as error:
         raise PlanError(error.message, file=file, line=error.line, path=error.path) from None

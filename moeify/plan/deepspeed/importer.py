@@ -1,8 +1,8 @@
 """`Plan.from_deepspeed`: what a DeepSpeed config and its MoE layers mean, as a plan.
 
-A ds_config also has an optimizer, batch sizes and much else that a plan has no place for. Nothing
-of it is dropped in silence: each such key is a note on the plan and a warning in the log, with the
-call that does the same where there is one. Importable without torch.
+A ds_config also has an optimizer, batch sizes and much else that a plan has no field for. None of
+it is dropped silently: each such key is a note on the plan and a warning in the log, with the call
+that does the same where there is one. Importable without torch.
 
 Source:
     deepspeed/runtime/config.py, zero/config.py, zero/offload_config.py, precision_config.py,
@@ -34,28 +34,19 @@ _DTYPES: Final[Mapping[str, str]] = {
     **dict.fromkeys(("bf16", "bfloat16", "torch.bfloat16"), "bf16"),
     **dict.fromkeys(("fp16", "float16", "half", "torch.float16"), "fp16"),
 }
-_ARGUMENTS: Final = "MoE"  # place of the `moe` argument, which is in no file
+_ARGUMENTS: Final = "MoE"  # place of the `moe` argument, which is not in a file
 
 
 def plan_data(config: Any, moe: Any, layers: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Translate a DeepSpeed config.
-
-    Args:
-        config: The ds_config: a dict, a path, JSON text, or that in URL-safe base64.
-        moe: Arguments of `deepspeed.moe.layer.MoE`, or of a Megatron-DeepSpeed launch script; a
-            list of them if MoE layers differ, one for each.
-        layers: Where they stand: a `Select`, its data, or rules; None for every second layer.
+    """Translate the arguments of `Plan.from_deepspeed`.
 
     Returns:
         The plan's data, not yet validated, and a sentence for each key that is not in it.
-
-    Raises:
-        PlanError: The config cannot be read, or contradicts itself.
     """
     data, source = read(config)
     top = Section(source, data)
     precision, master = _precision(top)
-    zero = _zero(top, precision)
+    zero = _zero(top)
     if precision != "model":
         zero |= {"precision": precision, "reduce": _reduce(top, precision)}
     if master is not None:
@@ -71,7 +62,7 @@ def plan_data(config: Any, moe: Any, layers: Any) -> tuple[dict[str, Any], tuple
     counts = [rule["experts"] for rule in rules if type(rule.get("experts")) is int]
     made["parallel"] = _parallel(source, blocks, counts, tensors)
     if blocks is not None:
-        # What all rules share is said once.
+        # A router that all rules share is stated once.
         routers = [rule.get("router") for rule in rules if "router" in rule]
         if routers and all(router == routers[0] for router in routers):
             made["router"] = routers[0]
@@ -83,7 +74,7 @@ def plan_data(config: Any, moe: Any, layers: Any) -> tuple[dict[str, Any], tuple
 
 
 def _precision(top: Section) -> tuple[str, Where | None]:
-    """Return the plan's precision, and where masters of that precision are asked for."""
+    """Return the plan's precision, and the place that asks for masters of that precision."""
     found: dict[str, Section] = {}
     for key, name in (("bf16", "bf16"), ("bfloat16", "bf16"), ("fp16", "fp16")):
         section = top.section(key)
@@ -105,7 +96,7 @@ def _precision(top: Section) -> tuple[str, Where | None]:
 
 
 def _reduce(top: Section, precision: str) -> str:
-    """Return what gradients are reduced in; DeepSpeed's default is what it computes in."""
+    """Return the dtype of gradient reduction; DeepSpeed's default is the computation's."""
     types = top.section("data_types")
     stated: str | None = None
     for section, key in ((top, "communication_data_type"), (types, "grad_accum_dtype")):
@@ -118,7 +109,7 @@ def _reduce(top: Section, precision: str) -> str:
         elif stated is None:
             stated = dtype
         elif stated != dtype:
-            section.note(key, "gradients are added up in what they are reduced in")
+            section.note(key, "gradients are accumulated in the dtype in which they are reduced")
     for key in ("param_dtype", "buffer_dtype"):
         word = types.choice(key, _DTYPES)
         if word is not None and (key == "buffer_dtype" or _DTYPES[word] != precision):
@@ -127,7 +118,7 @@ def _reduce(top: Section, precision: str) -> str:
     return "float32" if stated == "float32" else "same"
 
 
-def _zero(top: Section, precision: str) -> dict[str, Any]:
+def _zero(top: Section) -> dict[str, Any]:
     value = top.left.get("zero_optimization")
     if isinstance(value, bool):  # the oldest form
         top.take("zero_optimization")
@@ -168,7 +159,7 @@ def _without_prefix(section: Section) -> dict[str, Any]:
 
 
 def _offloads(section: Section, key: str, old: Sequence[str], stage: int) -> Where | None:
-    """Return where it is said that something is offloaded, if it is."""
+    """Return the place that asks for offloading, or None."""
     asked: Where | None = None
     for name in old:
         if section.take(name, "flag", False):
@@ -189,7 +180,7 @@ def _offloads(section: Section, key: str, old: Sequence[str], stage: int) -> Whe
 
 
 def _tensors(top: Section) -> list[tuple[int, Where]]:
-    """Return what the config says of tensor parallelism: sizes and places."""
+    """Return each tensor-parallel size that the config states, with its place."""
     found: list[tuple[int, Where]] = []
     section = top.section("tensor_parallel")
     if section.take("enabled", "flag", True):
@@ -207,7 +198,7 @@ def _tensors(top: Section) -> list[tuple[int, Where]]:
 
 
 def _blocks(top: Section, moe: Any, *, has_rules: bool) -> Blocks | None:
-    """Read the MoE layers from the argument, and from what the config says of them."""
+    """Read the MoE layers from the `moe` argument and from the config."""
     source = top.source
     shared: list[Stated] = []
     section = top.left.get("moe")
@@ -248,7 +239,7 @@ def _blocks(top: Section, moe: Any, *, has_rules: bool) -> Blocks | None:
 
 
 def _auto_ep(top: Section) -> Stated | None:
-    """Return what `expert_parallel` says in the words of `MoE`; None if it is not enabled."""
+    """Return `expert_parallel` as arguments of `MoE`; None if it is not enabled."""
     section = top.section("expert_parallel")
     if not section.take("enabled", "flag", False):
         return None
@@ -306,17 +297,15 @@ def _parallel(
     elif tensor > 1 and expert > 1:
         source.note(
             where,
-            f"each rank of a tensor group has an expert group of its own: {expert} ranks are no "
+            f"each rank of a tensor group has its own expert group: {expert} ranks are not a "
             f"multiple of {tensor}; changes no number",
         )
     return {"expert": expert, "tensor": tensor, "experts_in_tp": inside}
 
 
 def _build_yourself(top: Section) -> None:
-    for key, advice in (
-        ("optimizer", notes.optimizer_advice),
-        ("scheduler", notes.scheduler_advice),
-    ):
+    advices = {"optimizer": notes.optimizer_advice, "scheduler": notes.scheduler_advice}
+    for key, advice in advices.items():
         section = top.take(key, "mapping")
         if section:
             top.note(key, advice(section))

@@ -1,4 +1,4 @@
-"""DeepSpeed's MoE layers as rules of a plan: what their arguments mean, and where they stand.
+"""DeepSpeed's MoE layers as rules of a plan: what their arguments mean, and which layers they are.
 
 Two vocabularies, one meaning: the constructor of `deepspeed.moe.layer.MoE`, and the launch
 arguments of Megatron-DeepSpeed. Importable without torch.
@@ -45,65 +45,35 @@ _MEGATRON: Final = frozenset(
 )
 
 Stated = Mapping[str, tuple[Any, Where]]
-"""Arguments by DeepSpeed's name for them in `MoE`, and where they stand."""
+"""Values and places of arguments, by their names in `MoE`."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """What one MoE layer, or every one, is to be.
+    """What one MoE layer, or each of them, becomes; `residual` and `router` as in a plan."""
 
-    Attributes:
-        experts: How many; None leaves it to the rules.
-        top_k: Experts per token.
-        residual: As in a plan.
-        router: As in a plan.
-        ep: Ranks that share the experts.
-        tensor: Ranks that share dense layers; None if not said.
-        sliced: Whether these also share each expert.
-        where: Place of `ep_size`, for messages.
-    """
-
-    experts: int | None
+    experts: int | None  # None leaves it to the rules
     top_k: int
     residual: str
     router: dict[str, Any]
-    ep: int = 1
-    tensor: int | None = None
-    sliced: bool = False
-    where: Where = ("moe",)
+    ep: int = 1  # ranks that share the experts
+    tensor: int | None = None  # ranks that share dense layers; None if not stated
+    sliced: bool = False  # whether these also share each expert
+    where: Where = ("moe",)  # place of `ep_size`, for messages
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """All MoE layers of a config.
+    """All MoE layers of a config."""
 
-    Attributes:
-        each: Them; just one if `listed` is false.
-        listed: Whether they are one for each MoE layer of the model, in order.
-        interval: Every how many layers there is one.
-        where: Their place.
-    """
-
-    each: tuple[Block, ...]
-    listed: bool
-    interval: int
+    each: tuple[Block, ...]  # a single one unless `listed`
+    listed: bool  # one for each MoE layer of the model, in order
+    interval: int  # every n-th layer is one
     where: Where
 
 
 def states(source: Source, arguments: Mapping[str, Any], where: Where) -> Stated:
-    """Name arguments as `MoE` does; dashes of a command line are fine.
-
-    Args:
-        source: Where errors go.
-        arguments: As given.
-        where: Their place.
-
-    Returns:
-        Values and places.
-
-    Raises:
-        PlanError: Two names of one argument have different values.
-    """
+    """Rename arguments to those of `MoE`; dashes of a command line are accepted."""
     found: list[Stated] = []
     for key, value in arguments.items():
         if not isinstance(key, str):
@@ -115,7 +85,7 @@ def states(source: Source, arguments: Mapping[str, Any], where: Where) -> Stated
             found.append({_ALIASES.get(word, word): (value, (*where, key))})
         elif not isinstance(value, bool):
             raise source.fault((*where, key), f"{show(value)} does not fit: expected true or false")
-        elif value:  # a flag that is not set says nothing
+        elif value:  # a flag that is not set states nothing
             found.append({_OPPOSITES[word]: (False, (*where, key))})
     return merged(source, found)
 
@@ -125,21 +95,16 @@ def _word(key: str) -> str:
 
 
 def merged(source: Source, parts: Sequence[Stated]) -> Stated:
-    """Put together what several places say of the same layers.
-
-    Raises:
-        PlanError: They say different things.
-    """
-    together: dict[str, tuple[Any, Where]] = {}
+    """Merge what several places state about the same layers; refuse contradictions."""
+    found: dict[str, tuple[Any, Where]] = {}
     for part in parts:
         for key, (value, where) in part.items():
-            if key in together and not _same(together[key][0], value):
-                other, place = together[key]
+            other, place = found.setdefault(key, (value, where))
+            if not _same(other, value):
                 raise source.fault(
                     where, f"{show(value)} contradicts `{path_text(place)}`: {show(other)}"
                 )
-            together.setdefault(key, (value, where))
-    return together
+    return found
 
 
 def _same(left: Any, right: Any) -> bool:
@@ -148,16 +113,7 @@ def _same(left: Any, right: Any) -> bool:
 
 
 def read_blocks(source: Source, all_stated: Sequence[Stated], where: Where) -> Blocks:
-    """Read the arguments of all MoE layers.
-
-    Args:
-        source: Where notes and errors go.
-        all_stated: One for all layers, or one for each.
-        where: Their place.
-
-    Raises:
-        PlanError: An argument does not fit.
-    """
+    """Read the arguments of all MoE layers, once for all or once for each."""
     made: list[Block] = []
     intervals: set[int] = set()
     listed = len(all_stated) > 1
@@ -181,7 +137,7 @@ def read_blocks(source: Source, all_stated: Sequence[Stated], where: Where) -> B
             )
         block = _block(section, counts[0])
         made += [replace(block, experts=count) for count in counts]
-        section.take("hidden_size")  # the model knows it
+        section.take("hidden_size")  # known from the model
         section.report(MOE)
     if len(intervals) > 1:
         raise source.fault(where, "layers differ in `expert_interval`")
@@ -239,8 +195,8 @@ def _block(section: Section, experts: int | None) -> Block:
     if coefficient is None:
         section.source.note(
             section.where,
-            "MoE returns l_aux without a weight, which your loop gives it; here it is "
-            "router.aux_loss: 0.01; `moe_loss_coeff` in these arguments sets it",
+            "MoE returns l_aux without a weight, and your loop weights it; here the weight is "
+            "router.aux_loss: 0.01, unless these arguments have `moe_loss_coeff`",
         )
     router["aux_loss"] = 0.01 if coefficient is None else float(coefficient)
     if router["aux_loss"] < 0:
@@ -286,16 +242,7 @@ def _drop(section: Section, top_k: int) -> str:
 
 
 def rules_of(source: Source, blocks: Blocks | None, layers: Any) -> list[dict[str, Any]]:
-    """Make a plan's rules.
-
-    Args:
-        source: Where errors go.
-        blocks: What the MoE layers are; None if nothing says it.
-        layers: Rules, a `Select` or its data, "all", or None for every second layer.
-
-    Raises:
-        PlanError: The layers do not go with the rules.
-    """
+    """Return a plan's rules from MoE layers and the `layers` of `Plan.from_deepspeed`."""
     if isinstance(layers, Mapping) and "select" in layers:
         layers = [layers]
     if isinstance(layers, list | tuple):
@@ -303,7 +250,7 @@ def rules_of(source: Source, blocks: Blocks | None, layers: Any) -> list[dict[st
     if blocks is None:
         raise source.fault(
             ("moe",),
-            "nothing says how many experts there are: give moe={'num_experts': 8, ...}, the "
+            "the number of experts is missing: give moe={'num_experts': 8, ...}, the "
             "arguments of your MoE layers, or `layers`, rules with `experts`",
         )
     if layers is None:
@@ -319,7 +266,7 @@ def _rule(source: Source, rule: Any) -> dict[str, Any]:
     if isinstance(rule, LayerRule):
         rule = rule.model_dump(mode="json", by_alias=True, exclude_unset=True)
     if not isinstance(rule, Mapping):
-        raise source.fault(("layers",), f"{show(rule)} is no rule: {{'select': ..., ...}}")
+        raise source.fault(("layers",), f"{show(rule)} is not a rule: {{'select': ..., ...}}")
     return dict(rule)
 
 
@@ -352,7 +299,7 @@ def _filled(
 
 
 def _listed(source: Source, blocks: Blocks, select: Any) -> list[dict[str, Any]]:
-    """Make a rule for each run of equal layers; as positions, so that none is counted wrongly."""
+    """Return a rule, with explicit positions, for each run of equal layers."""
     count = len(blocks.each)
     places = _positions(select, count)
     if places is None:
@@ -365,7 +312,7 @@ def _listed(source: Source, blocks: Blocks, select: Any) -> list[dict[str, Any]]
         raise source.fault(("layers",), f"selects {len(places)} sites for {count} MoE layers")
     source.note(
         blocks.where,
-        f"{count} MoE layers stand at sites {places[0]} to {places[-1]}; a deeper model keeps "
+        f"the {count} MoE layers are sites {places[0]} to {places[-1]}; a deeper model keeps "
         "its other MLPs dense",
     )
     rules = []

@@ -1,4 +1,4 @@
-"""What a DeepSpeed config can say that a plan cannot, and what to do instead. Without torch."""
+"""What a DeepSpeed config can express and a plan cannot, and what to do instead. Without torch."""
 
 from __future__ import annotations
 
@@ -9,18 +9,13 @@ from typing import Any, Final
 
 @dataclass(frozen=True, slots=True)
 class Unmapped:
-    """A key without a field in a plan.
+    """A key without a field in a plan."""
 
-    Attributes:
-        advice: What to do; `{value}` stands for what the config says.
-        off: Values that ask for nothing, so that nothing is lost.
-    """
-
-    advice: str
-    off: tuple[Any, ...] = ()
+    advice: str  # what to do instead; `{value}` stands for the config's value
+    off: tuple[Any, ...] = ()  # values that ask for nothing, so that nothing is lost
 
     def is_off(self, value: Any) -> bool:
-        """Whether the value asks for nothing."""
+        """Tell whether a value asks for nothing."""
         if isinstance(value, Mapping):
             return value.get("enabled") is False or not value
         return any(value == each and type(value) is type(each) for each in self.off)
@@ -57,13 +52,13 @@ TOP: Final[Mapping[str, Unmapped]] = {
     "managed_gradient_accumulation": Unmapped(f"gradient accumulation is {_LOOP}"),
     "sparse_gradients": Unmapped("embedding gradients stay dense", _OFF),
     "use_data_before_expert_parallelism": Unmapped(
-        "ranks of an expert group lie next to each other; only the order of ranks differs", _OFF
+        "ranks of an expert group are consecutive; only the order of ranks differs", _OFF
     ),
     "amp": Unmapped("convert without it; `bf16` or torch.autocast in your loop"),
     "torch_autocast": Unmapped("use torch.autocast in your loop"),
     "pipeline": Unmapped("there is no pipeline parallelism; the model runs in one stage"),
     "sequence_parallel_size": Unmapped("there is no sequence parallelism", (1,)),
-    "elasticity": Unmapped("the world has one size; batches are up to your data loader"),
+    "elasticity": Unmapped("the world size is fixed; batches are up to your data loader"),
     "curriculum_learning": Unmapped(f"shorter sequences at the start are {_LOOP}"),
     "data_efficiency": Unmapped(f"sampling and token dropping of data are {_LOOP}"),
     "progressive_layer_drop": Unmapped("layers are not dropped"),
@@ -109,11 +104,11 @@ ZERO: Final[Mapping[str, Unmapped]] = {
         "node: less memory, more traffic",
         (0, 1),
     ),
-    "mics_shard_size": Unmapped("parameters are cut over all ranks that repeat them", (-1, 0)),
-    "zero_quantized_weights": Unmapped("weights travel unquantized", _OFF),
-    "zero_quantized_nontrainable_weights": Unmapped("weights travel unquantized", _OFF),
-    "zero_quantized_gradients": Unmapped("gradients travel unquantized", _OFF),
-    "zeropp_loco_param": Unmapped("gradients travel unquantized"),
+    "mics_shard_size": Unmapped("parameters are sharded over all their ranks", (-1, 0)),
+    "zero_quantized_weights": Unmapped("weights are sent unquantized", _OFF),
+    "zero_quantized_nontrainable_weights": Unmapped("weights are sent unquantized", _OFF),
+    "zero_quantized_gradients": Unmapped("gradients are sent unquantized", _OFF),
+    "zeropp_loco_param": Unmapped("gradients are sent unquantized"),
     "zenflow": Unmapped("offloaded optimizers step in one piece; numbers differ"),
     "param_persistence_threshold": Unmapped(
         "small parameters are partitioned too; changes no number"
@@ -231,14 +226,7 @@ _OPTIONS = ("lr", "betas", "eps", "weight_decay", "momentum", "nesterov", "dampe
 
 
 def optimizer_advice(section: Mapping[str, Any]) -> str:
-    """Writes the call that makes a config's optimizer.
-
-    Args:
-        section: The config's `optimizer`.
-
-    Returns:
-        The call if torch has that optimizer, else what there is to know.
-    """
+    """Return the call that makes a config's `optimizer`, or what to do where torch has none."""
     kind, given = str(section.get("type", "")), section.get("params")
     params = dict(given) if isinstance(given, Mapping) else {}
     word = kind.lower()
@@ -248,7 +236,7 @@ def optimizer_advice(section: Mapping[str, Any]) -> str:
     if name is None:
         return f"torch has no `{kind}`: give mf.optimizer(model, YourOptimizer, ...) a class for it"
     if word in ("adam", "adamw"):
-        # DeepSpeed's default is no decay, that of torch's AdamW 0.01.
+        # DeepSpeed does not decay by default, torch's AdamW does by 0.01.
         fixed = params.get("torch_adam") is True
         params = params if fixed else {"weight_decay": 0.0, **params}
     used = {key: params[key] for key in _OPTIONS if params.get(key, "auto") not in (None, "auto")}
@@ -266,14 +254,7 @@ def optimizer_advice(section: Mapping[str, Any]) -> str:
 
 
 def scheduler_advice(section: Mapping[str, Any]) -> str:
-    """Says what to do about a config's learning-rate schedule.
-
-    Args:
-        section: The config's `scheduler`.
-
-    Returns:
-        The advice, with the config's values.
-    """
+    """Return what to do about a config's `scheduler`, with its values."""
     kind, given = str(section.get("type", "")), section.get("params")
     params = dict(given) if isinstance(given, Mapping) else {}
     values = ", ".join(f"{key}={value!r}" for key, value in params.items())

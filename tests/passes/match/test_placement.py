@@ -89,15 +89,15 @@ def exact(model: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("how", "install"),
     [
-        ("plain", "T1"),
-        ("keyword", "T1"),
-        ("none", "T2"),
-        ("flag", "T2"),
-        ("twice", "T1"),
-        ("two ways", "T2"),
-        ("first token", "T1"),
-        ("unpadded", "T1"),
-        ("checkpointed", "T1"),
+        ("plain", "module"),
+        ("keyword", "module"),
+        ("none", "across modules"),
+        ("flag", "across modules"),
+        ("twice", "module"),
+        ("two ways", "across modules"),
+        ("first token", "module"),
+        ("unpadded", "module"),
+        ("checkpointed", "module"),
     ],
 )
 def test_calls(how: str, install: str) -> None:
@@ -107,7 +107,7 @@ def test_calls(how: str, install: str) -> None:
 
 
 def test_reentrant_checkpoints_are_looked_into() -> None:
-    assert site_of(nn.Sequential(nn.Linear(D, D), Layer("reentrant"))).install == "T1"
+    assert site_of(nn.Sequential(nn.Linear(D, D), Layer("reentrant"))).install == "module"
 
 
 def test_one_mlp_reads_another() -> None:
@@ -179,10 +179,10 @@ class First(nn.Module):
 @pytest.mark.parametrize(
     ("mlp", "name", "install"),
     [
-        (Tuple(), "1.mlp", "T1"),
-        (Flattens(), "1.mlp", "T1"),
-        (Unused(True), "1.mlp.inner", "T2"),
-        (Unused(False), "1.mlp.inner", "T2"),
+        (Tuple(), "1.mlp", "module"),
+        (Flattens(), "1.mlp", "module"),
+        (Unused(True), "1.mlp.inner", "across modules"),
+        (Unused(False), "1.mlp.inner", "across modules"),
     ],
 )
 def test_modules_that_do_more(mlp: nn.Module, name: str, install: str) -> None:
@@ -342,7 +342,7 @@ def test_hooks_on_the_module_are_carried_over() -> None:
     seen: list[Tensor] = []
     model[1].mlp.register_forward_pre_hook(lambda m, a: (a[0] * 2,))
     model[1].mlp.register_forward_hook(lambda m, a, o: seen.append(o.detach()) or o + 1)
-    assert site_of(model).install == "T1"
+    assert site_of(model).install == "module"
     seen.clear()
     exact(model)
     assert len(seen) > 2
@@ -352,7 +352,7 @@ def test_one_module_in_two_places() -> None:
     mlp = MLP()
     model = nn.Sequential(Layer(mlp=mlp), Layer(mlp=mlp))
     site = site_of(model)
-    assert (site.install, site.calls, site.name) == ("T1", 2, "0.mlp")
+    assert (site.install, site.calls, site.name) == ("module", 2, "0.mlp")
     exact(model)
     assert model[0].mlp is model[1].mlp
 
@@ -374,9 +374,13 @@ def test_placer_reads_one_capture() -> None:
     recorded = capture(model, x())
     regions, _ = find_regions(recorded.graph_module.graph)
     place = Placer(model, recorded).placement(regions)
-    assert (place.install, place.module, place.argument) == ("T1", "1.mlp", "")
+    assert (place.install, place.module, place.argument) == ("module", "1.mlp", "")
     tapped = Placer(model, recorded).placement(regions, whole=False)
-    assert (tapped.install, tapped.taps, tapped.block) == ("T2", ("1.mlp.up",), "1.mlp.down")
+    assert (tapped.install, tapped.taps, tapped.block) == (
+        "across modules",
+        ("1.mlp.up",),
+        "1.mlp.down",
+    )
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
