@@ -227,7 +227,7 @@ REFUSED: list[tuple[Callable[[int], Call], str | dict[int, str], list[str]]] = [
     (mesh_on_one_rank, "PlanError", ["ranks disagree on `mesh` (rank 0: ", "ranks 1, 2: none)"]),
     (mesh_of_other_names, "PlanError", ["('data', 'model')", "the plan needs ('dp', 'tp')"]),
     (mesh_of_other_sizes, "PlanError", ["of sizes (1, 3)", "of sizes (3, 1): init_device_mesh("]),
-    (mesh_of_other_order, "PlanError", ["holds the ranks [[2], [0], [1]]", "in their own order"]),
+    (mesh_of_other_order, "PlanError", ["holds the ranks [[2], [0], [1]]", "in ascending order"]),
     (no_mesh_at_all, "PlanError", ["mesh has dimensions ()", "init_device_mesh("]),
 ]
 
