@@ -68,8 +68,8 @@ def shard_parameter(
 ) -> nn.Parameter:
     """Return a parameter of this whole shape of which this rank holds one part; nothing is sent.
 
-    Dimension 0 is sharded over "ep", and `dim`, if given, sliced over "etp". With `halves`, `dim` is
-    two halves (gate and up), each sliced separately.
+    Dimension 0 is sharded over "ep" and `dim`, if given, sliced over "etp"; `halves` slices the two
+    halves of `dim` (gate and up) separately.
     """
     from torch.distributed.tensor import Shard
 

@@ -259,7 +259,7 @@ def test_a_process_group_at_work_is_left_alone():
     dist.init_process_group("fake", store=compat.fake_store(), rank=0, world_size=2)
     try:
         with (
-            pytest.raises(MoeifyError, match="a process group of 2 ranks is at work"),
+            pytest.raises(MoeifyError, match="a process group of 2 ranks is running"),
             fake_world(8),
         ):
             pass

@@ -16,7 +16,7 @@ import moeify as mf
 from moeify.distributed.dtensor import is_sharded, whole
 from moeify.errors import CheckpointError, MoeifyError
 from moeify.train.optimizer import optimizer
-from moeify.zero.stage1 import Cut, ShardedOptimizer, guard
+from moeify.zero.stage1 import Cut, Guard, ShardedOptimizer
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_experts_parallel import (
     WIDTH,
@@ -339,7 +339,7 @@ def test_converted_model():
 
 def test_other_optimizers_are_refused():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-    model.guard = guard(model[0].parameters())
+    model.guard = Guard(model[0].parameters())
     theirs = torch.optim.AdamW(model.parameters(), lr=0.1)
     with pytest.raises(MoeifyError, match=r"zero:.*mf\.optimizer\(model, torch\.optim\.AdamW"):
         theirs.step()

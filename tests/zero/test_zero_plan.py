@@ -213,7 +213,7 @@ def test_lines():
         "l.0.experts: 96 expert over edp of 2",
         "l.1: 70 dense over dp of 4",
         "l.1.experts: 96 expert over edp of 2",
-        "l.2: no unit of its own: l.2.w is tied to embed",
+        "l.2: not a unit of its own: l.2.w is tied to embed",
     ]
 
 
