@@ -260,18 +260,18 @@ def convert(call: Call) -> tuple[nn.Module, Any, Exception | None]:
 
 def all_refused(rank: int) -> Any:
     """One after the other in one world: after an error all ranks are where they were."""
-    said = []
+    outcomes = []
     for scenario, _, _ in REFUSED:
         start = time.monotonic()
         model, before, error = convert(scenario(rank))
         same = is_same(before, state(model)) and ATTRIBUTE not in model.__dict__
         notes = " ".join(getattr(error, "__notes__", ()))
-        said.append((type(error).__name__, f"{error} {notes}", same, time.monotonic() - start))
+        outcomes.append((type(error).__name__, f"{error} {notes}", same, time.monotonic() - start))
     model, _, error = convert(same_but())
     assert error is None
     assert type(model.a).__name__ == "MoEBlock"
     dist.barrier()  # one rank may be done while another still connects to it
-    return said
+    return outcomes
 
 
 @pytest.fixture(scope="module")

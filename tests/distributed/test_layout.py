@@ -141,11 +141,11 @@ def test_errors_list_sizes_that_work():
             assert fits(size, expert, tensor, mode), message
         hints["worlds"] += 1
         if found := re.search(r"expert may be (.*)$", message):
-            said = numbers(found[1])
-            assert said == [n for n in WORLDS if fits(world, n, tensor, mode)], message
+            listed = numbers(found[1])
+            assert listed == [n for n in WORLDS if fits(world, n, tensor, mode)], message
             hints["expert may be"] += 1
         else:
-            said = numbers(re.search(r"tensor must divide \d+: (.*)$", message)[1])
-            assert said == [n for n in WORLDS if world % n == 0]
+            listed = numbers(re.search(r"tensor must divide \d+: (.*)$", message)[1])
+            assert listed == [n for n in WORLDS if world % n == 0]
             hints["tensor must divide"] += 1
     assert all(hints.values()), hints

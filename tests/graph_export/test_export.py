@@ -197,17 +197,17 @@ def test_a_dense_model_too():
 
 def test_bias_updates_are_in_the_graph():
     model = converted("nanoGPT", True, bias_update=0.01)
-    twin = copy.deepcopy(model)
+    clone = copy.deepcopy(model)
     gm = exported("nanoGPT", model)
     routers = [m for m in model.modules() if isinstance(m, Router)]
     for _ in range(3):
         given = inputs("nanoGPT", 3, 7)
-        for one in (gm, twin):
+        for one in (gm, clone):
             torch.manual_seed(0)
             one(**given)
     assert all(bool(r.selection_bias.any()) for r in routers)
     for router, other in zip(
-        routers, (m for m in twin.modules() if isinstance(m, Router)), strict=True
+        routers, (m for m in clone.modules() if isinstance(m, Router)), strict=True
     ):
         assert torch.equal(router.selection_bias, other.selection_bias)
         assert torch.equal(router.pending_counts, other.pending_counts)
@@ -336,8 +336,8 @@ def test_passes_over_the_graph():
     experts = torch.ops.moeify.experts.default
     for node in gm.graph.find_nodes(op="call_function", target=experts):
         with gm.graph.inserting_after(node):
-            twin = gm.graph.call_function(experts, node.args, node.kwargs)
-        node.replace_all_uses_with(twin)
+            clone = gm.graph.call_function(experts, node.args, node.kwargs)
+        node.replace_all_uses_with(clone)
         gm.graph.erase_node(node)
     gm.graph.eliminate_dead_code()
     gm.graph.lint()

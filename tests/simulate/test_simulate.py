@@ -106,10 +106,10 @@ def test_a_recomputed_forward_counts_in_the_backward_pass():
 def test_reductions_of_gradients_are_told_apart():
     class Reduced(nn.Linear):
         def __deepcopy__(self, memo):
-            twin = Reduced(8, 8, device="meta")
-            twin.weight, twin.bias = memo[id(self.weight)], memo[id(self.bias)]
-            twin.weight.register_post_accumulate_grad_hook(lambda p: dist.all_reduce(p.grad))
-            return twin
+            clone = Reduced(8, 8, device="meta")
+            clone.weight, clone.bias = memo[id(self.weight)], memo[id(self.bias)]
+            clone.weight.register_post_accumulate_grad_hook(lambda p: dist.all_reduce(p.grad))
+            return clone
 
     with fake_world(8, 4):
         calls, _ = step(Reduced(8, 8, device="meta"), torch.zeros(2, 8))

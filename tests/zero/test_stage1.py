@@ -343,9 +343,9 @@ def test_other_optimizers_are_refused():
     theirs = torch.optim.AdamW(model.parameters(), lr=0.1)
     with pytest.raises(MoeifyError, match=r"zero:.*mf\.optimizer\(model, torch\.optim\.AdamW"):
         theirs.step()
-    twin = copy.deepcopy(model)
+    clone = copy.deepcopy(model)
     with pytest.raises(MoeifyError, match=r"mf\.optimizer"):
-        torch.optim.SGD(twin.parameters(), lr=0.1).step()
+        torch.optim.SGD(clone.parameters(), lr=0.1).step()
     torch.optim.SGD(model[1].parameters(), lr=0.1).step()
     ours = ShardedOptimizer(model.parameters(), torch.optim.AdamW, {}, lr=0.1)
     model(torch.ones(1, 3)).sum().backward()
