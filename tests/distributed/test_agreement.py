@@ -337,7 +337,7 @@ def alone_in_the_world(rank: int, with_mesh: bool) -> Any:
 
 
 @pytest.mark.parametrize("mesh", [False, True])
-def test_a_world_of_one_is_no_world(mesh):
+def test_a_world_of_one_rank_runs_as_one_process(mesh):
     (found,) = run_ranks(alone_in_the_world, 1, mesh)
     assert not dist.is_initialized()
     y, gradients = alone_in_the_world(0, False)
@@ -356,7 +356,7 @@ def test_a_world_of_one_is_no_world(mesh):
         ({}, "mesh", ["mesh: torch.distributed does not run: call init_process_group first"]),
     ],
 )
-def test_one_process_is_told_to_start_others(changes, mesh, words):
+def test_one_process_gets_advice_to_start_more(changes, mesh, words):
     model, before, error = convert({"plan": plan(**changes), "mesh": mesh})
     assert isinstance(error, mf.PlanError)
     assert all(word in str(error) for word in words), error

@@ -348,11 +348,11 @@ def copies(rank: int) -> None:
     assert_mean(model, 2, loss_of, 3.0)
 
 
-def test_copies_have_hooks_of_their_own() -> None:
+def test_copies_have_their_own_hooks() -> None:
     run_ranks(copies, 2)
 
 
-def test_without_the_process_group_the_first_backward_says_so() -> None:
+def test_the_first_backward_without_the_process_group_is_an_error() -> None:
     model = Net()
     names = [name for name, _ in model.named_parameters()]
     reduction = Reduction(list(model.parameters()), names, "nowhere", 2)

@@ -33,7 +33,7 @@ GOOD = [case for case in CASES if fits(*case)]
 BAD = [case for case in CASES if not fits(*case)]
 
 
-def test_what_fits_is_taken_and_what_does_not_is_refused():
+def test_sizes_that_fit_are_accepted_and_others_refused():
     for world, expert, tensor, mode in GOOD:
         layout = Layout.of(spec(expert, tensor, mode), world)
         assert (layout.world, layout.expert, layout.tensor) == (world, expert, tensor)

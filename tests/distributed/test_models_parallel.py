@@ -151,7 +151,7 @@ def _lengths(rank: int, made: dict[str, Any], name: str, backend: str) -> tuple[
         pytest.param("net", "inductor", {}, marks=pytest.mark.slow),
     ],
 )
-def test_lengths_do_not_compile_again(name, backend, router):
+def test_other_lengths_do_not_recompile(name, backend, router):
     parallel = {"expert": 2, "all_to_all": "flat"}
     made = {**BASE, "router": {**BASE["router"], **router}, "parallel": parallel}
     for frames, wrong in run_ranks(_lengths, 2, made, name, backend):

@@ -136,7 +136,7 @@ def test_a_hugging_face_loss_holds_the_router_losses(top):
     assert mf.aux_loss(gm) > 0.1
 
 
-def test_labels_given_as_the_inputs_stay_an_input_of_their_own():
+def test_labels_that_are_the_inputs_stay_a_separate_input():
     model = converted("gpt2")
     ids = inputs("gpt2")["input_ids"]
     gm = mf.export(model, {"input_ids": ids, "labels": ids})
@@ -222,14 +222,14 @@ def test_a_batch_of_one_is_refused_by_name():
         mf.export(model, {"input_ids": torch.randint(3, 98, (1, 8)), "use_cache": False})
 
 
-def test_fixed_sizes_on_wish():
+def test_fixed_sizes_on_request():
     model = converted("gpt2")
     given = {"input_ids": torch.randint(3, 98, (1, 8)), "use_cache": False}
     gm = mf.export(model, given, dynamic=False)
     torch.testing.assert_close(gm(**given).logits, model(**given).logits)
 
 
-def test_a_fixed_length_is_told(caplog):
+def test_a_fixed_length_is_logged(caplog):
     model = converted("gpt2")
     with caplog.at_level(logging.WARNING, logger="moeify"):
         mf.export(model, {"input_ids": torch.randint(3, 98, (4, 1)), "use_cache": False})
@@ -240,7 +240,7 @@ def test_a_fixed_length_is_told(caplog):
     assert not caplog.records
 
 
-def test_images_keep_their_size_without_a_word(caplog):
+def test_images_keep_their_size_silently(caplog):
     model = Vision(sequential_mlp).eval()
     mf.moeify(model, plan(), example_inputs=pixels())
     with caplog.at_level(logging.WARNING, logger="moeify"):

@@ -84,7 +84,7 @@ def gathered(tensor: torch.Tensor) -> list[bool]:
     return [torch.equal(found[0], other) for other in found]
 
 
-def test_nothing_is_reduced_where_the_plan_says_so():
+def test_nothing_is_reduced_if_the_plan_says_so():
     assert run_ranks(_none, 2, plan(expert=2, gradients="none")) == [[True, False]] * 2
 
 

@@ -238,7 +238,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_plans_that_cannot_go_together(name, tmp_path):
+def test_settings_that_exclude_each_other(name, tmp_path):
     text, path, line, message = WRONG[name]
     file = tmp_path / "plan.yaml"
     file.write_text(HEAD + text)
