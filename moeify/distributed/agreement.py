@@ -84,7 +84,7 @@ def assert_same_on_ranks(
     """
     if not can_talk(group):
         return
-    # A model has thousands of facts: they travel only where their digests differ.
+    # A model has thousands of facts: they are sent only if their digests differ.
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     if len(set(_gather(digest, "compare facts", group, silence))) == 1:
         return

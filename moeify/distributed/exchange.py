@@ -125,13 +125,13 @@ def staged_splits(
 
 
 def cut(rows: Tensor, send: Sequence[int]) -> Tensor:
-    """Return the rows that are sent: the first `sum(send)` of [R, D]."""
+    """Return the rows to send: the first `sum(send)` of [R, D]."""
     total = sum(send)
     if not torch.compiler.is_compiling():
         if total == rows.shape[0]:
             return rows
         if total > rows.shape[0]:
-            raise DispatchError(f"{total} rows were announced, and there are {rows.shape[0]}")
+            raise DispatchError(f"{total} rows were announced, but there are {rows.shape[0]}")
     _check(total <= rows.shape[0])
     return rows.narrow(0, 0, total)
 

@@ -122,13 +122,13 @@ def _mesh(device_type: str, ranks: torch.Tensor, names: tuple[str, ...]) -> Devi
 
 def _check_mesh(mesh: Any, layout: Layout) -> None:
     names = tuple(getattr(mesh, "mesh_dim_names", None) or ())
-    want = (layout.dp, layout.tensor)
+    expected = (layout.dp, layout.tensor)
     sizes = tuple(mesh.shape) if hasattr(mesh, "shape") else ()
-    usual = f"init_device_mesh(device, {want}, mesh_dim_names=('dp', 'tp'))"
-    if names != ("dp", "tp") or sizes != want:
+    usual = f"init_device_mesh(device, {expected}, mesh_dim_names=('dp', 'tp'))"
+    if names != ("dp", "tp") or sizes != expected:
         raise PlanError(
             f"mesh has dimensions {names} of sizes {sizes}; the plan needs ('dp', 'tp') of sizes "
-            f"{want}: {usual}",
+            f"{expected}: {usual}",
             path="parallel",
         )
     # Torch's groups put their ranks in ascending order, whatever a mesh says.

@@ -243,9 +243,9 @@ def _check_dynamic(program: torch.export.ExportedProgram) -> None:
             "or export with dynamic=False for fixed sizes"
         )
     for name, dims in fixed.items():
-        told = {d: s for d, s in dims.items() if d == 0 or not inputs[name].is_floating_point()}
-        if told:
-            what = ", ".join(f"dim {dim} = {size}" for dim, size in told.items())
+        logged = {d: s for d, s in dims.items() if d == 0 or not inputs[name].is_floating_point()}
+        if logged:
+            what = ", ".join(f"dim {dim} = {size}" for dim, size in logged.items())
             log.warning("export: %s keeps fixed sizes: %s", name, what)
 
 

@@ -63,7 +63,7 @@ def exchange_once(kind: str, ranks: int, node: int, tensor: int) -> list[Call]:
     with torch.no_grad():
         calls = count(partial(model, tokens))
     exchanges = [call for call in calls if call.kind == "all_to_all"]
-    third = len(exchanges) // 3  # counts, rows there, rows back
+    third = len(exchanges) // 3  # counts, rows, rows back
     gathers = [call for call in calls if call.kind == "all_gather"]
     return [*exchanges[third : 2 * third], *gathers]
 

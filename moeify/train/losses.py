@@ -103,9 +103,10 @@ def router_stats(model: nn.Module) -> dict[str, LayerStats]:
         MoeifyError: The model has no MoE layer.
     """
     stats: dict[str, LayerStats] = {}
-    found = False
-    for name, router in live_routers(model):
-        found = True
+    routers = list(live_routers(model))
+    if not routers:
+        raise MoeifyError(_NO_LAYER)
+    for name, router in routers:
         last = router.last_stats
         if last is None:
             continue
@@ -117,8 +118,6 @@ def router_stats(model: nn.Module) -> dict[str, LayerStats]:
             "dropped": float(last["dropped"]),
             "tokens": int(last["tokens"]),
         }
-    if not found:
-        raise MoeifyError(_NO_LAYER)
     return stats
 
 

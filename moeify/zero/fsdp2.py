@@ -43,22 +43,12 @@ def shard(
     divisors: Mapping[str, float],
     undo: ExitStack,
 ) -> None:
-    """Partition a model's parameters in place.
+    """Partition a model's parameters in place; `undo` gets the callbacks that restore it.
 
-    Args:
-        model: With its blocks installed and its dense layers sliced; real or on `meta`.
-        zero: Of stage 2 or 3.
-        meshes: The one-dimensional mesh of each unit, by the unit's name.
-        divisors: What the sum of a unit's gradients over its mesh is divided by, by its name.
-        undo: Gets the callbacks that restore parameters, classes and hooks.
-
-    Raises:
-        UnsupportedModuleError: A unit holds parameters that FSDP2 does not take.
-        PassError: The decision is not about this model.
+    One-dimensional `meshes` and `divisors` (of the sum of gradients) are by name of the unit.
     """
     from torch.distributed.fsdp import fully_shard
 
-    check(model, zero)
     for module in model.modules():
         _remember(module, undo)
     if zero.precision != "model":

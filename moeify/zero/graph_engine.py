@@ -72,19 +72,9 @@ def partition(
     Pieces are DTensors over "dp" or "edp" and the parameter's former mesh. Gradients are reduced by
     the gathers: nothing else may reduce them or sum those of `summed`.
 
-    Args:
-        model: With its blocks installed and its dense layers sliced; real or on `meta`.
-        zero: Of stage 2 or 3.
-        world: Its meshes; every rank calls this, in the same order.
-        counts: Number of experts by the name of their unit.
-        divisors: What the sum of a unit's gradients over its ranks is divided by, by its name.
-        summed: Whole parameters of which a tensor rank has the gradient of its own slice only.
-        undo: Gets the callbacks that restore parameters and classes; until it is closed, the whole
-            parameters stay in memory.
-
-    Raises:
-        UnsupportedModuleError: A module reads its parameters past their names.
-        PassError: The decision is about a parameter of another shape.
+    `counts` (of experts) and `divisors` (of the sum of gradients) are by name of the unit; of the
+    parameters in `summed`, a tensor rank has the gradient of its own slice only. `undo` gets the
+    callbacks that restore the model; until it is closed, whole parameters stay in memory.
     """
     places = _places(model)
     _check(model)
@@ -108,7 +98,7 @@ def partition(
     if zero.precision != "model":
         _cast_inputs(model, zero, undo)
     if zero.stage == 3:
-        # Of the whole model, not of each module: checkpointing within it must have the last word.
+        # Hooks of the whole model, not of each module: checkpointing within it takes precedence.
         undo.callback(model.register_forward_pre_hook(_enter).remove)
         undo.callback(model.register_forward_hook(_leave, always_call=True).remove)
 
