@@ -58,10 +58,9 @@ def _reduced(
     zero: ZeroPlan, parts: Sequence[Part], ranks: tuple[int, ...], unit: str
 ) -> Iterable[Call]:
     """Yield the collectives that reduce the gradients of these parameters."""
-    wide = zero.precision != "model" and zero.reduce == "float32"
     for whole in (False, True):
         trained = [p for p in parts if p.trains and (p.dim is None) == whole and p.ranks > 1]
-        size = sum(p.padded * (4 if wide else zero.computed(p)) for p in trained)
+        size = sum(p.padded * zero.reduced(p) for p in trained)
         if not size:
             continue
         kind = "all_reduce" if whole else "reduce_scatter"

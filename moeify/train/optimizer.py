@@ -58,8 +58,8 @@ def param_groups(
     """
     settle(model)
     ranks = _expert_ranks(model)
-    stacked = _stacked(model)
-    norms = _norms(model)
+    stacked = _parameters_of(model, Experts)  # their first dimension is that of experts
+    norms = _parameters_of(model, nn.LayerNorm, nn.RMSNorm)
     groups: dict[Any, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -86,12 +86,13 @@ def param_groups(
     return [groups[key] for key in sorted(groups, key=lambda key: (key[0], key[1] or 0, key[2]))]
 
 
-def _norms(model: nn.Module) -> set[int]:
+def _parameters_of(model: nn.Module, *classes: type[nn.Module]) -> set[int]:
+    """Return the ids of the own parameters of modules of these classes."""
     return {
-        id(p)
+        id(parameter)
         for module in model.modules()
-        if isinstance(module, nn.LayerNorm | nn.RMSNorm)
-        for p in module.parameters(recurse=False)
+        if isinstance(module, classes)
+        for parameter in module.parameters(recurse=False)
     }
 
 
@@ -119,16 +120,6 @@ def _expert_ranks(model: nn.Module) -> dict[int, int]:
             for parameter in module.parameters():
                 found.setdefault(id(parameter), 1)
     return found
-
-
-def _stacked(model: nn.Module) -> set[int]:
-    """Return the ids of the parameters whose first dimension is that of experts."""
-    return {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, Experts)
-        for parameter in module.parameters(recurse=False)
-    }
 
 
 def optimizer(

@@ -127,17 +127,13 @@ class RouterCallback(TrainerCallback):
                 ", ".join(args.report_to),
             )
 
-    def on_substep_end(
-        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
-    ) -> None:
-        """Add a micro-batch that is not the step's last."""
-        self._sums.add(model)
-
     def on_step_end(
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
     ) -> None:
-        """Add the step's last micro-batch."""
+        """Add a micro-batch."""
         self._sums.add(model)
+
+    on_substep_end = on_step_end  # of a micro-batch that is not the step's last
 
     def on_log(
         self,

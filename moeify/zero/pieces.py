@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from moeify import compat
+from moeify.distributed.collectives import run
 from moeify.distributed.dtensor import from_local, local_of
-from moeify.errors import DispatchError, MoeifyError
+from moeify.errors import MoeifyError
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -216,18 +216,11 @@ def gather(pieces: list[Piece]) -> None:
         shard = local_part(piece.shard)
         slot[: shard.numel()].view(shard.shape).copy_(shard)
     group = mesh.get_group().group_name
-    try:  # as bytes, which every backend knows
-        started = torch.ops._c10d_functional.all_gather_into_tensor(
-            sent.view(torch.uint8), mesh.size(), group
-        )
-        got = torch.ops._c10d_functional.wait_tensor(started).view(first.dtype)
-    except RuntimeError as error:
-        reason = str(error).split("\n", 1)[0]
-        raise DispatchError(
-            f"rank {dist.get_rank()} could not gather parameters from {mesh.size()} ranks after a "
-            f"step: {reason} (a peer died or stalled, or did not step; look for its own error)"
-        ) from error
-    slots = torch.split(got.view(mesh.size(), -1), rooms, dim=1)
+    op = torch.ops._c10d_functional.all_gather_into_tensor
+    where = f"gather of parameters from {mesh.size()} ranks after an optimizer step"
+    # As bytes, which every backend supports.
+    received = run(op, sent.view(torch.uint8), mesh.size(), group, where=where).view(first.dtype)
+    slots = torch.split(received.view(mesh.size(), -1), rooms, dim=1)
     for piece, slot in zip(pieces, slots, strict=True):
         assert piece.cut is not None
         assert piece.cut.dim is not None

@@ -145,6 +145,11 @@ class ZeroPlan:
         """Return the bytes of an element where the model computes with it."""
         return _SIZES.get(self.precision, part.itemsize)
 
+    def reduced(self, part: Part) -> int:
+        """Return the bytes of an element of its gradient where ranks reduce it."""
+        wide = self.stage >= 2 and self.precision != "model" and self.reduce == "float32"
+        return 4 if wide else self.computed(part)
+
     def kept(self, part: Part) -> int:
         """Return the bytes of an element where the optimizer updates it."""
         if self.precision == "model":
@@ -231,18 +236,15 @@ class ZeroPlan:
         if part.ranks == 1:
             return
         size = part.padded * self.computed(part)
-        wide = self.precision != "model" and self.reduce == "float32" and self.stage >= 2
-        elements = part.padded if self.stage >= 2 else part.numel
-        reduced = elements * (4 if wide else self.computed(part))
-        if self.stage < 2:
-            row["all_reduce"] += reduced if part.trains else 0
-            row["gather"] += size if self.stage == 1 and part.trains and part.dim is not None else 0
-        else:
-            row["gather"] += (
-                size * (2 if self.is_gathered_again(unit) else 1) if part.dim is not None else 0
-            )
-            kind = "all_reduce" if part.dim is None else "reduce_scatter"
-            row[kind] += reduced if part.trains else 0
+        whole = part.dim is None
+        if self.stage >= 2 and not whole:
+            row["gather"] += size * (2 if self.is_gathered_again(unit) else 1)
+        elif self.stage == 1 and part.trains and not whole:
+            row["gather"] += size
+        if part.trains:
+            kind = "reduce_scatter" if self.stage >= 2 and not whole else "all_reduce"
+            elements = part.padded if self.stage >= 2 else part.numel
+            row[kind] += elements * self.reduced(part)
 
     def lines(self) -> Iterator[str]:
         """Yield the decision for logs, a line for each unit."""
