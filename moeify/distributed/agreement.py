@@ -1,7 +1,7 @@
-"""Ranks that act as one: what fails on one fails on all, and what must be the same is compared.
+"""Keep ranks consistent: an error on one is raised on all, and what must be equal is compared.
 
 A rank that raised alone would leave the others waiting in their next collective, and ranks that
-hold different things would hang there or exchange garbage. Both are caught here, before it.
+hold different models or plans would hang there or exchange garbage.
 """
 
 from __future__ import annotations
@@ -35,21 +35,14 @@ def run_on_all_ranks(
     failure: type[MoeifyError] = MoeifyError,
     silence: type[MoeifyError] = DispatchError,
 ) -> T:
-    """Run an action on every rank; if it fails on one, raise on each. Alone: just run it.
+    """Run an action on every rank and return this rank's result; if it fails on one, raise on each.
 
     Args:
         what: Infinitive, for messages: "find the model's MLPs".
         action: May run collectives only if nothing that fails on one rank alone comes before.
         group: The ranks; None for the world.
-        failure: What ranks raise when it failed on another one.
+        failure: What ranks raise when the action failed on another one.
         silence: What ranks raise when another one does not answer.
-
-    Returns:
-        What the action returned on this rank.
-
-    Raises:
-        MoeifyError: A `failure` or a `silence`.
-        Exception: What failed on this rank.
     """
     result, _ = _run(what, action, lambda _: None, group, failure, silence)
     return result
@@ -63,10 +56,9 @@ def run_on_first_rank(
     failure: type[MoeifyError] = MoeifyError,
     silence: type[MoeifyError] = DispatchError,
 ) -> T:
-    """Run an action on rank 0, and return on all ranks what it returned there.
+    """Run an action on rank 0 and return its result, which must pickle, on all ranks.
 
-    Args, Raises: as of `run_on_all_ranks`. The result must pickle, and the action runs no
-    collectives.
+    The action runs no collectives; arguments as those of `run_on_all_ranks`.
     """
     is_first = not can_talk(group) or dist.get_rank(group) == 0
 
@@ -86,30 +78,21 @@ def assert_same_on_ranks(
     failure: type[MoeifyError] = PlanError,
     silence: type[MoeifyError] = DispatchError,
 ) -> None:
-    """Compare facts over all ranks.
+    """Raise a `failure` that names the first of these facts in which ranks differ.
 
-    Args:
-        facts: What must be the same everywhere, by name.
-        advice: What the user is to do where they differ, for the message.
-        group: The ranks; None for the world.
-        failure: What to raise where ranks differ.
-        silence: What to raise where a rank does not answer.
-
-    Raises:
-        MoeifyError: A `failure` that names the first fact that differs, the ranks and what they
-            hold; or a `silence`.
+    `advice` tells the user what to do about it; the others are as in `run_on_all_ranks`.
     """
     if not can_talk(group):
         return
-    # A model has thousands of facts: they travel only where their digests differ.
+    # A model has thousands of facts: they are sent only if their digests differ.
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     if len(set(_gather(digest, "compare facts", group, silence))) == 1:
         return
     by_rank: list[dict[str, str]] = _gather(facts, "compare facts", group, silence)
-    for name in {name: None for own in by_rank for name in own}:
+    for name in {name: None for held in by_rank for name in held}:
         holders: dict[str, list[int]] = {}
-        for rank, own in enumerate(by_rank):
-            holders.setdefault(own.get(name, "nothing"), []).append(rank)
+        for rank, held in enumerate(by_rank):
+            holders.setdefault(held.get(name, "nothing"), []).append(rank)
         if len(holders) > 1:
             each = [f"{_named(ranks)}: {value}" for value, ranks in holders.items()]
             more = f"; and {len(each) - 4} more" if len(each) > 4 else ""
@@ -117,7 +100,7 @@ def assert_same_on_ranks(
 
 
 def can_talk(group: Any = None) -> bool:
-    """Tell whether ranks can tell each other anything; a simulated world has one rank only."""
+    """Tell whether there are other ranks to talk to; a simulated world has only one."""
     return group is not None or (world_size() > 1 and dist.get_backend() != "fake")
 
 
@@ -139,7 +122,7 @@ def _run(
     failure: type[MoeifyError],
     silence: type[MoeifyError],
 ) -> tuple[T, list[Any]]:
-    """Run an action; return its result, and what each rank shares of its own."""
+    """Run an action; return its result and the `share` of each rank's result."""
     if not can_talk(group):
         alone = action()
         return alone, [share(alone)]
@@ -166,7 +149,6 @@ def _run(
 
 
 def _gather(own: Any, what: str, group: Any, silence: type[MoeifyError]) -> list[Any]:
-    """Return what each rank gives, in order of ranks."""
     gathered: list[Any] = [None] * dist.get_world_size(group)
     try:
         dist.all_gather_object(gathered, own, group=group)

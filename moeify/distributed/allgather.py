@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeify.distributed.collectives import wait
+from moeify.distributed.collectives import run
 from moeify.kernels import check_counts as _check_counts  # noqa: F401  registers the op
 from moeify.kernels import local_routes as _local_routes  # noqa: F401
 
@@ -32,15 +32,9 @@ def most_tokens(
     rank: int,
     where: str,
 ) -> int:
-    """Return M. With a capacity all ranks must hold equally many, and the host does not wait.
+    """Return M; with a capacity (not -1) it is T, and the host does not wait for the device.
 
-    Args:
-        tokens: [T, D].
-        capacity: Rows per expert, or -1 if nothing can be dropped.
-        group: Name of the group.
-        ranks: [N] its global ranks.
-        rank: This rank.
-        where: The layer, for messages.
+    `ranks` are the N global ranks of the group.
 
     Raises:
         DispatchError: There is a capacity, and ranks hold different numbers of tokens.
@@ -48,7 +42,7 @@ def most_tokens(
     count = tokens.shape[0]
     own = torch.full((1, 2), count, dtype=torch.int64, device=tokens.device)
     op = torch.ops._c10d_functional.all_gather_into_tensor
-    token_counts = wait(op(own, len(ranks), group), f"{where}: numbers of tokens")
+    token_counts = run(op, own, len(ranks), group, where=f"{where}: numbers of tokens")
     if isinstance(capacity, torch.SymInt) or capacity >= 0:
         torch.ops.moeify.check_counts(token_counts, count, where, ranks, rank)
         return count
@@ -62,31 +56,29 @@ def most_tokens(
 
 
 def gather(rows: Tensor, most: int, ranks: int, group: str, where: str) -> Tensor:
-    """Return the rows [T, ...] of all ranks, [N * M, ...], with zeros after each one's own.
+    """Return the rows [T, ...] of all ranks, [N * M, ...], padded with zeros per rank.
 
-    Differentiable for floats: a rank's gradient is the sum of what all ranks found for its rows.
+    Differentiable for floats: the gradient of a rank's rows is the sum over all ranks.
     """
-    full = _filled(rows, most)
+    full = _padded(rows, most)
     op = torch.ops._c10d_functional.all_gather_into_tensor
-    return wait(op(full, ranks, group), where)
+    return run(op, full, ranks, group, where=where)
 
 
 def scatter_sum(rows: Tensor, tokens: Tensor, ranks: int, group: str, where: str) -> Tensor:
     """Return this rank's rows [T, D] of the sum of all ranks' rows [N * M, D]; undoes `gather`."""
     op = torch.ops._c10d_functional.reduce_scatter_tensor
-    own = wait(op(rows.contiguous(), "sum", ranks, group), where)
+    own = run(op, rows.contiguous(), "sum", ranks, group, where=where)
     return own.narrow(0, 0, tokens.shape[0])
 
 
 def kept_ids(ids: Tensor, slots: Tensor) -> Tensor:
-    """Return the experts [T, K] int32 of the routes, -1 where dropped, plus one.
-
-    Plus one, so that the zeros that fill up a shorter batch lead nowhere either.
-    """
+    """Return the experts [T, K] int32 of the routes, counted from 1; 0 where dropped."""
+    # From 1, because `gather` pads a shorter batch with zeros: these must be no expert either.
     return torch.where(slots >= 0, ids, -1) + 1
 
 
-def _filled(rows: Tensor, most: int) -> Tensor:
+def _padded(rows: Tensor, most: int) -> Tensor:
     missing = most - rows.shape[0]
     if not torch.compiler.is_compiling() and missing == 0:
         return rows.contiguous()

@@ -1,7 +1,9 @@
 """Collectives as nodes of a block's graph, differentiable, with errors that name layer and phase.
 
 Functional collectives of torch. A group is its name, a string, so that graphs can be copied,
-pickled and compiled. In compiled code, which cannot catch, torch's own error stays.
+pickled and compiled. In compiled code, which cannot catch exceptions, torch's own error stays.
+
+The argument `where` of each is layer and purpose, for messages.
 
 Shapes: D model width, N ranks of a group, R rows.
 """
@@ -20,7 +22,9 @@ __all__ = [
     "all_to_all",
     "copy_to_slices",
     "from_first",
+    "run",
     "share",
+    "start",
     "sum_of_slices",
     "sum_over_ranks",
     "summed",
@@ -29,74 +33,63 @@ __all__ = [
 ]
 
 
-def _run(function: type[torch.autograd.Function], *args: Any) -> Tensor:
-    apply: Callable[..., Tensor] = function.apply
-    return apply(*args)
+def start(op: Any, *args: Any, where: str) -> Tensor:
+    """Start a collective of `torch.ops._c10d_functional`; read its result after `wait`.
+
+    Raises:
+        DispatchError: A peer died, stalled or runs other collectives.
+    """
+    if torch.compiler.is_compiling():
+        compiled: Tensor = op(*args)
+        return compiled
+    try:
+        started: Tensor = op(*args)
+    except RuntimeError as error:
+        reason = str(error).split("\n", 1)[0]
+        raise DispatchError(
+            f"{where}: rank {torch.distributed.get_rank()} could not exchange rows: {reason} (a "
+            "peer died or stalled, or the ranks do not run the same plan; look for its own error)"
+        ) from error
+    return started
+
+
+def wait(tensor: Tensor, where: str) -> Tensor:
+    """Wait for a collective that `start` or `all_to_all` returned.
+
+    Raises:
+        DispatchError: A peer died, stalled or runs other collectives.
+    """
+    return start(torch.ops._c10d_functional.wait_tensor, tensor, where=where)
+
+
+def run(op: Any, *args: Any, where: str) -> Tensor:
+    """Start a collective and wait for it; raises what `start` and `wait` raise."""
+    return wait(start(op, *args, where=where), where)
 
 
 def all_to_all(
     rows: Tensor, receive: Sequence[int], send: Sequence[int], group: str, where: str
 ) -> Tensor:
-    """Start an all-to-all; what it returns may be read after `wait`.
+    """Start a differentiable all-to-all; read its result, [sum(receive), ...], after `wait`.
 
-    Args:
-        rows: [sum(send), ...], contiguous by destination.
-        receive: Rows from each rank of the group.
-        send: Rows to each rank of the group.
-        group: Name of the group.
-        where: Layer and purpose, for messages.
-
-    Returns:
-        [sum(receive), ...]. Differentiable: the gradient travels the other way.
+    `receive` and `send` count the rows from and to each rank of the group; the rows, [sum(send),
+    ...], are contiguous by destination.
     """
     if torch.compiler.is_compiling() or not rows.requires_grad:
         return _all_to_all(rows, receive, send, group, where)
-    result: Tensor = _run(_AllToAll, rows, list(receive), list(send), group, where)
-    return result
+    return _apply(_AllToAll, rows, list(receive), list(send), group, where)
 
 
-def wait(tensor: Tensor, where: str) -> Tensor:
-    """Wait for a collective.
-
-    Args:
-        tensor: What it returned.
-        where: Layer and purpose, for messages.
-
-    Raises:
-        DispatchError: It failed: a peer died, stalled or went another way.
-    """
-    op = torch.ops._c10d_functional.wait_tensor
-    if torch.compiler.is_compiling():
-        compiled: Tensor = op(tensor)
-        return compiled
-    try:
-        done: Tensor = op(tensor)
-    except RuntimeError as error:
-        raise failed(where, error) from error
-    return done
-
-
-def failed(where: str, error: Exception) -> DispatchError:
-    """Return the error for a collective that did not come to its end."""
-    reason = str(error).split("\n", 1)[0]
-    return DispatchError(
-        f"{where}: rank {torch.distributed.get_rank()} could not exchange rows: {reason} (a peer "
-        "died or stalled, or the ranks do not run the same plan; look for its own error)"
-    )
+def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
+    apply: Callable[..., Tensor] = function.apply
+    return apply(*args)
 
 
 def _all_to_all(
     rows: Tensor, receive: Sequence[int], send: Sequence[int], group: str, where: str
 ) -> Tensor:
     op = torch.ops._c10d_functional.all_to_all_single
-    if torch.compiler.is_compiling():
-        compiled: Tensor = op(rows.contiguous(), receive, send, group)
-        return compiled
-    try:
-        started: Tensor = op(rows.contiguous(), receive, send, group)
-    except RuntimeError as error:
-        raise failed(where, error) from error
-    return started
+    return start(op, rows.contiguous(), receive, send, group, where=where)
 
 
 class _AllToAll(torch.autograd.Function):
@@ -104,76 +97,58 @@ class _AllToAll(torch.autograd.Function):
     def forward(
         ctx: Any, rows: Tensor, receive: list[int], send: list[int], group: str, where: str
     ) -> Tensor:
-        ctx.way = receive, send, group, where
+        ctx.call = receive, send, group, where
         return _all_to_all(rows, receive, send, group, where)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        receive, send, group, where = ctx.way
+        receive, send, group, where = ctx.call
         where = f"gradient of {where}"
         back = wait(_all_to_all(grad, send, receive, group, where), where)
         return back, None, None, None, None
 
 
 def share(rows: Tensor, index: int, ranks: int, group: str, where: str) -> Tensor:
-    """Return one of N equal parts of rows that all ranks of the group hold; its gradient is whole.
+    """Return part `index`, [R, D], of rows [N * R, D] that are the same on all N ranks.
 
-    Args:
-        rows: [N * R, D], the same on every rank of the group.
-        index: Which part.
-        ranks: N.
-        group: Name of the group.
-        where: Layer and purpose, for messages.
-
-    Returns:
-        [R, D].
+    The gradient is gathered from all ranks.
 
     Source:
         Parallelism-coordinated communication: DeepSpeed-MoE (Rajbhandari et al. 2022) section 5.3.
     """
-    result: Tensor = _run(_Share, rows, index, ranks, group, where)
-    return result
+    return _apply(_Share, rows, index, ranks, group, where)
 
 
 def unshare(rows: Tensor, index: int, ranks: int, group: str, where: str) -> Tensor:
-    """Return the parts of all ranks of the group, in their order; undoes `share`.
+    """Return the parts [R, D] of all ranks, [N * R, D], of which `index` is this rank's own.
 
-    Args:
-        rows: [R, D], as many on every rank.
-        index: Which part is this rank's own.
-        ranks: N.
-        group: Name of the group.
-        where: Layer and purpose, for messages.
-
-    Returns:
-        [N * R, D], the same on every rank. Every rank goes on with the same, so the gradient of a
-        rank's part is its part of the gradient.
+    Undoes `share`.
     """
-    result: Tensor = _run(_Unshare, rows, index, ranks, group, where)
-    return result
+    return _apply(_Unshare, rows, index, ranks, group, where)
 
 
 class _Share(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, index: int, ranks: int, group: str, where: str) -> Tensor:
-        ctx.way = ranks, group, where
+        ctx.call = ranks, group, where
         return _part(rows, index, ranks)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ranks, group, where = ctx.way
+        ranks, group, where = ctx.call
         return _gather(grad, ranks, group, f"gradient of {where}"), None, None, None, None
 
 
 class _Unshare(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, index: int, ranks: int, group: str, where: str) -> Tensor:
-        ctx.way = index, ranks
+        ctx.part = index, ranks
         return _gather(rows, ranks, group, where)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _part(grad, *ctx.way), None, None, None, None
+        # Every rank goes on with the same rows, so their gradients are the same everywhere.
+        return _part(grad, *ctx.part), None, None, None, None
 
 
 def _part(rows: Tensor, index: int, ranks: int) -> Tensor:
@@ -183,7 +158,7 @@ def _part(rows: Tensor, index: int, ranks: int) -> Tensor:
 
 def _gather(rows: Tensor, ranks: int, group: str, where: str) -> Tensor:
     op = torch.ops._c10d_functional.all_gather_into_tensor
-    return wait(op(rows.contiguous(), ranks, group), where)
+    return run(op, rows.contiguous(), ranks, group, where=where)
 
 
 def copy_to_slices(rows: Tensor, group: str, where: str) -> Tensor:
@@ -191,39 +166,32 @@ def copy_to_slices(rows: Tensor, group: str, where: str) -> Tensor:
 
     Stands where rows that all ranks of the group hold go into sliced experts: each slice gives a
     part of the gradient (Megatron-LM, Shoeybi et al. 2019, section 3, function f).
-
-    Args:
-        rows: [R, D], the same on every rank.
-        group: Name of the group.
-        where: Layer and purpose, for messages.
     """
-    result: Tensor = _run(_CopyToSlices, rows, group, where)
-    return result
+    return _apply(_CopyToSlices, rows, group, where)
 
 
 def sum_of_slices(rows: Tensor, group: str, where: str) -> Tensor:
     """Return the sum of rows over the ranks of the group; the gradient goes to each as it is.
 
     Stands where sliced experts return: function g of Megatron-LM.
-
-    Args:
-        rows: [R, D], the part that this rank's slice gives.
-        group: Name of the group.
-        where: Layer and purpose, for messages.
     """
-    result: Tensor = _run(_SumOfSlices, rows, group, where)
-    return result
+    return _apply(_SumOfSlices, rows, group, where)
+
+
+def sum_over_ranks(tensor: Tensor, group: str, where: str) -> Tensor:
+    """Return the sum over ranks that hold different data; the gradient is the sum of theirs."""
+    return _apply(_SumOverRanks, tensor, group, where)
 
 
 class _CopyToSlices(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, group: str, where: str) -> Tensor:
-        ctx.way = group, where
+        ctx.call = group, where
         return rows.view_as(rows)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        group, where = ctx.way
+        group, where = ctx.call
         return summed(grad, group, f"gradient of {where}"), None, None
 
 
@@ -237,31 +205,24 @@ class _SumOfSlices(torch.autograd.Function):
         return grad, None, None
 
 
-def summed(tensor: Tensor, group: str, where: str) -> Tensor:
-    """Return the sum of a tensor over the ranks of a group; no gradient of its own."""
-    op = torch.ops._c10d_functional.all_reduce
-    return wait(op(tensor.contiguous(), "sum", group), where)
-
-
 class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: str, where: str) -> Tensor:
-        ctx.way = group, where
+        ctx.call = group, where
         return summed(tensor, group, where)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        group, where = ctx.way
+        group, where = ctx.call
         return summed(grad, group, f"gradient of {where}"), None, None
 
 
-def sum_over_ranks(tensor: Tensor, group: str, where: str) -> Tensor:
-    """Return the sum over ranks that hold different data; the gradient is the sum of theirs."""
-    result: Tensor = _run(_SumOverRanks, tensor, group, where)
-    return result
+def summed(tensor: Tensor, group: str, where: str) -> Tensor:
+    """Return the sum of a tensor over the ranks of a group; not differentiable."""
+    op = torch.ops._c10d_functional.all_reduce
+    return run(op, tensor.contiguous(), "sum", group, where=where)
 
 
 def from_first(tensor: Tensor, group: str, where: str) -> Tensor:
-    """Return the tensor of the first rank of the group; no gradient."""
-    op = torch.ops._c10d_functional.broadcast
-    return wait(op(tensor, 0, group), where)
+    """Return the tensor of the first rank of the group; not differentiable."""
+    return run(torch.ops._c10d_functional.broadcast, tensor, 0, group, where=where)

@@ -1,11 +1,14 @@
-"""What an exchange costs on a machine: ranks, node switches and a fabric as a graph.
+"""The cost of an exchange on a machine: a graph of ranks, node switches and a fabric.
 
 The numbers on its edges are *assumptions*, typical of today's clusters and yours to change. They
-serve to choose and to rank; nothing here is a measurement. Hops are counted as DeepSpeed-MoE counts
-them: the point-to-point steps that one rank takes, `p - 1` for a collective of p ranks.
+serve to choose and to rank; nothing here is a measurement. Hops are counted as in DeepSpeed-MoE:
+the point-to-point steps that one rank takes, `p - 1` for a collective of p ranks.
 
-Seconds are those of the rank that has most peers on other nodes: the latencies of its messages, one
-after the other, and the bytes on its busiest link over that link's bandwidth.
+Seconds are those of the rank with most peers on other nodes: the latencies of its messages in
+sequence, plus the bytes on its busiest link over that link's bandwidth.
+
+In all functions `ranks` is the group in its order, and `bytes_per_rank` what each rank sends to the
+whole group, itself included.
 
 Legend: p ranks of a group, G of them on each node, L tensor ranks.
 
@@ -41,32 +44,18 @@ FABRIC = ("fabric", 0)
 
 @dataclass(frozen=True, slots=True)
 class Path:
-    """The way of a message.
+    """The path of a message."""
 
-    Attributes:
-        latency: Seconds.
-        across: Whether it leaves the node.
-    """
-
-    latency: float
-    across: bool
+    latency: float  # seconds
+    across: bool  # leaves the node
 
 
 @dataclass(frozen=True, slots=True)
 class Topology:
     """Ranks behind node switches, and switches behind one fabric.
 
-    Args:
-        world: Number of ranks.
-        node: Ranks per node.
-        node_bandwidth: Bytes per second that each rank gets within its node (NVLink 4).
-        node_latency: Seconds of a message within a node.
-        network_bandwidth: Bytes per second that each rank gets between nodes (400 Gb/s).
-        network_latency: Seconds of a message between nodes.
-
-    Attributes:
-        graph: Vertices `("rank", i)`, `("node", n)` and `("fabric", 0)`; an edge has `bandwidth`,
-            the share of one rank when all of them use it, and `latency`.
+    Bandwidths are bytes per second and rank, latencies seconds of a message. The graph has vertices
+    `("rank", i)`, `("node", n)` and `("fabric", 0)`, and `bandwidth` and `latency` on each edge.
 
     Example:
         >>> Topology(world=16, node=8).path(0, 8)
@@ -74,16 +63,16 @@ class Topology:
     """
 
     world: int
-    node: int
-    node_bandwidth: float = 450e9
+    node: int  # ranks per node
+    node_bandwidth: float = 450e9  # NVLink 4
     node_latency: float = 2e-6
-    network_bandwidth: float = 50e9
+    network_bandwidth: float = 50e9  # 400 Gb/s
     network_latency: float = 10e-6
     graph: nx.Graph[tuple[str, int]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not 1 <= self.node <= self.world:
-            raise ValueError(f"node: {self.node} ranks per node must lie in 1 ... {self.world}")
+            raise ValueError(f"node: {self.node} ranks per node; it must be 1 to {self.world}")
         rates = (self.node_bandwidth, self.network_bandwidth)
         if min(rates) <= 0 or not 0 <= self.node_latency <= self.network_latency:
             raise ValueError(
@@ -98,11 +87,11 @@ class Topology:
         object.__setattr__(self, "graph", graph)
 
     def path(self, source: int, target: int) -> Path:
-        """Return the way of a message from one rank to another."""
+        """Return the path of a message from one rank to another."""
         return self.paths(source, [target])[0]
 
     def paths(self, source: int, targets: Sequence[int]) -> list[Path]:
-        """Return the ways of messages from one rank to several."""
+        """Return the paths of messages from one rank to several."""
         found = nx.single_source_shortest_path(self.graph, ("rank", source))
         return [self._path(found[("rank", target)]) for target in targets]
 
@@ -113,27 +102,19 @@ class Topology:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What an exchange costs one rank.
+    """What an exchange costs one rank."""
 
-    Attributes:
-        hops: Point-to-point steps.
-        node_bytes: Bytes sent within the node.
-        network_bytes: Bytes sent to other nodes.
-        seconds: Estimated time.
-    """
-
-    hops: int
-    node_bytes: int
-    network_bytes: int
-    seconds: float
+    hops: int  # point-to-point steps
+    node_bytes: int  # sent within the node
+    network_bytes: int  # sent to other nodes
+    seconds: float  # estimated
 
     @property
     def bytes(self) -> int:
-        """All bytes sent."""
         return self.node_bytes + self.network_bytes
 
     def __add__(self, other: Cost) -> Cost:
-        """Return the cost of one after the other."""
+        """Return the cost of one exchange after the other."""
         return Cost(
             self.hops + other.hops,
             self.node_bytes + other.node_bytes,
@@ -144,27 +125,15 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """How rows are to travel.
+    """The chosen form of an exchange."""
 
-    Attributes:
-        kind: "flat", "hierarchical" or "allgather".
-        why: One sentence with the numbers.
-        seconds: Estimate by kind that was possible.
-    """
-
-    kind: str
-    why: str
-    seconds: Mapping[str, float]
+    kind: str  # "flat", "hierarchical" or "allgather"
+    why: str  # one sentence with the numbers
+    seconds: Mapping[str, float]  # estimate for each kind that is possible
 
 
 def flat(ranks: Sequence[int], bytes_per_rank: int, topology: Topology) -> Cost:
-    """Count one all-to-all: a message to every other rank of the group.
-
-    Args:
-        ranks: The group.
-        bytes_per_rank: What each rank has for all of the group, itself included.
-        topology: The machine.
-    """
+    """Count one all-to-all: a message to every other rank of the group."""
     source = _outermost(ranks, topology)
     peers = topology.paths(source, [rank for rank in ranks if rank != source])
     share = bytes_per_rank / len(ranks)
@@ -172,16 +141,7 @@ def flat(ranks: Sequence[int], bytes_per_rank: int, topology: Topology) -> Cost:
 
 
 def hierarchical(ranks: Sequence[int], bytes_per_rank: int, topology: Topology) -> Cost:
-    """Count a hierarchical all-to-all: one within the node, then one among equal local ranks.
-
-    Args:
-        ranks: The group, with an equal number of ranks on each of its nodes.
-        bytes_per_rank: What each rank has for all of the group, itself included.
-        topology: The machine.
-
-    Raises:
-        ValueError: The nodes hold different numbers of the group's ranks.
-    """
+    """Count a hierarchical all-to-all: one within the node, then one among equal local ranks."""
     local = local_ranks(ranks, topology.node)
     if local == 0:
         raise ValueError("a hierarchical all-to-all needs equally many ranks on each node")
@@ -194,15 +154,9 @@ def allgather(
 ) -> Cost:
     """Count an all-gather of the tokens; the reduce-scatter on the way back costs the same.
 
-    A token travels once, however many experts it has. Shards can be passed on, so short messages
-    need `ceil(log2 p)` rounds only, each twice as long as the one before and twice as far (Thakur
-    et al. 2005); that is what the seconds count, while the hops are `p - 1` as in the paper.
-
-    Args:
-        ranks: The group.
-        bytes_per_rank: Bytes of a rank's rows, `top_k` for each token.
-        topology: The machine.
-        top_k: Experts per token.
+    A token is sent once, whatever `top_k` is. Shards can be forwarded, so short messages need
+    `ceil(log2 p)` rounds only, each twice as long as the one before and twice as far (Thakur et al.
+    2005); the seconds count that, while the hops are `p - 1` as in the paper.
     """
     count = len(ranks)
     steps = [2**i for i in range((count - 1).bit_length())]
@@ -217,11 +171,7 @@ def coordinated(
 ) -> Cost:
     """Count an all-to-all among equal tensor ranks and the all-gather among tensor ranks (PCC).
 
-    Args:
-        ranks: All ranks, tensor ranks side by side.
-        bytes_per_rank: Bytes of a rank's rows, which are those of all its tensor ranks.
-        topology: The machine.
-        tensor: L.
+    `ranks` are all ranks, tensor ranks side by side; those hold the same rows.
     """
     share = bytes_per_rank // tensor
     gathered = allgather(ranks[:tensor], share, topology)
@@ -236,18 +186,10 @@ def choose(
     top_k: int,
     topology: Topology | None = None,
 ) -> Choice:
-    """Choose how the rows of a group travel, by the estimated time of one exchange.
+    """Choose the form of an exchange by its estimated time; the simplest of equally fast ones.
 
-    Args:
-        ranks: The group, in its order.
-        node: Ranks per node.
-        bytes_per_rank: Bytes of the rows that a rank has for its experts, `top_k` for each token.
-        top_k: Experts per token.
-        topology: The machine; a typical one with that many ranks per node if None.
-
-    Returns:
-        The fastest kind; of equals the simplest. "hierarchical" only for a group with an equal
-        number of ranks, more than one, on each of several nodes.
+    "hierarchical" only for a group with an equal number of ranks, more than one, on each of several
+    nodes. Without a topology, a typical one with `node` ranks per node.
 
     Example:
         >>> choose(range(64), 8, 1_000_000, top_k=2).kind
@@ -269,7 +211,7 @@ def choose(
 
 
 def local_ranks(ranks: Sequence[int], node: int) -> int:
-    """Return how many ranks of a group are on each of its nodes, or 0.
+    """Return how many ranks of a group are on each of its nodes.
 
     0 if that differs or the ranks of a node are not side by side in the group.
     """
@@ -292,7 +234,7 @@ def _cost(topology: Topology, messages: Iterable[tuple[Path, float]], hops: int)
             across += size
         else:
             within += size
-    # every message leaves through the rank's own link, those to other nodes through a slower one
+    # Every message uses the rank's own link; those to other nodes also a slower one.
     transfer = max((within + across) / topology.node_bandwidth, across / topology.network_bandwidth)
     return Cost(hops, round(within), round(across), latency + transfer)
 

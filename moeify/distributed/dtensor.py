@@ -1,11 +1,12 @@
-"""Parameters of which a rank holds a share: DTensors, and their local part.
+"""Parameters of which a rank holds a shard: DTensors, and their local part.
 
-Experts are `Shard(0)` over the expert ranks; sliced ones also over their hidden width. As DTensors
-they carry their layout along, which checkpoints and FSDP2 read.
+Experts are `Shard(0)` over the expert ranks; sliced ones also over their hidden width. Checkpoints
+and FSDP2 read this layout from the DTensor.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,25 +17,44 @@ from moeify import compat
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["is_sharded", "local", "shard_parameter", "whole"]
+__all__ = ["from_local", "is_sharded", "local", "local_of", "shard_parameter", "whole"]
 
 
 def local(tensor: Any, sharded: bool) -> Any:
-    """Return this rank's part of a DTensor, with its gradient, if the module is `sharded`.
-
-    The module says so, because a compiler cannot ask a parameter for its class.
-    """
+    """Return this rank's part of a DTensor, differentiably, if the module is `sharded`."""
+    # Passed in, because a compiler cannot ask a parameter for its class.
     return tensor.to_local() if sharded and tensor is not None else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return all of a DTensor, gathered, which every rank of its mesh must ask for; else itself."""
+    """Return the full value of a DTensor, a collective of its mesh; a plain tensor as it is."""
     return compat.full_tensor(tensor) if is_sharded(tensor) else tensor
 
 
 def is_sharded(tensor: Tensor) -> bool:
     """Tell whether a tensor is a DTensor."""
     return hasattr(tensor, "to_local")
+
+
+def local_of(tensor: Any) -> Tensor:
+    """Return this rank's part of a DTensor; a plain tensor as it is."""
+    part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
+    return part
+
+
+def from_local(
+    local: Tensor, mesh: DeviceMesh, placements: Sequence[Any], shape: torch.Size
+) -> Any:
+    """Return a contiguous DTensor of this shape from this rank's part; nothing is communicated."""
+    from torch.distributed.tensor import DTensor
+
+    stride, step = [], 1  # as numbers: a compiler cannot run `torch.empty` for this
+    for size in reversed(shape):
+        stride.append(step)
+        step *= max(size, 1)
+    return DTensor.from_local(
+        local, mesh, placements, run_check=False, shape=shape, stride=tuple(reversed(stride))
+    )
 
 
 def shard_parameter(
@@ -46,24 +66,16 @@ def shard_parameter(
     halves: bool = False,
     requires_grad: bool = True,
 ) -> nn.Parameter:
-    """Return a parameter of which this rank holds one part; nothing is sent.
+    """Return a parameter of this whole shape of which this rank holds one part; nothing is sent.
 
-    Args:
-        part: This rank's part.
-        mesh: Mesh ("ep",), or ("ep", "etp") if `dim` is given.
-        shape: Shape of the whole.
-        dim: Dimension that is sliced over "etp"; dimension 0 is always sharded over "ep".
-        halves: Whether `dim` is two halves (gate and up), each sliced for itself.
-        requires_grad: Whether it trains.
+    Dimension 0 is sharded over "ep" and `dim`, if given, sliced over "etp"; `halves` slices the two
+    halves of `dim` (gate and up) separately.
     """
-    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor import Shard
 
     placements: list[Any] = [Shard(0)] if dim is None else [Shard(0), Shard(dim)]
     if halves and dim is not None:
-        whole = compat.sharded_halves(part, mesh, placements, shape, dim)
+        made = compat.sharded_halves(part, mesh, placements, shape, dim)
     else:
-        stride = torch.empty(shape, device="meta").stride()
-        whole = DTensor.from_local(
-            part, mesh, placements, run_check=False, shape=shape, stride=stride
-        )
-    return nn.Parameter(whole, requires_grad=requires_grad)
+        made = from_local(part, mesh, placements, shape)
+    return nn.Parameter(made, requires_grad=requires_grad)

@@ -1,6 +1,7 @@
 """Sizes and layouts of an exchange of rows, as nodes of a block's graph.
 
 What is announced to the other ranks, the splits that follow from it, and the rows that they cut.
+A `capacity` is the rows of each expert in an even layout, or -1 in an uneven one.
 
 Shapes: D model width, N ranks of a group, L experts of this rank, R rows.
 """
@@ -38,19 +39,15 @@ _check: Any = torch._check  # untyped in torch
 
 
 def send_counts(counts: Tensor, capacity: int | torch.SymInt, ranks: int) -> Tensor:
-    """Return the counts to announce to each rank before rows are sent.
+    """Return what to announce to each rank before rows are sent, [N, L + 1] int64.
 
-    Args:
-        counts: [N * L] int64, rows for each expert.
-        capacity: Rows of each expert in an even layout, or -1.
-        ranks: N.
-
-    Returns:
-        [N, L + 1] int64: rows for each of its experts; then the capacity, or the sum.
+    Rows for each of its experts, then the capacity or the sum; `counts` is [N * L] int64.
     """
     rows = counts.view(ranks, -1)
-    even = isinstance(capacity, torch.SymInt) or capacity >= 0
-    last = torch.full_like(rows[:, :1], cast(int, capacity)) if even else rows.sum(1, keepdim=True)
+    if _is_even(capacity):
+        last = torch.full_like(rows[:, :1], cast(int, capacity))
+    else:
+        last = rows.sum(1, keepdim=True)
     return torch.cat([rows, last], 1)
 
 
@@ -59,20 +56,14 @@ def splits(
 ) -> tuple[list[int], list[int]]:
     """Return how many rows go to each rank of the group, and how many come from each.
 
-    In an uneven layout the host has to wait for the device here.
-
-    Args:
-        announced: [N, L + 1] int64, what `send_counts` returned.
-        counts: [N, L] int64, what `check_counts` returned.
-        capacity: Rows of each expert in an even layout, or -1.
+    From what `send_counts`, [N, L + 1] int64, and `check_counts`, [N, L] int64, returned.
     """
     ranks, experts = counts.shape
-    if isinstance(capacity, torch.SymInt) or capacity >= 0:
+    if _is_even(capacity):
         each: Any = experts * capacity
         return [each] * ranks, [each] * ranks
-    values = torch.cat([announced[:, :-1].sum(1), counts.sum(1)]).tolist()
-    for value in values:
-        _check(value >= 0)
+    # The host waits for the device here.
+    values = _to_host([announced[:, :-1].sum(1), counts.sum(1)])
     return values[:ranks], values[ranks:]
 
 
@@ -89,15 +80,10 @@ def transposed(counts: Tensor, outer: int, inner: int) -> Tensor:
 def segments(announced: Tensor, capacity: int | torch.SymInt, outer: int, inner: int) -> Tensor:
     """Return the rows of each of `outer` x `inner` neighbouring blocks, [outer, inner] int64.
 
-    Args:
-        announced: [outer * inner, L + 1] int64, rows for each expert and their sum, or the
-            capacity.
-        capacity: Rows of each expert in an even layout, or -1.
-        outer: Slow index of the blocks.
-        inner: Fast one.
+    `announced` is [outer * inner, L + 1] int64, as `send_counts` returns it.
     """
     rows = announced[:, :-1]
-    if isinstance(capacity, torch.SymInt) or capacity >= 0:
+    if _is_even(capacity):
         return torch.full_like(rows[:, 0], rows.shape[1] * cast(int, capacity)).view(outer, inner)
     return rows.sum(1).view(outer, inner)
 
@@ -117,37 +103,35 @@ def staged_splits(
         local_counts: [places * nodes, L + 1] int64, received on the node, by source and target
             node.
         counts: [nodes * places, L] int64, what `check_counts` returned, by source.
-        capacity: Rows of each expert in an even layout, or -1.
-        nodes: Nodes.
-        places: Ranks on each.
+        capacity: See above.
+        nodes: How many there are.
+        places: Ranks on each node.
 
     Returns:
         Rows to and from each rank of the node, to and from each node, and all rows that leave.
     """
     experts = counts.shape[1]
-    if isinstance(capacity, torch.SymInt) or capacity >= 0:
+    if _is_even(capacity):
         each: Any = experts * capacity
         near, far = [each * nodes] * places, [each * places] * nodes
         return near, near, far, far, near
     out = segments(announced, capacity, nodes, places)
     held = segments(local_counts, capacity, places, nodes)
-    parts = [out.sum(0), held.sum(1), held.sum(0), counts.sum(1).view(nodes, places).sum(1)]
-    values = torch.cat(parts).tolist()
-    for value in values:
-        _check(value >= 0)
+    from_nodes = counts.sum(1).view(nodes, places).sum(1)
+    values = _to_host([out.sum(0), held.sum(1), held.sum(0), from_nodes])
     ends = [places, 2 * places, 2 * places + nodes]
     first, second = values[: ends[0]], values[ends[0] : ends[1]]
     return first, second, values[ends[1] : ends[2]], values[ends[2] :], first
 
 
 def cut(rows: Tensor, send: Sequence[int]) -> Tensor:
-    """Return the rows that are sent: the first `sum(send)` of [R, D]."""
+    """Return the rows to send: the first `sum(send)` of [R, D]."""
     total = sum(send)
     if not torch.compiler.is_compiling():
         if total == rows.shape[0]:
             return rows
         if total > rows.shape[0]:
-            raise DispatchError(f"{total} rows were announced, and there are {rows.shape[0]}")
+            raise DispatchError(f"{total} rows were announced, but there are {rows.shape[0]}")
     _check(total <= rows.shape[0])
     return rows.narrow(0, 0, total)
 
@@ -176,3 +160,14 @@ def is_coordinated(block: nn.Module) -> bool:
     """Tell whether the ranks of a tensor group share out the rows that this block sends."""
     assert isinstance(block, fx.GraphModule)
     return any(node.target is collectives.share for node in block.graph.nodes)
+
+
+def _is_even(capacity: int | torch.SymInt) -> bool:
+    return isinstance(capacity, torch.SymInt) or capacity >= 0
+
+
+def _to_host(counts: list[Tensor]) -> list[int]:
+    values: list[int] = torch.cat(counts).tolist()
+    for value in values:
+        _check(value >= 0)
+    return values

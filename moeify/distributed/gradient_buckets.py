@@ -1,7 +1,7 @@
-"""Buckets of gradients, and what becomes of them in one backward pass.
+"""Buckets of gradients, and their reduction in one backward pass.
 
-A `Bucket` says which parameters travel together, a `Round` is one backward pass over all buckets.
-It sends each of them once, in their order, and writes the averages back at the end.
+A `Bucket` lists the parameters that are reduced together, a `Round` is one backward pass over all
+buckets: it sends each of them once, in their order, and writes the averages back at the end.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moeify import compat
+from moeify.distributed.dtensor import local_of
 from moeify.errors import DispatchError
 
-__all__ = ["Bucket", "Round", "local_of"]
+__all__ = ["Bucket", "Round"]
 
 
 @dataclass(slots=True, eq=False)
 class Bucket:
-    """Parameters whose gradients travel together."""
+    """Parameters whose gradients are reduced together."""
 
     group: str
     size: int
@@ -43,20 +44,14 @@ class Bucket:
 
     @property
     def divisors(self) -> tuple[float, float]:
-        """What to divide by before the sum and after it.
-
-        Sums of bfloat16 have the range of float32. Those of float16 overflow where their mean
-        does not, and what is divided by everything first underflows: half goes before.
-        """
+        """What to divide by before the sum and after it."""
+        # Sums of float16 overflow where their mean does not, and divided by everything first they
+        # underflow: half goes before. Sums of bfloat16 have the range of float32.
         before = 2 ** ((self.size.bit_length() - 1) // 2) if self.dtype == torch.float16 else 1
         return before, self.size / before
 
     def resolve(self) -> Any:
-        """Return the process group.
-
-        Raises:
-            DispatchError: There is none, or it is another one.
-        """
+        """Return the process group; raise a DispatchError if it is gone or another one."""
         try:
             group = compat.process_group(self.group)
             if group.size() == self.size:
@@ -72,7 +67,7 @@ class Bucket:
 
 
 class Round:
-    """One backward pass. The engine owns it: one that raises half-way takes it along."""
+    """One backward pass; owned by the autograd engine, so one that raises half-way discards it."""
 
     def __init__(self, buckets: Sequence[Bucket]) -> None:
         self.task = compat.graph_task()
@@ -81,20 +76,20 @@ class Round:
         self.closed = False
 
     def take(self, number: int, place: int) -> None:
-        """Take one gradient, and send what is complete."""
+        """Pack one gradient and send the buckets that are complete."""
         with self._closing_on_error():
             # A nested backward pass may reach its parameters again: they wait for the end.
             self.parcels[number].pack(place, final=compat.graph_task() == self.task)
             self._send(incomplete=False)
 
     def send_rest(self) -> None:
-        """Send what is incomplete; then let others (DDP) finish, which may own the gradients."""
+        """Send incomplete buckets; finish after others (DDP), which may own the gradients."""
         with self._closing_on_error(), torch.no_grad():
             self._send(incomplete=True)
             compat.at_end_of_backward(self.finish)
 
     def finish(self) -> None:
-        """Wait, and write the averages back."""
+        """Wait and write the averages back."""
         with self._closing_on_error(), torch.no_grad():
             for parcel in self.parcels:
                 parcel.unpack()
@@ -117,7 +112,7 @@ class Round:
 
 
 class _Parcel:
-    """A bucket's gradients, one after another, then a flag for each: is there any?"""
+    """The flat buffer of a bucket: its gradients, then a flag for each, 1 if there is one."""
 
     def __init__(self, bucket: Bucket) -> None:
         self.bucket = bucket
@@ -129,7 +124,8 @@ class _Parcel:
         self.work: Any = None
 
     def pack(self, place: int, *, final: bool) -> None:
-        """Copy a gradient, now: DDP may keep it in a buffer that it is about to send."""
+        """Copy a gradient into the buffer, `final` if no nested backward pass may add to it."""
+        # Copied now: DDP may keep it in a buffer that it is about to send.
         grad, name = self.bucket.parameters[place].grad, self.bucket.names[place]
         if self.work is not None:
             raise DispatchError(
@@ -147,7 +143,6 @@ class _Parcel:
         self.waiting -= final
 
     def send(self) -> None:
-        """Start the sum over all ranks."""
         places = range(len(self.bucket.parameters))
         for place in places:
             if place in self.packed:
@@ -168,13 +163,13 @@ class _Parcel:
             self.work = dist.all_reduce(flat, group=self.group, async_op=True)
 
     def unpack(self) -> None:
-        """Wait, and write the averages into the gradients; make those that only others have."""
+        """Wait and write the averages into the gradients, also into those that are None here."""
         with self._explained():
             self.work.wait()
         flat = self._buffer()
         flat.div_(self.bucket.divisors[1])
-        ours = len(self.packed) == len(self.bucket.parameters)
-        flags = None if ours else flat[self.ends[-1] :].tolist()  # waits for the device
+        complete = len(self.packed) == len(self.bucket.parameters)
+        flags = None if complete else flat[self.ends[-1] :].tolist()  # waits for the device
         for place, parameter in enumerate(self.bucket.parameters):
             if flags is not None and flags[place] == 0:
                 continue
@@ -204,11 +199,6 @@ class _Parcel:
                 f"{self.bucket.size} ranks failed. Did a rank stop, or run another number of "
                 f"backward passes? {error}"
             ) from error
-
-
-def local_of(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a tensor, which is all of a plain one."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _like(parameter: nn.Parameter, value: Tensor) -> Tensor:

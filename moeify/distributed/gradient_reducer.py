@@ -1,16 +1,16 @@
-"""Gradients of all ranks become one: averaged in buckets while the backward pass runs.
+"""Average gradients over ranks, in buckets, while the backward pass runs.
 
     backward:  ... grad of layer 2 | grad of layer 1 | grad of layer 0 | end
     buckets:             fill      send 0        fill      send 1       wait, write back
 
-A parameter's own gradient is multiplied by a constant as it comes in; what has accumulated in
-`.grad` is then averaged over a group. Averaging twice is averaging once, so gradients that
-accumulate over several backward passes stay right, and so does torch's DDP around the model.
+An incoming gradient is multiplied by a constant; what has accumulated in `.grad` is then averaged
+over a group. The average of averages is the same, so accumulation over several backward passes
+stays right, and so does torch's DDP around the model.
 
 Every backward pass that reaches a parameter on one rank must reach one on each rank: it sends
-every bucket once, in one order, the same on all ranks. Gradients that are missing on a rank count
-as zero. A backward pass inside another (reentrant checkpoints) leaves the work to the outer one
-where that has begun, and else does it at its own end.
+every bucket once, in the same order on all ranks. A missing gradient counts as zero. A backward
+pass inside another (reentrant checkpoints) leaves the work to the outer one if that has begun, and
+does it at its own end if not.
 
 Source:
     Li et al. 2020, "PyTorch Distributed: Experiences on Accelerating Data Parallel Training".
@@ -31,40 +31,35 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moeify import compat
-from moeify.distributed.gradient_buckets import Bucket, Round, local_of
+from moeify.distributed.dtensor import local_of
+from moeify.distributed.gradient_buckets import Bucket, Round
 from moeify.errors import DispatchError
 
 __all__ = ["GradientReducer", "Reduction"]
 
-BUCKET_BYTES = 25 << 20
-"""Large enough that latency does not count, small enough that sending starts early."""
+BUCKET_BYTES = 25 << 20  # latency does not count any more, and sending starts early
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reduction:
     """Parameters whose gradients are reduced alike.
 
-    Attributes:
-        parameters: Of any shape and dtype; of a DTensor, the local shard is reduced.
-        names: One name for each, for messages.
-        group: Name of the process group. Nothing else may use this group during a backward pass:
-            what is sent first differs between ranks where a gradient is missing on some.
-        size: Number of ranks in it.
-        factor: Constant by which incoming gradients are multiplied, before they are averaged.
+    Nothing else may use the process group during a backward pass: what is sent first differs
+    between ranks where a gradient is missing on some.
     """
 
-    parameters: Sequence[nn.Parameter]
+    parameters: Sequence[nn.Parameter]  # of a DTensor, the local shard is reduced
     names: Sequence[str]
     group: str
-    size: int
-    factor: float = 1.0
+    size: int  # ranks in the group
+    factor: float = 1.0  # what incoming gradients are multiplied by, before the average
 
 
 class GradientReducer:
     """Reduces gradients in every backward pass, by hooks on the parameters.
 
-    The hooks hold it weakly: keep it where the model is, for instance as an attribute. A copy by
-    `copy.deepcopy` or pickle, together with the model, has hooks on the copied parameters.
+    The hooks refer to it weakly: keep it as an attribute of the model. Copied by `copy.deepcopy` or
+    pickle together with the model, it hooks the copied parameters.
 
     Args:
         reductions: In the order of the model, each parameter once. Buckets are filled from the
@@ -88,7 +83,7 @@ class GradientReducer:
         self._paused = 0
         self._lock = threading.Lock()  # each device has a thread in a backward pass
         self._handles: list[Any] = []
-        itself = weakref.ref(self)
+        reference = weakref.ref(self)
         for index, (parameter, _, reduction) in enumerate(self._members):
             wanted = parameter.requires_grad
             parameter.requires_grad_(True)  # hooks stay, so that it may be frozen and unfrozen
@@ -96,7 +91,7 @@ class GradientReducer:
                 scale = partial(_scaled, reduction.factor)
                 self._handles.append(parameter.register_hook(scale))  # type: ignore[no-untyped-call]
             if reduction.size > 1:
-                hook = partial(_arrived, itself, index)
+                hook = partial(_arrived, reference, index)
                 handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
                 self._handles.append(handle)
             parameter.requires_grad_(wanted)
@@ -116,13 +111,12 @@ class GradientReducer:
             self._paused -= 1
 
     def remove(self) -> None:
-        """Take all hooks away."""
+        """Remove all hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
     def _arrived(self, index: int) -> None:
-        """Take a parameter's accumulated gradient."""
         if self._paused:
             return
         with self._lock, torch.no_grad():
@@ -135,34 +129,34 @@ class GradientReducer:
             current.take(*self._places[index])
 
     def _follow(self) -> None:
-        """Follow what happened to the parameters since the last backward pass.
+        """Refill buckets and restore hooks if parameters have changed since the last backward pass.
 
         Raises:
-            DispatchError: A gradient was computed without hooks. `model.to()` exchanges the
-                insides of a DTensor, and its hooks are gone without a word.
+            DispatchError: A gradient was computed without hooks: `model.to()` replaces the data of
+                a DTensor and drops its hooks silently.
         """
         state = [_state(member.parameter) for member in self._members]
         if state == self._state:
             return
         former, self._state = self._state, state
         self._fill()
-        late = []
+        unhooked = []
         for (parameter, name, reduction), now, then in zip(
             self._members, state, former, strict=True
         ):
             if now[1:] != then[1:] and isinstance(parameter, DTensor):
                 compat.restore_hooks(parameter)
                 if reduction.factor != 1.0 and parameter.grad is not None:
-                    late.append(name)
-        if late:
+                    unhooked.append(name)
+        if unhooked:
             raise DispatchError(
-                f"{late[0]}: it was moved to another dtype or device after the conversion, and "
+                f"{unhooked[0]}: it was moved to another dtype or device after the conversion, and "
                 "its gradient was computed without its hooks. They are back now: set gradients "
                 "to None and run forward and backward again, or move the model first"
             )
 
     def _fill(self) -> None:
-        """Spread the parameters that want gradients over buckets, from the end."""
+        """Fill buckets with the parameters that require gradients, from the end."""
         filling: dict[tuple[Any, ...], Bucket] = {}
         last: dict[int, int] = {}
         buckets: list[Bucket] = []
@@ -202,7 +196,7 @@ _State = tuple[bool, torch.dtype, torch.device]
 
 
 def _state(parameter: nn.Parameter) -> _State:
-    """Return what decides about a parameter's bucket, and may change."""
+    """Return what decides a parameter's bucket and may change."""
     return parameter.requires_grad, parameter.grad_dtype or parameter.dtype, parameter.device
 
 
@@ -211,7 +205,7 @@ def _scaled(factor: float, grad: Tensor) -> Tensor:
 
 
 def _arrived(
-    itself: Callable[[], GradientReducer | None], index: int, parameter: nn.Parameter
+    reference: Callable[[], GradientReducer | None], index: int, parameter: nn.Parameter
 ) -> None:
-    if (reducer := itself()) is not None:
+    if (reducer := reference()) is not None:
         reducer._arrived(index)

@@ -1,8 +1,8 @@
-"""How one world of ranks is seen twice: a dense view (dp, tp) and a sparse view (edp, ep, etp).
+"""One world of ranks in two views: a dense one (dp, tp) and a sparse one (edp, ep, etp).
 
 Arithmetic only, without torch, so that a layout can be checked, printed and simulated anywhere.
 Rank `r` of the dense view is `(r // tp, r % tp)`: tp ranks are neighbours, then come the ranks
-that share a layer's experts, so that both lie on one node where they fit.
+that share a layer's experts, so that both are on one node where they fit.
 
 Source:
     The two views: DeepSpeed-MoE (Rajbhandari et al. 2022) section 5, "flexible multi-expert,
@@ -27,28 +27,16 @@ Grid = list[list[list[int]]]
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """One world, cut into groups.
-
-    Attributes:
-        world: Number of ranks.
-        tensor: Ranks that share each dense layer (tp).
-        expert: Ranks that share a layer's experts (ep), for layers with at least as many experts.
-        experts_in_tp: What the ranks of a tensor group do with experts: "replicate", "slice",
-            "fold".
-    """
+    """One world, cut into groups."""
 
     world: int
-    tensor: int = 1
-    expert: int = 1
-    experts_in_tp: str = "replicate"
+    tensor: int = 1  # tp: ranks that share each dense layer
+    expert: int = 1  # ep: ranks that share a layer's experts, if it has at least as many
+    experts_in_tp: str = "replicate"  # what tensor ranks do with experts, or "slice", "fold"
 
     @classmethod
     def of(cls, spec: ParallelSpec, world: int) -> Layout:
-        """Apply a plan's `parallel:` to a world.
-
-        Args:
-            spec: What the plan says.
-            world: Number of ranks.
+        """Apply a plan's `parallel:` to a world of that many ranks.
 
         Raises:
             PlanError: They do not fit; the message lists sizes that work.
@@ -97,8 +85,8 @@ class Layout:
     def copies(self, *, coordinated: bool) -> int:
         """Return how often each token reaches each of its experts, over all replicas.
 
-        The ranks of a tensor group hold the same tokens. Unless they share them (`coordinated`),
-        each sends all of its own, and expert gradients count them that often.
+        The ranks of a tensor group hold the same tokens. Unless they share them out
+        (`coordinated`), each sends all of them, and expert gradients count them that often.
         """
         return 1 if coordinated or self.etp > 1 else self.tensor
 
@@ -111,7 +99,7 @@ class Layout:
 
         `replicate`: an ep group has one rank of each of its tensor groups, all of equal tp rank;
         `slice`: the tensor group is the innermost dimension; `fold`: it is part of the ep group.
-        A layer with fewer experts than ep ranks cuts each of these groups in pieces.
+        A layer with fewer experts than ep ranks splits each of these groups.
         """
         ep, tp = self.ep(experts), self.tensor
         if self.experts_in_tp == "fold":
@@ -125,7 +113,7 @@ class Layout:
 
 
 def _that_fit(spec: ParallelSpec, world: int) -> str:
-    """Name expert sizes that fit this world with the tensor size as it is."""
+    """Name the expert sizes that fit this world at this tensor size."""
     if world % spec.tensor:
         sizes = [n for n in range(1, world + 1) if world % n == 0]
         return f"tensor must divide {world}: {', '.join(map(str, sizes))}"

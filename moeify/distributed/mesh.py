@@ -1,7 +1,7 @@
 """The device meshes of a layout: one for dense layers, one for each number of expert ranks.
 
 Collective: every rank of the world makes the same meshes in the same order. moeify never starts
-`torch.distributed`; where it does not run there is no mesh and one process does everything.
+`torch.distributed`; without it there is no mesh and one process does everything.
 """
 
 from __future__ import annotations
@@ -38,33 +38,20 @@ def node_size(world: int) -> int:
 
 @dataclass(slots=True)
 class World:
-    """The meshes of one layout on this rank.
-
-    Attributes:
-        layout: The layout.
-        rank: This process.
-        dense: Mesh with the dimensions "dp" and "tp".
-        node: Ranks per node.
-        device_type: "cpu" or "cuda".
-    """
+    """The meshes of one layout on this rank."""
 
     layout: Layout
     rank: int
-    dense: DeviceMesh
-    node: int
-    device_type: str
+    dense: DeviceMesh  # ("dp", "tp")
+    node: int  # ranks per node
+    device_type: str  # "cpu" or "cuda"
     _sparse: dict[int, DeviceMesh] = field(default_factory=dict)
     _nodes: dict[int, DeviceMesh | None] = field(default_factory=dict)
     _reducing: dict[tuple[int, ...], str] = field(default_factory=dict)
 
     @classmethod
     def create(cls, layout: Layout, device_type: str = "cpu", mesh: Any = None) -> World:
-        """Make the dense mesh; sparse ones follow when a layer asks for them.
-
-        Args:
-            layout: The layout; its world is the running one.
-            device_type: Where the model lives.
-            mesh: The user's own dense mesh, with the dimensions "dp" and, if tp > 1, "tp".
+        """Make the dense mesh, or check the user's own `mesh`; sparse ones follow on demand.
 
         Raises:
             PlanError: The user's mesh has other dimensions, sizes or another order of ranks.
@@ -76,10 +63,8 @@ class World:
         return cls(layout, dist.get_rank(), mesh, node_size(layout.world), device_type)
 
     def prepare(self, experts: Iterable[int]) -> None:
-        """Make the meshes of layers with these numbers of experts, now.
-
-        Later, one rank could fail in a pass while another one waits for it in a new group.
-        """
+        """Make the meshes of layers with these numbers of experts."""
+        # Now: later, one rank could fail in a pass while another waits for it in a new group.
         for count in experts:
             self.sparse(count)
             self.staged(count)
@@ -93,7 +78,7 @@ class World:
         return self._sparse[size]
 
     def staged(self, experts: int) -> DeviceMesh | None:
-        """Return a layer's ep groups as ("rest", "node", "local"), or None if one stage is all.
+        """Return a layer's ep groups as ("rest", "node", "local"), or None if one stage is enough.
 
         "local" are the ranks of an ep group on one node, "node" those of equal place on all nodes.
         """
@@ -111,11 +96,9 @@ class World:
         return self._nodes[size]
 
     def reducing(self, mesh: DeviceMesh, name: str) -> str:
-        """Return the name of a group of its own for gradients, along one dimension of a mesh.
-
-        Apart from the mesh's own groups, because gradients are sent while other collectives of the
-        backward pass are under way, and a group is one queue.
-        """
+        """Return the name of a separate group for gradients, along one dimension of a mesh."""
+        # Separate, because gradients are sent while other collectives of the backward pass are in
+        # flight, and a group is one queue.
         place = list(mesh.mesh_dim_names or ()).index(name)
         groups = mesh.mesh.movedim(place, -1).flatten(0, -2).tolist()
         key = tuple(sorted(tuple(group) for group in groups))
@@ -139,18 +122,18 @@ def _mesh(device_type: str, ranks: torch.Tensor, names: tuple[str, ...]) -> Devi
 
 def _check_mesh(mesh: Any, layout: Layout) -> None:
     names = tuple(getattr(mesh, "mesh_dim_names", None) or ())
-    want = (layout.dp, layout.tensor)
+    expected = (layout.dp, layout.tensor)
     sizes = tuple(mesh.shape) if hasattr(mesh, "shape") else ()
-    usual = f"init_device_mesh(device, {want}, mesh_dim_names=('dp', 'tp'))"
-    if names != ("dp", "tp") or sizes != want:
+    usual = f"init_device_mesh(device, {expected}, mesh_dim_names=('dp', 'tp'))"
+    if names != ("dp", "tp") or sizes != expected:
         raise PlanError(
             f"mesh has dimensions {names} of sizes {sizes}; the plan needs ('dp', 'tp') of sizes "
-            f"{want}: {usual}",
+            f"{expected}: {usual}",
             path="parallel",
         )
     # Torch's groups put their ranks in ascending order, whatever a mesh says.
     if mesh.mesh.tolist() != layout.dense_grid():
         raise PlanError(
-            f"mesh holds the ranks {mesh.mesh.tolist()}; they must be in their own order: {usual}",
+            f"mesh holds the ranks {mesh.mesh.tolist()}; they must be in ascending order: {usual}",
             path="parallel",
         )

@@ -1,4 +1,4 @@
-"""The ranks that save or load together: a group of their own, and errors that reach them all."""
+"""The ranks that save or load together: a separate group, and errors that reach all of them."""
 
 from __future__ import annotations
 
@@ -22,31 +22,20 @@ from moeify.errors import CheckpointError, MoeifyError
 __all__ = ["Ranks"]
 
 T = TypeVar("T")
-_made: list[tuple[Any, Any]] = []
-"""The world's group, and the one made for it."""
+_made: list[tuple[Any, Any]] = []  # the world's group, and the one made for it
 
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """The ranks, or this process alone.
+    """The ranks, or this process alone."""
 
-    Attributes:
-        group: A gloo group, apart from training's, so that a save may run next to it; None alone.
-        rank: This process.
-        size: How many there are.
-    """
-
-    group: Any
+    group: Any  # gloo, separate from training's, so that a save may run beside it; None alone
     rank: int
     size: int
 
     @classmethod
     def here(cls) -> Ranks:
-        """Return the running world; the first call on it makes the group, on all ranks.
-
-        Raises:
-            CheckpointError: The world is simulated.
-        """
+        """Return the running world; the first call is collective and makes the group."""
         size = world_size()
         if size == 1:
             return cls(None, 0, 1)
@@ -63,18 +52,7 @@ class Ranks:
         return cls(_made[0][1], dist.get_rank(), size)
 
     def run_on_all(self, what: str, action: Callable[[], T]) -> T:
-        """Run an action on all ranks; if it fails on one, raise on each.
-
-        Args:
-            what: Infinitive, for messages: "read the checkpoint".
-            action: Runs no collectives.
-
-        Returns:
-            What it returned on this rank.
-
-        Raises:
-            CheckpointError: It failed somewhere, or a rank died.
-        """
+        """Run an action without collectives on all ranks; if it fails on one, raise on each."""
         return self._typed(run_on_all_ranks, what, action)
 
     def run_on_first(self, what: str, action: Callable[[], T]) -> T:
@@ -82,11 +60,7 @@ class Ranks:
         return self._typed(run_on_first_rank, what, action)
 
     def assert_same(self, facts: dict[str, str], advice: str) -> None:
-        """Compare facts over all ranks.
-
-        Raises:
-            CheckpointError: Ranks differ, or one died.
-        """
+        """Raise a CheckpointError if ranks hold different facts."""
         assert_same_on_ranks(
             facts, advice, group=self.group, failure=CheckpointError, silence=CheckpointError
         )
@@ -103,11 +77,7 @@ class Ranks:
         return done
 
     def run(self, what: str, action: Callable[[], T]) -> T:
-        """Run torch.distributed.checkpoint; make what it raises, on all ranks, a typed error.
-
-        Raises:
-            CheckpointError: It failed on a rank, or a rank died.
-        """
+        """Run torch.distributed.checkpoint; turn what it raises into a CheckpointError."""
         try:
             return action()
         except CheckpointException as error:

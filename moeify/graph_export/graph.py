@@ -1,7 +1,7 @@
 """`export(model)`: the whole rewritten model as one `torch.fx.GraphModule`.
 
-torch.export traces the model once; its guards are left off, its dimensions stay open, and moeify's
-ops are single nodes in the graph: gate, assign, combine_weights, dispatch, grouped_linear, combine.
+torch.export traces the model once, without guards and with dynamic sizes; moeify's ops are single
+nodes in the graph: gate, assign, combine_weights, dispatch, grouped_linear, combine.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from moeify import compat
 from moeify.capture.capture import ExampleInputs, split_inputs
+from moeify.capture.torch_calls import tensors_in
 from moeify.errors import CaptureError
 from moeify.graph_export.graph_pickle import StoredNode, dump_nodes, load_nodes
 from moeify.hf import detect
@@ -31,22 +32,23 @@ from moeify.nn.router_losses import RouterLosses
 from moeify.sites.record import require_one_process, routers_of
 from moeify.train import losses
 
+__all__ = ["ExportedModule", "export"]
+
 log = logging.getLogger("moeify")
 
-_AUX, _Z = 4, 5
-"""Positions of the losses in what `moeify::gate` returns."""
+_AUX, _Z = 4, 5  # positions of the losses in what `moeify::gate` returns
 
 
 class ExportedModule(fx.GraphModule):
-    """A graph module that is pickled node by node, and keeps how it is called.
+    """A graph module that is pickled node by node, with the structure of arguments and results.
 
-    torch pickles a graph as code and traces that again, which loses the structure of arguments and
-    results and fails where a size is computed. Of `node.meta`, only the module stack is kept.
+    torch pickles a graph as code and traces that again, which loses that structure and fails where
+    a size is computed. Of `node.meta`, only the module stack is kept.
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
         own = {key: self.__dict__[key] for key in ("_parameters", "_buffers", "_modules")}
-        # As bytes, because unpickling it makes torch warn of a class of its own.
+        # As bytes, because torch warns about one of its own classes when it is unpickled.
         structure = pickle.dumps(compat.call_structure(self.graph))
         nodes = list(dump_nodes(self.graph))
         return _unpickled, (own, nodes, structure, dict(self.meta), self.training)
@@ -79,22 +81,22 @@ def export(
     The graph is open to passes: change `gm.graph`, then `gm.recompile()`. moeify's ops are the
     nodes `torch.ops.moeify.{gate,assign,combine_weights,dispatch,grouped_linear,combine}.default`.
 
-    The mode in which the model is, training or evaluation, is part of the graph: dropout,
-    capacity, dropping and noise are those of that mode, whatever `gm.train()` or `gm.eval()` says
-    later; `gm.meta["training"]` tells which it was. So are the casts of autocast in moeify's ops:
-    export inside the `torch.autocast` that the graph will run in.
+    The mode of the model, training or evaluation, is part of the graph: dropout, capacity, dropping
+    and noise are those of that mode, whatever `gm.train()` or `gm.eval()` sets later;
+    `gm.meta["training"]` records it. So are the casts of autocast in moeify's ops: export inside
+    the `torch.autocast` that the graph will run in.
 
-    The parameters are the model's own objects: training the one trains the other. Router losses of
-    the last forward are at `moeify.aux_loss(gm)`; if a Hugging Face model returns a loss in
-    training, they are in it.
+    The parameters are the model's own objects: training one trains the other. Read the router
+    losses of the last forward with `moeify.aux_loss(gm)`; if a Hugging Face model returns a loss in
+    training, it includes them.
 
     Args:
         model: Any module, converted or not; it is not changed.
         example_inputs: A dict of keyword arguments, a tuple of positional ones, or a tensor; made
             from the config of a Hugging Face model if None. The graph is called with the same
             arguments. A Hugging Face model runs without a cache unless `use_cache` is given.
-        dynamic: Whether each size of an input that the model does not fix stays open. An example
-            needs sizes of 2 or more there, because torch.export fixes a size of 1.
+        dynamic: Keep all input sizes dynamic that the model does not fix. The example needs sizes
+            of 2 or more there, because torch.export fixes a size of 1.
 
     Returns:
         The graph, as a `torch.fx.GraphModule` that returns what the model returns.
@@ -137,10 +139,7 @@ def export(
 
 
 def _view(model: nn.Module, constants: Mapping[str, Any]) -> nn.Module:
-    """Return the same model as another object, whose forward fits an export.
-
-    Some of its arguments are given, and it adds the router losses to the model's own loss.
-    """
+    """Return the model as another object whose forward has the constants and adds router losses."""
     adds_losses = isinstance(model.__dict__.get("forward"), losses.ForwardWithRouterLosses)
     if not constants and not adds_losses:
         return model
@@ -160,7 +159,7 @@ def _view(model: nn.Module, constants: Mapping[str, Any]) -> nn.Module:
 
 
 def _distinct(value: Any, seen: set[int]) -> Any:
-    """Replace a tensor that is given twice: as one, it would stay one in the graph."""
+    """Replace repeated tensors by views: the graph would make one input of them."""
     if isinstance(value, Tensor):
         if id(value) in seen:
             return value.detach()
@@ -173,31 +172,20 @@ def _distinct(value: Any, seen: set[int]) -> Any:
     return value
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _tensors(part)
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from _tensors(part)
-
-
 def _every_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return the wish that every size of every tensor stay open."""
+    """Return the request that every size of every tensor stay dynamic."""
     shapes: Any = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
-    for tensor in _tensors((args, kwargs)):
+    for tensor in tensors_in((args, kwargs)):
         shapes[tensor] = dict.fromkeys(range(tensor.dim()), torch.export.Dim.AUTO)
     return shapes
 
 
 @contextmanager
 def _recording(model: nn.Module) -> Iterator[None]:
-    """Let routers show their losses while the model is traced, and leave no traces in the model.
+    """Let routers record their losses and move their biases while the model is traced.
 
-    A router does not record under torch.export, but what adds the losses to a Hugging Face loss
-    must find them, as part of the graph; so are the steps of the selection biases.
+    They do not under torch.export, but what adds the losses to a Hugging Face loss must find them
+    as part of the graph. The model is left as it was.
     """
     routers = [router for _, router in routers_of(model)]
     former = [router.last_aux_loss for router in routers]
@@ -234,7 +222,7 @@ def _recording(model: nn.Module) -> Iterator[None]:
 
 
 def _check_dynamic(program: torch.export.ExportedProgram) -> None:
-    """See that the batch stayed open, and tell what else did not."""
+    """Raise a CaptureError if the batch size was fixed; log other sizes that were."""
     names = set(program.graph_signature.user_inputs)
     nodes = [n for n in program.graph.nodes if n.op == "placeholder" and n.name in names]
     inputs = {n.name: n.meta["val"] for n in nodes if isinstance(n.meta.get("val"), Tensor)}
@@ -246,7 +234,7 @@ def _check_dynamic(program: torch.export.ExportedProgram) -> None:
     if inputs and all(0 in dims for dims in fixed.values()):
         name, dims = next(iter(fixed.items()))
         why = (
-            "torch.export fixes a size of 1: give an example with 2 or more there"
+            "torch.export fixes a size of 1: use an example with 2 or more there"
             if dims[0] == 1
             else "the model's own code fixes it"
         )
@@ -255,35 +243,35 @@ def _check_dynamic(program: torch.export.ExportedProgram) -> None:
             "or export with dynamic=False for fixed sizes"
         )
     for name, dims in fixed.items():
-        odd = {d: s for d, s in dims.items() if d == 0 or not inputs[name].is_floating_point()}
-        if odd:
-            what = ", ".join(f"dim {dim} = {size}" for dim, size in odd.items())
+        logged = {d: s for d, s in dims.items() if d == 0 or not inputs[name].is_floating_point()}
+        if logged:
+            what = ", ".join(f"dim {dim} = {size}" for dim, size in logged.items())
             log.warning("export: %s keeps fixed sizes: %s", name, what)
 
 
 def larger(a: int | torch.SymInt, b: int | torch.SymInt) -> Any:
-    """Return the larger size; the graph's own form of `torch.sym_max`."""
+    """Return the larger size; stands for `torch.sym_max` in the graph."""
     if isinstance(a, int) and isinstance(b, int):  # so dynamo sees every size
         return max(a, b)
     return torch.sym_max(a, b)  # type: ignore[no-untyped-call]
 
 
 def smaller(a: int | torch.SymInt, b: int | torch.SymInt) -> Any:
-    """Return the smaller size; the graph's own form of `torch.sym_min`."""
+    """Return the smaller size; stands for `torch.sym_min` in the graph."""
     if isinstance(a, int) and isinstance(b, int):  # so dynamo sees every size
         return min(a, b)
     return torch.sym_min(a, b)  # type: ignore[no-untyped-call]
 
 
 def _use_plain_bounds(graph: fx.Graph) -> None:
-    """Replace calls that dynamo of torch 2.11 refuses where the sizes are plain numbers."""
+    """Replace calls that dynamo of torch 2.11 refuses if the sizes are plain numbers."""
     for node in graph.nodes:
         if node.op == "call_function" and node.target in (torch.sym_max, torch.sym_min):
             node.target = larger if node.target is torch.sym_max else smaller
 
 
 def _add_router_losses(gm: fx.GraphModule, model: nn.Module) -> None:
-    """Gather the losses of all gates in one leaf, from which `aux_loss` reads them."""
+    """Collect the losses of all gates in one leaf module, from which `aux_loss` reads them."""
     routers = {id(router.weight): router for _, router in routers_of(model)}
     found: list[tuple[fx.Node, Router]] = []
     for node in gm.graph.find_nodes(op="call_function", target=torch.ops.moeify.gate.default):
@@ -305,6 +293,3 @@ def _add_router_losses(gm: fx.GraphModule, model: nn.Module) -> None:
     with gm.graph.inserting_before(gm.graph.output_node()):
         gm.graph.call_module(name, tuple(parts))
     gm.graph.lint()
-
-
-__all__ = ["ExportedModule", "export"]

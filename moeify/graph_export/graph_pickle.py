@@ -21,23 +21,14 @@ class Ref:
 
 @dataclass(frozen=True, slots=True)
 class StoredNode:
-    """One node.
-
-    Attributes:
-        op: Its opcode, such as `call_function`.
-        name: Its name.
-        target: A string, a function that pickles by its name, or a `StoredOp`.
-        args: Arguments, with `Ref` for nodes.
-        kwargs: The same by name.
-        modules: The modules around it: key to (path, class name), or None.
-    """
+    """One node."""
 
     op: str
     name: str
-    target: Any
-    args: Any
+    target: Any  # a string, a function that pickles by its name, or a `StoredOp`
+    args: Any  # with `Ref` for nodes
     kwargs: Any
-    modules: dict[str, tuple[str, str]] | None
+    modules: dict[str, tuple[str, str]] | None  # the module stack: key to (path, class name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +46,7 @@ class StoredOp:
         return None if found is None else cls(*found)
 
     def operator(self) -> Any:
-        """Return the operator.
-
-        Raises:
-            AttributeError: The library that defines it has not been imported.
-        """
+        """Return the operator; its library must have been imported."""
         found = getattr(getattr(torch.ops, self.namespace), self.name)
         return getattr(found, self.overload) if self.overload else found
 
@@ -75,7 +62,7 @@ def dump_nodes(graph: fx.Graph) -> Iterator[StoredNode]:
 
 
 def load_nodes(nodes: Iterable[StoredNode]) -> fx.Graph:
-    """Return the graph that `dump_nodes` read, with the same names."""
+    """Return the graph of the nodes that `dump_nodes` yielded, with the same names."""
     graph = fx.Graph()
     made: dict[str, fx.Node] = {}
 

@@ -1,1 +1,1 @@
-"""Memory and traffic of a training step in a world that is not there."""
+"""Memory and traffic of a training step in a simulated world."""

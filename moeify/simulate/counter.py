@@ -1,27 +1,31 @@
-"""Counts the collectives that some code issues, in a world of ranks that are not there.
+"""Count the collectives that some code issues, in a simulated world.
 
-The `fake` process group gives every group of a world of any size on one machine; its collectives do
-nothing. A dispatch mode sees each of them below autograd, forward and backward, whoever issued it:
-functional collectives in a graph, `torch.distributed`, or a DTensor.
+The `fake` process group provides every group of a world of any size on one machine; its collectives
+do nothing. A dispatch mode sees each of them below autograd, forward and backward, whoever issued
+it: functional collectives in a graph, `torch.distributed`, or a DTensor.
 
 A collective counts as if each rank sent its part to each other rank of the group, and an
-all-reduce as a reduce-scatter and an all-gather. Rings and trees send the same bytes in steps of
-their own.
+all-reduce as a reduce-scatter and an all-gather. Rings and trees send the same bytes in other
+steps.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+import torch.distributed as dist
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from contextlib import ExitStack
+from contextlib import contextmanager
+from dataclasses import dataclass
+from dataclasses import field
+from moeify import compat
+from moeify.capture.torch_calls import tensors_in
+from moeify.errors import MoeifyError
+from torch import nn
 from typing import Any
 
-import torch.distributed as dist
-from torch import Tensor, nn
-
-from moeify import compat
-from moeify.errors import MoeifyError
 
 __all__ = ["Call", "Counter", "count", "fake_world"]
 
@@ -45,23 +49,14 @@ _GROUPS = "group_name process_group".split()
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One collective, as rank 0 issued it.
+    """One collective, as rank 0 issued it."""
 
-    Attributes:
-        kind: "all_to_all", "all_gather", "reduce_scatter", "all_reduce" or "broadcast".
-        ranks: The group.
-        payload: Bytes of the tensors that the rank put in.
-        per_peer: Bytes that it sends to each other rank.
-        phase: "forward", "backward" or "gradients".
-        layer: Path of the module that issued it; "" if none did.
-    """
-
-    kind: str
-    ranks: tuple[int, ...]
-    payload: int
-    per_peer: float
-    phase: str = "forward"
-    layer: str = ""
+    kind: str  # a key of `_KINDS`
+    ranks: tuple[int, ...]  # the group
+    payload: int  # bytes of the input tensors
+    per_peer: float  # bytes sent to each other rank
+    phase: str = "forward"  # or "backward", "gradients"
+    layer: str = ""  # path of the module that issued it
 
     @property
     def hops(self) -> int:
@@ -70,7 +65,7 @@ class Call:
         return 2 * peers if self.kind == "all_reduce" else peers
 
     def sent(self, node: int) -> tuple[int, int]:
-        """Return the bytes sent within the node and to other nodes of so many ranks."""
+        """Return the bytes sent within the node and to other nodes, `node` ranks each."""
         near = sum(rank // node == 0 for rank in self.ranks) - 1
         far = len(self.ranks) - 1 - near
         return round(self.per_peer * near), round(self.per_peer * far)
@@ -78,15 +73,9 @@ class Call:
 
 @dataclass(slots=True)
 class Counter:
-    """Collects the calls made while it is watching.
+    """Collects the calls made while it is watching, in order."""
 
-    Args:
-        labels: Module to the layer it belongs to; a call is the innermost one's.
-
-    Attributes:
-        calls: What was counted, in order.
-    """
-
+    # Layer of each module; a call belongs to the innermost module that is running.
     labels: Mapping[nn.Module, str] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)
     _stack: list[tuple[str, int]] = field(default_factory=list)
@@ -101,7 +90,7 @@ class Counter:
                 after = module.register_forward_hook(self._leave, always_call=True)
                 stack.callback(before.remove)
                 stack.callback(after.remove)
-            stack.enter_context(compat.before_each_operator(self._tell))
+            stack.enter_context(compat.before_each_operator(self._record))
             yield
 
     def _enter(self, label: str) -> Callable[..., None]:
@@ -114,20 +103,20 @@ class Counter:
         label, start = self._stack.pop()
         self._spans.append((start, compat.next_node_number(), label))
 
-    def _tell(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    def _record(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
         space, name = compat.base_name(func)
         kind = _KIND.get(name)
         if space not in _SPACES or kind is None:
             return
         given = compat.named_arguments(func, args, kwargs)
         ranks = compat.group_ranks(next(given[n] for n in _GROUPS if n in given))
-        tensors = list(_tensors(next(given[n] for n in _INPUTS if n in given)))
+        tensors = tensors_in(next(given[n] for n in _INPUTS if n in given))
         payload = sum(t.numel() * t.element_size() for t in tensors)
         per_peer = _per_peer(kind, len(ranks), payload, given.get("input_split_sizes"))
         self.calls.append(Call(kind, ranks, payload, per_peer, *self._where()))
 
     def _where(self) -> tuple[str, str]:
-        """Return phase and layer; in a backward pass, those of the forward pass it belongs to."""
+        """Return phase and layer; in a backward pass, the layer of the forward pass."""
         number = compat.node_number()
         phase = "forward" if number is None else "backward"
         if self._stack:  # a forward, maybe one that is recomputed
@@ -135,7 +124,7 @@ class Counter:
         if number is None:
             return phase, ""
         around = [span for span in self._spans if span[0] <= number < span[1]]
-        if not around:  # gradients of parameters, on their way out
+        if not around:  # reduction of parameters' gradients
             return "gradients", ""
         return phase, min(around, key=lambda span: span[1] - span[0])[2]
 
@@ -150,20 +139,16 @@ def count(run: Callable[[], Any]) -> list[Call]:
 
 @contextmanager
 def fake_world(world: int, node: int | None = None) -> Iterator[None]:
-    """Be rank 0 of a world in which nobody else is, and leave it as if it had not been.
-
-    Args:
-        world: Number of ranks.
-        node: Ranks per node, told as torchrun tells it; the whole world if None.
+    """Act as rank 0 of a simulated world with `node` ranks per node (None: all of them).
 
     Raises:
-        MoeifyError: A process group is at work already.
+        MoeifyError: A process group is running already.
     """
     if not dist.is_available():
         raise MoeifyError("this torch was built without torch.distributed")
     if dist.is_initialized():
         raise MoeifyError(
-            f"a process group of {dist.get_world_size()} ranks is at work: simulate in a process "
+            f"a process group of {dist.get_world_size()} ranks is running: simulate in a process "
             "without one, not under torchrun"
         )
     name = "LOCAL_WORLD_SIZE"
@@ -179,14 +164,6 @@ def fake_world(world: int, node: int | None = None) -> Iterator[None]:
             os.environ[name] = former
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Iterable):
-        for part in value:
-            yield from _tensors(part)
 
 
 def _per_peer(kind: str, size: int, payload: int, splits: Any) -> float:

@@ -1,7 +1,7 @@
-"""The two facts of DeepSpeed-MoE about hops, counted and drawn.
+"""Count and plot the hops of an exchange, the two claims of DeepSpeed-MoE.
 
-For each size of a group a block is converted and run under the `fake` process group, and the
-collectives that carry its rows are counted: flat, in two stages, coordinated with tensor slicing.
+For each group size a block is converted and run under the `fake` process group, and the collectives
+that send its rows are counted: flat, hierarchical, and coordinated with tensor slicing.
 
 Source:
     DeepSpeed-MoE (Rajbhandari et al. 2022), section 5.3.
@@ -33,39 +33,21 @@ Exchange = Callable[[str, int, int, int], Sequence[Call]]
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """What one exchange took.
+    """The cost of one exchange."""
 
-    Attributes:
-        kind: "flat", "hierarchical" or "coordinated".
-        ranks: p, the ranks that hold experts, tensor ranks included.
-        node: G, ranks per node.
-        tensor: L, ranks that hold the same tokens.
-        hops: Point-to-point steps of a rank.
-        volume: Bytes put in, relative to a flat exchange's.
-    """
-
-    kind: str
-    ranks: int
-    node: int
-    tensor: int
-    hops: int
-    volume: float
+    kind: str  # "flat", "hierarchical" or "coordinated"
+    ranks: int  # p: those that hold experts, tensor ranks included
+    node: int  # G: ranks per node
+    tensor: int  # L: ranks that hold the same tokens
+    hops: int  # point-to-point steps of a rank
+    volume: float  # bytes sent, relative to a flat exchange
 
 
 def exchange_once(kind: str, ranks: int, node: int, tensor: int) -> list[Call]:
-    """Count one way of the rows in a block that moeify converts for that many ranks.
+    """Return the collectives that send rows to their experts in a block on p = `ranks` ranks.
 
-    The block is on `meta` and gives every expert rank one expert and one row of each rank.
-
-    Args:
-        kind: "flat", "hierarchical", or "coordinated" with tensor slicing.
-        ranks: p, the size of the running fake world.
-        node: G, of that world.
-        tensor: L.
-
-    Returns:
-        The collectives that carry rows to their experts; coordinated, the all-gather within the
-        tensor group as well.
+    In a fake world of that size. The block is on `meta` and gives every expert rank one expert and
+    one row of each rank; coordinated, the all-gather within the tensor group is included.
     """
     experts = ranks // tensor
     with torch.device("meta"):
@@ -81,7 +63,7 @@ def exchange_once(kind: str, ranks: int, node: int, tensor: int) -> list[Call]:
     with torch.no_grad():
         calls = count(partial(model, tokens))
     exchanges = [call for call in calls if call.kind == "all_to_all"]
-    third = len(exchanges) // 3  # counts, rows there, rows back
+    third = len(exchanges) // 3  # counts, rows, rows back
     gathers = [call for call in calls if call.kind == "all_gather"]
     return [*exchanges[third : 2 * third], *gathers]
 
@@ -93,16 +75,9 @@ def sweep(
     tensors: Iterable[int] = TENSOR,
     exchange: Exchange = exchange_once,
 ) -> list[Point]:
-    """Count both facts over the sizes of a group.
+    """Count hops over group sizes p and those tensor sizes L that leave several expert ranks.
 
-    Args:
-        node: G.
-        sizes: p.
-        tensors: L; those that divide p and leave several expert ranks.
-        exchange: Issues what is counted, given kind, p, G and L, in a fake world of p ranks.
-
-    Raises:
-        MoeifyError: A process group is at work already.
+    `exchange` gets kind, p, G and L in a fake world of p ranks and returns its collectives.
     """
     points = []
     for ranks in sizes:
@@ -122,7 +97,7 @@ def sweep(
 
 
 def draw(points: Iterable[Point], path: Path) -> None:
-    """Draw both facts into a file whose suffix says its format.
+    """Plot both claims into a file, whose suffix is its format.
 
     Raises:
         MoeifyError: matplotlib is not installed, or does not know the format.

@@ -1,12 +1,12 @@
-"""One training step of a converted model on rank 0 of a world of any size, without that world.
+"""Simulate one training step of a converted model on rank 0 of a world of any size.
 
-The model is on `meta`, converted as a real run would convert it, under the `fake` process group;
-then a twin of it takes a step on fake tensors, forward and backward. What it issues is counted
-(`moeify.simulate.counter`), what it would keep in memory is added up, and nothing is computed. No
-time is measured.
+The model is on `meta` and converted as in a real run, under the `fake` process group; then a copy
+of it takes a step on fake tensors, forward and backward. The collectives it issues are counted
+(`moeify.simulate.counter`), the memory it would keep is added up, and nothing is computed. No time
+is measured.
 
-Sizes that depend on the routing cannot be known without numbers, so a dropless plan is simulated
-as if its load were even.
+Sizes that depend on the routing are unknown without numbers, so a dropless plan is simulated with
+an even load.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from moeify import api, compat
 from moeify.capture.capture import ExampleInputs, split_inputs
 from moeify.capture.torch_calls import tensors_in
+from moeify.distributed.dtensor import is_sharded, local_of
 from moeify.distributed.layout import Layout
 from moeify.errors import MoeifyError
 from moeify.hf.detect import example_inputs_for
@@ -40,89 +41,53 @@ __all__ = ["Simulation", "simulate", "step"]
 
 _SUMS = "count hops payload_bytes node_bytes network_bytes".split()
 
-_SAMPLE = 4096
-"""Random tokens that a fresh router is given, fewer for very wide models."""
+_SAMPLE = 4096  # random tokens for a fresh router, fewer for very wide models
 
 
 @dataclass(frozen=True, slots=True)
 class Collectives:
-    """What one layer does of one kind.
+    """The collectives of one layer, phase, kind and group in one step."""
 
-    Attributes:
-        layer: Module path, or "".
-        phase: "forward", "backward", or "gradients" for their reduction.
-        kind: See `Call`.
-        ranks: Size of the group.
-        nodes: Over how many nodes it spreads.
-        count: Calls per step.
-        hops: Point-to-point steps of a rank, all calls together.
-        payload_bytes: Bytes of the tensors put in.
-        node_bytes: Bytes sent within the node.
-        network_bytes: Bytes sent to other nodes.
-    """
-
-    layer: str
-    phase: str
-    kind: str
-    ranks: int
-    nodes: int
+    layer: str  # module path, or ""
+    phase: str  # "forward", "backward", "gradients" or "optimizer"
+    kind: str  # see `Call`
+    ranks: int  # size of the group
+    nodes: int  # that it spans
     count: int
-    hops: int
-    payload_bytes: int
-    node_bytes: int
-    network_bytes: int
+    hops: int  # point-to-point steps of a rank, all calls together
+    payload_bytes: int  # of the input tensors
+    node_bytes: int  # sent within the node
+    network_bytes: int  # sent to other nodes
 
 
 @dataclass(frozen=True, slots=True)
 class Imbalance:
-    """How uneven a fresh router's load is on random tokens: the fullest over the mean.
+    """The load of a fresh router on random tokens: the largest over the mean."""
 
-    Attributes:
-        layer: Name of the site.
-        experts: Over the experts.
-        ranks: Over the ranks that share them.
-        tokens: How many tokens it was given.
-    """
-
-    layer: str
+    layer: str  # name of the site
     experts: float
-    ranks: float
+    ranks: float  # the same over the ranks that share the experts
     tokens: int
 
 
 @dataclass(frozen=True, slots=True)
 class Simulation:
-    """What was counted on rank 0.
+    """One step, counted on rank 0."""
 
-    Attributes:
-        model: Class of the model.
-        world: Number of ranks.
-        node: Ranks per node.
-        layout: The sizes of dp, tensor and expert groups.
-        inputs: Shapes of the inputs of one rank.
-        even_load: Whether a dropless plan was taken as if its load were even.
-        collectives: One step.
-        parameters: Elements on this rank, "dense" and "expert".
-        parameter_bytes: The same in bytes.
-        activation_bytes: What autograd keeps for the backward pass, parameters left out.
-        imbalance: By layer.
-        zero: The plan's stage and engine.
-        memory: Bytes that this rank keeps at each ZeRO stage with an optimizer of two states, by
-            stage, "dense" or "expert", and kind of memory (see `zero_plan.Memory`).
-    """
-
-    model: str
+    model: str  # class of the model
     world: int
-    node: int
-    layout: Mapping[str, int | str]
-    inputs: Mapping[str, list[int]]
-    even_load: bool
+    node: int  # ranks per node
+    layout: Mapping[str, int | str]  # sizes of dp, tensor and expert groups
+    inputs: Mapping[str, list[int]]  # shapes, of one rank
+    even_load: bool  # whether a dropless plan was simulated with an even load
     collectives: tuple[Collectives, ...]
-    parameters: Mapping[str, int]
+    parameters: Mapping[str, int]  # elements on this rank, "dense" and "expert"
     parameter_bytes: Mapping[str, int]
-    activation_bytes: int
-    imbalance: tuple[Imbalance, ...]
-    zero: Mapping[str, int | str]
+    activation_bytes: int  # what autograd keeps for the backward pass, without parameters
+    imbalance: tuple[Imbalance, ...]  # by layer
+    zero: Mapping[str, int | str]  # the plan's stage and engine
+    # Bytes on this rank with an optimizer of two states, by ZeRO stage, "dense" or "expert", and
+    # field of `zero.plan.Memory`.
     memory: Mapping[int, Mapping[str, Mapping[str, int]]]
 
     def totals(self) -> dict[str, int]:
@@ -131,8 +96,7 @@ class Simulation:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain data."""
-        data = asdict(self)
-        return {**data, "layout": dict(self.layout), "totals": self.totals()}
+        return asdict(self) | {"totals": self.totals()}
 
 
 def simulate(
@@ -153,19 +117,19 @@ def simulate(
         world: Number of ranks.
         node: Ranks per node.
         example_inputs: Inputs of one rank; made from a Hugging Face config if None.
-        batch: Sequences per rank, for inputs that are made.
-        length: Tokens per sequence, for inputs that are made.
+        batch: Sequences per rank, if the inputs are made.
+        length: Tokens per sequence, if the inputs are made.
 
     Raises:
-        MoeifyError: A process group is at work already, or the inputs have no such size.
+        MoeifyError: A process group is running already, or the inputs have no such size.
         PlanError: The plan does not fit the model or the world.
     """
     chosen, even = _with_capacity(Plan.of(plan))
-    # The size decides how rows travel, if the plan leaves that open.
+    # Made at their size now: it decides the form of the exchange, if the plan leaves that open.
     sized = example_inputs
     if sized is None:
         sized = _resized(example_inputs_for(model), batch, length)
-    # Pieces change no shape that a step computes with: they are added to what a whole step does.
+    # ZeRO changes no shape that a step computes with: its collectives are added afterwards.
     whole = Plan.of(chosen.data() | {"zero": {"prefetch": chosen.zero.prefetch}})
     with fake_world(world, node):
         sharded = api.moeify(skeleton(model), whole, example_inputs=sized, verify=False)
@@ -182,7 +146,12 @@ def simulate(
         model=type(model).__name__,
         world=world,
         node=node,
-        layout=_layout_data(layout),
+        layout={
+            "dp": layout.dp,
+            "tensor": layout.tensor,
+            "expert": layout.expert,
+            "experts_in_tp": layout.experts_in_tp,
+        },
         inputs=_shapes(sized),
         even_load=even,
         collectives=tuple(_grouped(calls, node)),
@@ -198,20 +167,15 @@ def simulate(
 def step(
     model: nn.Module, example_inputs: ExampleInputs, blocks: Iterable[str] = ()
 ) -> tuple[list[Call], int]:
-    """Run a twin of a model on fake tensors, forward and backward, in training mode.
+    """Run a copy of a model on fake tensors, forward and backward, in training mode.
 
-    Args:
-        model: Any model whose collectives need no numbers; read only.
-        example_inputs: Of one rank.
-        blocks: Paths of modules that count as one layer each, whatever is in them.
-
-    Returns:
-        The collectives in order, and the bytes that autograd keeps for the backward pass.
+    `blocks` are the paths of modules that count as one layer each. Return the collectives in order,
+    and the bytes that autograd keeps for the backward pass.
     """
     mode = compat.fake_mode()
-    twins = {id(t): _twin(mode, t) for t in (*model.parameters(), *model.buffers())}
-    twin = copy.deepcopy(model, dict(twins)).train()
-    own = {compat.storage_id(s) for t in twins.values() for s in _storages(t)}
+    fakes = {id(t): _fake_copy(mode, t) for t in (*model.parameters(), *model.buffers())}
+    fake = copy.deepcopy(model, dict(fakes)).train()
+    own = {compat.storage_id(s) for t in fakes.values() for s in _storages(t)}
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -220,51 +184,43 @@ def step(
                 kept[compat.storage_id(storage)] = storage.nbytes()
         return tensor
 
-    counter = Counter(_labels(twin, tuple(blocks)))
-    args, kwargs = _fake((*split_inputs(example_inputs),), mode)
+    counter = Counter(_labels(fake, tuple(blocks)))
+    args, kwargs = _fake_inputs((*split_inputs(example_inputs),), mode)
     with mode, counter.watching(), torch.enable_grad():
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            outputs = [t for t in tensors_in(twin(*args, **kwargs)) if t.requires_grad]
+            outputs = [t for t in tensors_in(fake(*args, **kwargs)) if t.requires_grad]
             if not outputs:
                 raise MoeifyError(f"{type(model).__name__}: none of its outputs has a gradient")
             loss = torch.stack([t.float().mean() for t in outputs]).sum()
-            if any(True for _ in routers_of(twin)):
-                loss = loss + losses.aux_loss(twin)
+            if any(True for _ in routers_of(fake)):
+                loss = loss + losses.aux_loss(fake)
         loss.backward()  # type: ignore[no-untyped-call]
     return counter.calls, sum(kept.values())
 
 
-def _twin(mode: Any, tensor: Tensor) -> Tensor:
+def _fake_copy(mode: Any, tensor: Tensor) -> Tensor:
     """Return a fake of a tensor, or of a DTensor with the same placement."""
-    from torch.distributed.tensor import DTensor
-
-    if not isinstance(tensor, DTensor):
+    if not is_sharded(tensor):
         return compat.fake_like(mode, tensor)
     with mode:
-        twin = compat.dtensor_like(compat.fake_like(mode, _local(tensor.detach())), tensor)
+        fake = compat.dtensor_like(compat.fake_like(mode, local_of(tensor.detach())), tensor)
     if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(twin, requires_grad=tensor.requires_grad)
-    return twin
-
-
-def _local(tensor: Tensor) -> Tensor:
-    to_local = getattr(tensor, "to_local", None)
-    found: Tensor = tensor if to_local is None else to_local()
-    return found
+        return nn.Parameter(fake, requires_grad=tensor.requires_grad)
+    return fake
 
 
 def _storages(tensor: Tensor) -> list[torch.UntypedStorage]:
-    storage = compat.storage_of(_local(tensor.detach()))
+    storage = compat.storage_of(local_of(tensor.detach()))
     return [] if storage is None else [storage]
 
 
-def _fake(value: Any, mode: Any) -> Any:
+def _fake_inputs(value: Any, mode: Any) -> Any:
     if isinstance(value, Tensor):
         return compat.fake_like(mode, value)
     if isinstance(value, list | tuple):
-        return type(value)(_fake(part, mode) for part in value)
+        return type(value)(_fake_inputs(part, mode) for part in value)
     if isinstance(value, Mapping):
-        return {key: _fake(part, mode) for key, part in value.items()}
+        return {key: _fake_inputs(part, mode) for key, part in value.items()}
     return value
 
 
@@ -299,23 +255,23 @@ def _grouped(calls: Iterable[Call], node: int) -> Iterable[Collectives]:
 
 
 def _parameters(model: nn.Module, record: Conversion) -> tuple[dict[str, int], dict[str, int]]:
-    """Return the elements and the bytes of this rank's share, dense and of experts."""
+    """Return the elements and the bytes of this rank's parameters, dense and of experts."""
     inside = tuple(f"{converted.block}.experts." for converted in record.layers)
     counts, sizes = {"dense": 0, "expert": 0}, {"dense": 0, "expert": 0}
     for name, parameter in model.named_parameters():
         kind = "expert" if name.startswith(inside) else "dense"
-        local = _local(parameter.detach())
+        local = local_of(parameter.detach())
         counts[kind] += local.numel()
         sizes[kind] += local.numel() * local.element_size()
     return counts, sizes
 
 
 def _imbalance(layer: LayerPlan, layout: Layout) -> Imbalance:
-    """Route random tokens with the weights that this layer's router starts from."""
+    """Route random tokens with this layer's initial router weights."""
     width, experts = layer.site.d_in, layer.experts
     count = max(1, min(_SAMPLE, 2**24 // width))
     tokens = torch.randn(count, width, generator=generator_for(0, layer.name, "simulate"))
-    drawn = layer.init  # rows that data would decide are drawn: the tokens are random anyway
+    drawn = layer.init  # a router that would start from data is random, as the tokens are
     if drawn.router != "zeros":
         drawn = drawn.model_copy(update={"router": "normal"})
     weight = init_router((experts, width), tokens, drawn, layer.name)
@@ -329,17 +285,8 @@ def _peak(load: Tensor) -> float:
     return round(float(load.max() / load.mean()), 4)
 
 
-def _layout_data(layout: Layout) -> dict[str, int | str]:
-    return {
-        "dp": layout.dp,
-        "tensor": layout.tensor,
-        "expert": layout.expert,
-        "experts_in_tp": layout.experts_in_tp,
-    }
-
-
 def _with_capacity(plan: Plan) -> tuple[Plan, bool]:
-    """Return the plan with the least capacity instead of none, and whether that changed it."""
+    """Return the plan with an even capacity instead of none, and whether that changed it."""
     data = plan.data()
     routers = [data.setdefault("router", {}), *(rule.get("router", {}) for rule in data["layers"])]
     changed = False
@@ -351,17 +298,17 @@ def _with_capacity(plan: Plan) -> tuple[Plan, bool]:
 
 
 def _resized(inputs: Mapping[str, Any], batch: int | None, length: int | None) -> dict[str, Any]:
-    """Return made-up inputs with another batch size and another number of tokens."""
-    words = {k for k, v in inputs.items() if isinstance(v, Tensor) and v.shape[1:2] == (LENGTH,)}
-    if length is not None and not words:
-        raise MoeifyError(f"length: the inputs {', '.join(inputs)} have no tokens to be so many")
+    """Return inputs that were made with another batch size and another number of tokens."""
+    tokens = {k for k, v in inputs.items() if isinstance(v, Tensor) and v.shape[1:2] == (LENGTH,)}
+    if length is not None and not tokens:
+        raise MoeifyError(f"length: none of the inputs {', '.join(inputs)} is a batch of tokens")
     resized = {}
     for name, value in inputs.items():
         if isinstance(value, Tensor):
             shape = list(value.shape)
             if batch is not None and shape and shape[0] == BATCH:
                 shape[0] = batch
-            if length is not None and name in words:
+            if length is not None and name in tokens:
                 shape[1] = length
             value = torch.empty(shape, dtype=value.dtype, device="meta")
         resized[name] = value

@@ -1,6 +1,6 @@
 """What ZeRO adds to a simulated step: gathers, reduce-scatters, and memory by stage.
 
-From the decision alone (`ZeroPlan`), so that it takes no time on any number of ranks; tests compare
+Computed from the decision (`ZeroPlan`) alone, so it is fast for any number of ranks; tests compare
 it with what FSDP2 issues and holds.
 """
 
@@ -11,16 +11,14 @@ from dataclasses import asdict
 
 from moeify.distributed.layout import Layout
 from moeify.simulate.counter import Call
+from moeify.zero.pieces import BUCKET_BYTES
 from moeify.zero.plan import Part, Unit, ZeroPlan
 
 __all__ = ["memory_by_stage", "with_pieces"]
 
-_BUCKET = 25 << 20
-"""Bytes of whole parameters that stage 1 gathers at once (`moeify.zero.pieces`)."""
-
 
 def memory_by_stage(zero: ZeroPlan) -> dict[int, dict[str, dict[str, int]]]:
-    """Return what a rank holds at each stage, as the plan's other settings want it."""
+    """Return the bytes that a rank holds at each stage with the plan's other settings."""
     return {
         stage: {kind: asdict(held) for kind, held in zero.at(stage).memory().items()}
         for stage in range(4)
@@ -30,13 +28,9 @@ def memory_by_stage(zero: ZeroPlan) -> dict[int, dict[str, dict[str, int]]]:
 def with_pieces(
     calls: Sequence[Call], zero: ZeroPlan, layout: Layout, experts: Mapping[str, int]
 ) -> list[Call]:
-    """Return the collectives of a step whose parameters or states are partitioned.
+    """Add those of ZeRO to the collectives of a step with whole parameters.
 
-    Args:
-        calls: Those of the step with whole parameters.
-        zero: The decision.
-        layout: The world.
-        experts: Number of experts of each unit of experts, by its name.
+    `experts` are the numbers of experts of the units of experts, by name.
     """
     if zero.stage == 0:
         return list(calls)
@@ -49,8 +43,8 @@ def with_pieces(
     gradients: list[Call] = []
     for unit in zero.units:
         ranks = _ranks(unit, layout, experts)
-        laid = zero.laid(unit)
-        for parts in [laid] if zero.engine == "fsdp2" else [(part,) for part in laid]:
+        whole = zero.laid(unit)
+        for parts in [whole] if zero.engine == "fsdp2" else [(part,) for part in whole]:
             pieces = [part for part in parts if part.dim is not None]
             if size := sum(part.cut() * zero.computed(part) for part in pieces):
                 forward.append(_gather(ranks, size, "forward", unit.name))
@@ -63,11 +57,10 @@ def with_pieces(
 def _reduced(
     zero: ZeroPlan, parts: Sequence[Part], ranks: tuple[int, ...], unit: str
 ) -> Iterable[Call]:
-    """Yield how the gradients of some parameters come together."""
-    wide = zero.precision != "model" and zero.reduce == "float32"
+    """Yield the collectives that reduce the gradients of these parameters."""
     for whole in (False, True):
         trained = [p for p in parts if p.trains and (p.dim is None) == whole and p.ranks > 1]
-        size = sum(p.padded * (4 if wide else zero.computed(p)) for p in trained)
+        size = sum(p.padded * zero.reduced(p) for p in trained)
         if not size:
             continue
         kind = "all_reduce" if whole else "reduce_scatter"
@@ -76,7 +69,7 @@ def _reduced(
 
 
 def _published(zero: ZeroPlan, layout: Layout, experts: Mapping[str, int]) -> Iterable[Call]:
-    """Yield the gathers of what the optimizer has updated, in buckets."""
+    """Yield the gathers of the parameters that the optimizer has updated, in buckets."""
     filling: dict[tuple[str, tuple[int, ...], int], int] = {}
     for unit in zero.units:
         ranks = _ranks(unit, layout, experts)
@@ -85,7 +78,7 @@ def _published(zero: ZeroPlan, layout: Layout, experts: Mapping[str, int]) -> It
                 continue
             key = part.over, ranks, zero.computed(part)
             filling[key] = filling.get(key, 0) + part.cut() * zero.computed(part)
-            if filling[key] * len(ranks) >= _BUCKET:
+            if filling[key] * len(ranks) >= BUCKET_BYTES:
                 yield _gather(ranks, filling.pop(key), "optimizer", "")
     for (_, ranks, _), size in filling.items():
         yield _gather(ranks, size, "optimizer", "")
@@ -96,7 +89,7 @@ def _gather(ranks: tuple[int, ...], piece: int, phase: str, unit: str) -> Call:
 
 
 def _ranks(unit: Unit, layout: Layout, experts: Mapping[str, int]) -> tuple[int, ...]:
-    """Return the ranks over which rank 0 shares a unit."""
+    """Return the ranks that share a unit with rank 0."""
     if unit.parts and unit.parts[0].over == "edp":
         return tuple(block[0][0] for block in layout.sparse_grid(experts[unit.name]))
     return tuple(row[0] for row in layout.dense_grid())

@@ -1,7 +1,7 @@
-"""Clipping by the norm of all gradients, wherever the pieces of each of them lie.
+"""Clip gradients by their common norm, on whatever meshes they are sharded.
 
-Parameters of one model lie on several meshes: dense ones whole or over "dp" or "tp", experts over
-"ep" or ("edp", "ep"). The norm of a whole gradient is the sum over exactly those mesh dimensions
+Parameters of one model are on several meshes: dense ones whole or over "dp" or "tp", experts over
+"ep" or ("edp", "ep"). The norm of a whole gradient is summed over exactly those mesh dimensions
 over which it is sharded; replicas count once.
 """
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from moeify import compat
+from moeify.distributed.dtensor import local_of
 from moeify.zero.fsdp2 import settle
 
 __all__ = ["clip_grad_norm_"]
@@ -34,16 +35,16 @@ def clip_grad_norm_(
     """Scale all gradients down, in place, so that their common norm is at most `max_norm`.
 
     Call it after the backward pass, when gradients are reduced, on every rank with the same
-    parameters: those that train take part in the same all-reduces whether or not they have a
-    gradient here, and those that do not train are left alone.
+    parameters: those that train take part in the same all-reduces, whether or not they have a
+    gradient on this rank; those that do not train are ignored.
 
     Args:
         model_or_parameters: A model, or parameters; plain tensors (the same on all ranks) and
             DTensors of any meshes, also with gradients in CPU memory.
-        max_norm: Largest norm that stays as it is.
+        max_norm: Largest norm that is not scaled.
         norm_type: p of the norm, at least 0; `inf` is the largest element; 0 counts the parameters
             with a gradient other than zero, as torch does.
-        error_if_nonfinite: Raise, on every rank and before anything is changed, if the norm is.
+        error_if_nonfinite: Raise on every rank, before any change, if the norm is not finite.
         foreach: Run one kernel for many tensors; None does so where that is faster.
 
     Returns:
@@ -66,7 +67,7 @@ def clip_grad_norm_(
         raise ValueError(f"norm_type: {norm_type} must be at least 0")
     parameters = [p for p in _parameters(model_or_parameters) if p.requires_grad]
     for parameter in parameters:
-        _settle(parameter)
+        _redistribute(parameter)
     grads = [p.grad for p in parameters if p.grad is not None]
     device = grads[0].device if grads else torch.device("cpu")
     wide = any(grad.dtype == torch.float64 for grad in grads)
@@ -78,7 +79,7 @@ def clip_grad_norm_(
             "clipped; look for what overflowed, or pass error_if_nonfinite=False to scale by it"
         )
     factor = torch.clamp(float(max_norm) / (total + 1e-6), max=1.0)
-    _scale([_local(grad) for grad in grads], factor, foreach)
+    _scale([local_of(grad) for grad in grads], factor, foreach)
     return total if wide else total.float()
 
 
@@ -92,8 +93,8 @@ def _parameters(given: nn.Module | Tensor | Iterable[Tensor]) -> list[Tensor]:
     return list({id(parameter): parameter for parameter in given}.values())
 
 
-def _settle(parameter: Tensor) -> None:
-    """Lay a gradient out as its parameter is, where it is a sum that was not yet made."""
+def _redistribute(parameter: Tensor) -> None:
+    """Give a gradient that is a partial sum, or sharded otherwise, its parameter's placements."""
     grad = parameter.grad
     if not isinstance(grad, DTensor) or not isinstance(parameter, DTensor):
         return
@@ -104,7 +105,7 @@ def _settle(parameter: Tensor) -> None:
 
 
 def _sharded(tensor: Tensor) -> tuple[int, ...]:
-    """Return the dimensions of its mesh over which a tensor is sharded."""
+    """Return the mesh dimensions over which a tensor is sharded."""
     if not isinstance(tensor, DTensor):
         return ()
     places = enumerate(tensor.placements)
@@ -112,7 +113,7 @@ def _sharded(tensor: Tensor) -> tuple[int, ...]:
 
 
 def _groups(parameters: list[Tensor]) -> list[list[Tensor]]:
-    """Return parameters by what their norms are summed over; the same on all ranks."""
+    """Group parameters by the mesh dimensions that their norms are summed over."""
     groups: dict[Any, list[Tensor]] = {}
     for parameter in parameters:
         dims = _sharded(parameter)
@@ -122,26 +123,27 @@ def _groups(parameters: list[Tensor]) -> list[list[Tensor]]:
 
 
 def _reduced(parameters: list[Tensor], order: float, foreach: bool | None) -> Tensor:
-    """Return |g|^p, or the largest element, of each parameter's whole gradient: [n] float64.
-
-    Not their sum, which would not tell how many there are for p = 0.
-    """
+    """Return |g|^p, or the largest element, of each parameter's whole gradient: [n] float64."""
+    # Not their sum, from which p = 0 could not count the gradients.
     places = [i for i, p in enumerate(parameters) if p.grad is not None]
-    local = [_local(g) for p in parameters if (g := p.grad) is not None]
+    local = [local_of(g) for p in parameters if (g := p.grad) is not None]
     sizes = _norms(local, order, foreach)
     first = parameters[0]
     mesh = first.device_mesh if isinstance(first, DTensor) else None
-    device = local[0].device if mesh is None and local else _device(mesh)
+    if mesh is None:
+        device = local[0].device if local else torch.device("cpu")
+    else:  # where its collectives run; gradients may be in CPU memory
+        device = torch.device(mesh.device_type)
     values = torch.zeros(len(parameters), dtype=torch.float64, device=device)
     if sizes:
         found = torch.stack([size.to(device, torch.float64) for size in sizes])
         values[torch.tensor(places, device=device)] = _power(found, order)
     if mesh is None or not (dims := _sharded(first)):
         return values
-    # A maximum may lose a NaN on its way: it travels apart.
-    lost = values.isnan()
+    # A maximum may lose a NaN: it is sent as a separate flag.
+    nans = values.isnan()
     if order == math.inf:
-        values = torch.cat([values.masked_fill(lost, 0.0), lost.double()])
+        values = torch.cat([values.masked_fill(nans, 0.0), nans.double()])
     for dim in dims:
         kind = dist.ReduceOp.MAX if order == math.inf else dist.ReduceOp.SUM
         dist.all_reduce(values, op=kind, group=mesh.get_group(dim))
@@ -149,11 +151,6 @@ def _reduced(parameters: list[Tensor], order: float, foreach: bool | None) -> Te
         values, flags = values.chunk(2)
         values = values.masked_fill(flags > 0, math.nan)
     return values
-
-
-def _device(mesh: Any) -> torch.device:
-    """Return where the collectives of a mesh run; gradients may lie in CPU memory."""
-    return torch.device("cpu" if mesh is None else mesh.device_type)
 
 
 def _power(norms: Tensor, order: float) -> Tensor:
@@ -174,7 +171,7 @@ def _combined(powers: list[Tensor], order: float, device: torch.device) -> Tenso
 
 
 def _norms(tensors: list[Tensor], order: float, foreach: bool | None) -> list[Tensor]:
-    """Return the norm of each local tensor, accumulated in at least float32."""
+    """Return the norm of each tensor, accumulated in at least float32."""
     norms: list[Tensor | None] = [None] * len(tensors)
     groups: dict[Any, list[int]] = {}
     for place, tensor in enumerate(tensors):
@@ -201,13 +198,9 @@ def _scale(tensors: list[Tensor], factor: Tensor, foreach: bool | None) -> None:
         groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
     for (device, dtype), members in groups.items():
         # In half precision the factor itself would be rounded; a 0-dim factor does not promote.
-        here = factor.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
+        local = factor.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
         if foreach is False:
             for member in members:
-                member.mul_(here)
+                member.mul_(local)
         else:
-            compat.foreach_mul_(members, here)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            compat.foreach_mul_(members, local)

@@ -1,4 +1,4 @@
-"""Router losses and statistics of a converted model, and how they reach a Hugging Face loss."""
+"""Router losses and statistics of a converted model, and their part in a Hugging Face loss."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from moeify.nn.router_losses import RouterLosses
 from moeify.sites.record import routers_of
 
 log = logging.getLogger("moeify")
+
+_NO_LAYER = "this model has no MoE layer: convert it with moeify(model, plan) first"
 
 
 class LayerStats(TypedDict):
@@ -48,14 +50,14 @@ def aux_loss(model: nn.Module) -> Tensor:
     A Hugging Face model that returns a loss in training has them added already.
 
     Args:
-        model: A converted model, also compiled or wrapped, or what `moeify.export` made of it.
+        model: A converted model, also compiled or wrapped, or the result of `moeify.export`.
 
     Returns:
         Scalar tensor with a graph to the routers; zero if no forward has run.
 
     Raises:
         MoeifyError: The model has no MoE layer, or its forward ran without a graph (reentrant
-            checkpointing), so that the loss could not train the routers.
+            checkpointing), so that the loss would not train the routers.
 
     Source:
         Switch Transformers (Fedus et al. 2021) eq. 4; ST-MoE (Zoph et al. 2022) eq. 5.
@@ -65,7 +67,7 @@ def aux_loss(model: nn.Module) -> Tensor:
         exported = [m.last_aux_loss for m in model.modules() if isinstance(m, RouterLosses)]
         if exported:
             return torch.zeros(()) if exported[0] is None else exported[0]
-        raise MoeifyError("this model has no MoE layer: convert it with moeify(model, plan) first")
+        raise MoeifyError(_NO_LAYER)
     if not torch.compiler.is_compiling():
         for router in routers:
             router.loss_taken = True
@@ -89,7 +91,7 @@ def aux_loss(model: nn.Module) -> Tensor:
 
 
 def router_stats(model: nn.Module) -> dict[str, LayerStats]:
-    """Return what each MoE layer did in the model's last forward.
+    """Return the statistics of each MoE layer in the model's last forward.
 
     Args:
         model: A converted model.
@@ -101,9 +103,10 @@ def router_stats(model: nn.Module) -> dict[str, LayerStats]:
         MoeifyError: The model has no MoE layer.
     """
     stats: dict[str, LayerStats] = {}
-    found = False
-    for name, router in live_routers(model):
-        found = True
+    routers = list(live_routers(model))
+    if not routers:
+        raise MoeifyError(_NO_LAYER)
+    for name, router in routers:
         last = router.last_stats
         if last is None:
             continue
@@ -115,26 +118,23 @@ def router_stats(model: nn.Module) -> dict[str, LayerStats]:
             "dropped": float(last["dropped"]),
             "tokens": int(last["tokens"]),
         }
-    if not found:
-        raise MoeifyError("this model has no MoE layer: convert it with moeify(model, plan) first")
     return stats
 
 
 def live_routers(model: nn.Module) -> Iterator[tuple[str, Router]]:
     """Yield (layer path, router) of every MoE layer, once each.
 
-    PEFT's `modules_to_save=["router"]` keeps the first router beside the one that trains; only
-    the one that runs is given then, under the layer's own path.
+    PEFT's `modules_to_save=["router"]` keeps the original router beside the one that trains; only
+    the active one is yielded then, under the layer's own path.
     """
     for layer, router in routers_of(model):
         wrapper, _, leaf = layer.rpartition(".")
-        copied = leaf == "modules_to_save"
-        around: Any = model.get_submodule(wrapper if copied else layer)
+        if leaf != "modules_to_save":
+            wrapper = layer
+        around: Any = model.get_submodule(wrapper)
         if not hasattr(around, "original_module"):
             yield layer, router
             continue
-        if not copied:
-            wrapper = layer
         active = [] if around.disable_adapters else list(around.active_adapters)
         runs = [around.modules_to_save[name] for name in active if name in around.modules_to_save]
         if router is (runs[0] if runs else around.original_module):
@@ -142,41 +142,34 @@ def live_routers(model: nn.Module) -> Iterator[tuple[str, Router]]:
 
 
 class ForwardWithRouterLosses:
-    """Stands before a Hugging Face model's `forward`: adds the router losses to its loss.
+    """Wraps the `forward` of a Hugging Face model and adds the router losses to its loss.
 
-    In training only, so that losses of an evaluation stay comparable with the dense model's. It is
-    an attribute of the model and not a forward hook, because `torch.compile` runs the hooks of the
-    outermost module in a graph of their own.
+    In training only, so that evaluation losses stay comparable with the dense model's. It is an
+    attribute of the model and not a forward hook, because `torch.compile` runs the hooks of the
+    outermost module in a separate graph.
 
-    A trainer that gives `num_items_in_batch` wants a sum over the labels, divided by those of all
-    its micro-batches and ranks, and divides by nothing itself. The router losses, a mean, then
-    enter with this micro-batch's share of the labels, so that all of them together are a mean.
+    A trainer that passes `num_items_in_batch` expects a sum over the labels, divided by the labels
+    of all its micro-batches and ranks. The router losses, a mean, are then weighted by this
+    micro-batch's share of the labels, so that their sum is a mean.
 
-    With `output_router_logits=True`, or that set in the config, the output has `router_logits`,
-    the logits [T, E] of each MoE layer, and `aux_loss`, which is `moeify.aux_loss(model)`.
-
-    Args:
-        model: The converted model.
+    With `output_router_logits=True`, as an argument or in the config, the output has
+    `router_logits`, the logits [T, E] of each MoE layer, and `aux_loss`, `moeify.aux_loss(model)`.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.shifts = shifts_labels(model)
-        # A model with routers of its own gives its own logits.
+        # A model that has routers itself returns their logits.
         self.gives_logits = "output_router_logits" in self.__signature__.parameters
         self.warned = False
 
     @property
     def __signature__(self) -> inspect.Signature:
-        """The signature of the model's own forward, which trainers look at."""
+        """The signature of the model's own forward, which trainers inspect."""
         return inspect.signature(type(self.model).forward.__get__(self.model))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model's own forward and add the losses to what it returns.
-
-        Raises:
-            MoeifyError: Router logits are asked for and the output is a tuple.
-        """
+        """Run the model's own forward and add the router losses, and logits if asked for."""
         model = self.model
         wanted = False
         if not self.gives_logits:
@@ -204,10 +197,8 @@ class ForwardWithRouterLosses:
         return output
 
     def _share(self, labels: Any, kwargs: Mapping[str, Any]) -> Tensor | None:
-        """Return this micro-batch's share of the labels; None where the loss is a mean.
-
-        Counts as `Trainer` counts: a loss that shifts its labels never predicts the first.
-        """
+        """Return this micro-batch's share of the labels; None if the loss is a mean."""
+        # Counted as `Trainer` does: a loss that shifts its labels never predicts the first.
         total: Tensor | int | None = kwargs.get("num_items_in_batch")
         shifted: Tensor | None = kwargs.get("shift_labels")
         if total is None or not isinstance(labels if shifted is None else shifted, Tensor):
@@ -220,7 +211,7 @@ class ForwardWithRouterLosses:
         return items / total.to(items).flatten()[0].clamp_min(1)  # one entry per replica
 
     def _watch(self) -> None:
-        """Warn once if the losses of the last forward that could train were read by nobody."""
+        """Warn once if nobody read the trainable losses of the last forward."""
         routers = [router for _, router in live_routers(self.model)]
         lost = any(
             (router.aux_loss or router.z_loss)
@@ -232,10 +223,10 @@ class ForwardWithRouterLosses:
         if lost and not self.warned:
             self.warned = True
             log.warning(
-                "the router losses of the last training forward are in no loss, so nothing "
-                "balances the experts: the model was given no labels (Trainer takes them out for "
-                "label smoothing and for compute_loss_func). Add moeify.aux_loss(model) to the "
-                "loss after each forward"
+                "the router losses of the last training forward are not in any loss, so nothing "
+                "balances the experts: the model got no labels (Trainer removes them for label "
+                "smoothing and for compute_loss_func). Add moeify.aux_loss(model) to the loss "
+                "after each forward"
             )
         if torch.is_grad_enabled():
             for router in routers:
@@ -243,7 +234,7 @@ class ForwardWithRouterLosses:
 
 
 def shifts_labels(model: nn.Module) -> bool:
-    """Tell whether `Trainer` counts a model's labels without the first of each row."""
+    """Tell whether `Trainer` leaves out the first label of each row when it counts them."""
     losses = sys.modules.get("transformers.loss.loss_utils")
     causal = getattr(losses, "ForCausalLMLoss", None)
     function = getattr(losses, "LOSS_MAPPING", {}).get(getattr(model, "loss_type", None))
@@ -254,13 +245,9 @@ def shifts_labels(model: nn.Module) -> bool:
 def with_router_losses(
     model: nn.Module, output: Any, labelled: bool, share: Tensor | None = None
 ) -> Any:
-    """Return a model's output with the router losses in its loss, if it has one.
+    """Return a model's output with the router losses, times `share`, in its loss, if it has one.
 
-    Args:
-        model: The converted model.
-        output: A tuple whose first element is the loss if `labelled`, or anything with a `loss`.
-        labelled: Whether the model was given labels.
-        share: Factor of the router losses, a scalar; one if None.
+    The loss of a tuple is its first element, if the model was given labels.
     """
 
     def added(loss: Tensor) -> Tensor:
@@ -283,11 +270,11 @@ def with_router_losses(
 
 
 def _with_logits(output: Any, logits: tuple[Tensor, ...], aux: Tensor) -> Any:
-    """Return a model's output with two more fields."""
+    """Return a model's output with the fields `router_logits` and `aux_loss`."""
     if isinstance(output, tuple) or not isinstance(output, Mapping):
         raise MoeifyError(
-            f"output_router_logits=True needs an output with names, not {type(output).__name__}: "
-            "use return_dict=True, or read moeify.router_stats(model)"
+            "output_router_logits=True needs an output with named fields, not "
+            f"{type(output).__name__}: use return_dict=True, or read moeify.router_stats(model)"
         )
     if not is_dataclass(output):
         return {**output, "aux_loss": aux, "router_logits": logits}
@@ -305,7 +292,7 @@ def _subclass(kind: type) -> type:
 
 
 def _named_output(kind: type) -> Any:
-    """Return a subclass of an output's class that has the two fields."""
+    """Return a subclass of an output's class with both fields."""
     return _subclass(kind)
 
 
@@ -318,7 +305,7 @@ def _is_loss(value: object) -> bool:
 
 
 def update_router_biases(model: nn.Module, args: tuple[Any, ...]) -> None:
-    """Forward pre-hook: move the selection biases before a training forward, never in a recompute.
+    """Forward pre-hook: update the selection biases before a training forward, not a recompute.
 
     Source:
         Auxiliary-loss-free load balancing (Wang et al. 2024) algorithm 1.
@@ -331,7 +318,7 @@ def update_router_biases(model: nn.Module, args: tuple[Any, ...]) -> None:
 
 
 def attach(model: nn.Module) -> None:
-    """Let a Hugging Face model add the router losses to its loss, and any model move its biases."""
+    """Add router losses to a Hugging Face model's loss, and bias updates to any model's forward."""
     if any(router.bias_update > 0 for _, router in routers_of(model)):
         model.register_forward_pre_hook(update_router_biases)
     if is_hf(model) and "forward" not in model.__dict__:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from moeify.errors import MoeifyError
 from moeify.nn.experts import Experts, ModuleExperts
-from moeify.sites.record import ATTRIBUTE, Conversion
+from moeify.sites.record import ATTRIBUTE, Conversion, conversion_of
 from moeify.zero.fsdp2 import settle
 from moeify.zero.stage1 import ShardedOptimizer
 
@@ -30,9 +30,9 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Sort a model's parameters into groups for an optimizer: dense or expert, decayed or not.
 
-    Not decayed are biases and whatever has no more than one dimension (norms), for stacked experts
-    beside the expert dimension. Parameters on different meshes are in different groups, so that
-    `foreach` and `fused` optimizers take them. Groups without parameters are left out.
+    Biases, norms and other parameters of at most one dimension, not counting the expert dimension,
+    are not decayed. Parameters on different meshes are in different groups, so that `foreach` and
+    `fused` optimizers accept them. Empty groups are left out.
 
     Args:
         model: A converted model, one with `MoE` layers, or any other.
@@ -43,9 +43,9 @@ def param_groups(
 
     Returns:
         Groups with `params`, `param_names` (in the same order), `name`, `weight_decay` and `lr` if
-        given. Each parameter that trains is in one of them, once. Groups of experts have
-        `moe: True` and the name that DeepSpeed knows their expert-data-parallel group by:
-        `ep_size_4` for layers over 4 ranks.
+        given. Each parameter that trains is in exactly one of them. Groups of experts have
+        `moe: True` and DeepSpeed's name of their expert-data-parallel group: `ep_size_4` for layers
+        over 4 ranks.
 
     Source:
         The keys of expert groups: `split_params_into_different_moe_groups_for_optimizer` in
@@ -58,8 +58,8 @@ def param_groups(
     """
     settle(model)
     ranks = _expert_ranks(model)
-    stacked = _stacked(model)
-    norms = _norms(model)
+    stacked = _parameters_of(model, Experts)  # their first dimension is that of experts
+    norms = _parameters_of(model, nn.LayerNorm, nn.RMSNorm)
     groups: dict[Any, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -82,17 +82,17 @@ def param_groups(
         rate = expert_lr if expert and expert_lr is not None else lr
         if rate is not None:
             group["lr"] = rate
-    # Sorting is stable: meshes stay in the order of the model, the same on every rank.
+    # Sorting is stable: meshes stay in model order, the same on every rank.
     return [groups[key] for key in sorted(groups, key=lambda key: (key[0], key[1] or 0, key[2]))]
 
 
-def _norms(model: nn.Module) -> set[int]:
-    """Return the ids of the parameters of norms."""
+def _parameters_of(model: nn.Module, *classes: type[nn.Module]) -> set[int]:
+    """Return the ids of the own parameters of modules of these classes."""
     return {
-        id(p)
+        id(parameter)
         for module in model.modules()
-        if isinstance(module, nn.LayerNorm | nn.RMSNorm)
-        for p in module.parameters(recurse=False)
+        if isinstance(module, classes)
+        for parameter in module.parameters(recurse=False)
     }
 
 
@@ -104,7 +104,7 @@ def _group(ranks: int | None, decayed: bool) -> dict[str, Any]:
 
 
 def _expert_ranks(model: nn.Module) -> dict[int, int]:
-    """Return over how many ranks the layer of each expert's parameter is spread, by identity."""
+    """Return the number of ep ranks of each expert parameter, by id."""
     found: dict[int, int] = {}
     for module in model.modules():
         record = module.__dict__.get(ATTRIBUTE)
@@ -122,34 +122,25 @@ def _expert_ranks(model: nn.Module) -> dict[int, int]:
     return found
 
 
-def _stacked(model: nn.Module) -> set[int]:
-    """Return the parameters whose first dimension counts experts."""
-    return {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, Experts)
-        for parameter in module.parameters(recurse=False)
-    }
-
-
 def optimizer(
     model: nn.Module,
     cls: type[Optimizer] = torch.optim.AdamW,
     groups: Iterable[Any] | None = None,
     **options: Any,
 ) -> Optimizer:
-    """Make the optimizer of a converted model, as the plan's `zero` wants it.
+    """Make the optimizer of a converted model according to the plan's `zero`.
 
     At stage 1, with an offload at stages 0 and 1, or with master weights, it is a
-    `ShardedOptimizer` around `cls`; else just `cls`, also for a model that was never converted.
+    `ShardedOptimizer` around `cls`; otherwise `cls` itself, also for a model that was not
+    converted.
 
     Args:
-        model: The model; on its device, and converted.
+        model: The model, on its device.
         cls: Any optimizer of torch's interface.
         groups: Parameters or groups of them; `param_groups(model)` if None, with the given weight
             decay or the default one of `cls`.
-        options: What `cls` takes; `foreach` is on where parameters are pieces,
-            in groups of our own, unless you say.
+        options: Arguments of `cls`; if parameters are pieces and `groups` is None, `foreach` is on
+            by default.
 
     Raises:
         MoeifyError: The plan partitions parameters that are not in the model any more.
@@ -164,20 +155,21 @@ def optimizer(
         groups = param_groups(model, weight_decay=_weight_decay(cls, options))
         known = inspect.signature(cls).parameters
         if "foreach" in known and not options.keys() & {"foreach", "fused"} and _has_pieces(model):
-            options["foreach"] = True  # one dispatch for many pieces, which are alike in our groups
-    holder = next((m for m in model.modules() if isinstance(_record(m), Conversion)), None)
-    parallel: Any = None if holder is None else _record(holder).parallel
-    if holder is None or parallel is None or parallel.zero is None or parallel.zero.stage > 1:
+            options["foreach"] = True  # one dispatch for many pieces; our groups are uniform
+    record = conversion_of(model)
+    parallel = None if record is None else record.parallel
+    zero = None if parallel is None else parallel.zero
+    if parallel is None or zero is None or zero.stage > 1:
         return cls(groups, **options)
-    zero = parallel.zero
     if zero.stage == 0 and zero.offload == "none" and not zero.has_masters:
         return cls(groups, **options)
-    names = dict(holder.named_parameters(remove_duplicate=False))
+    converted = next(m for m in model.modules() if m.__dict__.get(ATTRIBUTE) is record)
+    names = dict(converted.named_parameters(remove_duplicate=False))
     lost = [name for name in parallel.cuts if name not in names]
     if lost:
         raise MoeifyError(
-            f"{lost[0]}: the plan partitions its optimizer state, and it is not in the model any "
-            "more; make the optimizer before you take modules out"
+            f"{lost[0]}: the plan partitions its optimizer state, but it is not in the model any "
+            "more; make the optimizer before you remove modules"
         )
     made = ShardedOptimizer(
         groups,
@@ -196,12 +188,8 @@ def _has_pieces(model: nn.Module) -> bool:
     """Tell whether the optimizer will hold DTensors."""
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return True
-    found = next((r for m in model.modules() if isinstance(r := _record(m), Conversion)), None)
-    return found is not None and found.parallel is not None and bool(found.parallel.cuts)
-
-
-def _record(module: nn.Module) -> Any:
-    return module.__dict__.get(ATTRIBUTE)
+    record = conversion_of(model)
+    return record is not None and record.parallel is not None and bool(record.parallel.cuts)
 
 
 def _weight_decay(cls: type[Optimizer], options: dict[str, Any]) -> float:

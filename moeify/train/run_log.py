@@ -1,7 +1,7 @@
 """A training run as JSON lines, for `moeify report`: a line per step, readable while it grows.
 
-The first line with a model is preceded by one that says what the model is. Numbers that are not
-finite are written as "nan", "inf" and "-inf", because JSON has none.
+The first line with a model is preceded by one that describes the model. Numbers that are not finite
+are written as "nan", "inf" and "-inf", because JSON has none.
 
 Shapes: E experts.
 """
@@ -30,14 +30,7 @@ _RESERVED: Final = ("format", "version", "step", "layers")
 
 
 class LayerNumbers(TypedDict):
-    """What one MoE layer did since the last line.
-
-    Attributes:
-        counts: E numbers: routes per expert before dropping.
-        entropy: Mean entropy of the router's distribution per token, in nats.
-        dropped: Fraction of the routes that found their expert full.
-        tokens: Number of tokens.
-    """
+    """What one MoE layer did since the last line; as in `LayerStats`, with counts as numbers."""
 
     counts: Sequence[float]
     entropy: float
@@ -46,13 +39,13 @@ class LayerNumbers(TypedDict):
 
 
 class RunLog:
-    """Appends what a training step did to a file.
+    """Appends the numbers of a training step to a file.
 
-    A file that is there already is continued, if it is of the same model; a line that a crash left
-    unfinished is taken away. In a world of several ranks, write on one of them.
+    An existing file of the same model is continued, without a last line that a crash left
+    unfinished. With several ranks, write on one of them.
 
     Args:
-        path: The file, made with the first line; its folder must exist.
+        path: The file, created with the first line; its folder must exist.
 
     Raises:
         MoeifyError: It is not a log, or that of another model; raised by `write`.
@@ -84,23 +77,25 @@ class RunLog:
         layers: Mapping[str, LayerNumbers] | None = None,
         **numbers: Any,
     ) -> None:
-        """Append a line; several of one step are read as one.
+        """Append a line; several lines of one step are read as one.
 
         Args:
             step: Number of the step, from 0.
-            model: A converted model, whose last forward is written per layer; None writes numbers
-                alone. A dense model adds nothing.
-            layers: What its layers did, by name, in place of the last forward.
+            model: A converted model, whose last forward is written per layer; None or a dense model
+                writes numbers alone.
+            layers: What its layers did, by name, instead of the last forward.
             **numbers: Losses and the like, each a float or a tensor with one element.
 
         Raises:
             MoeifyError: The file cannot be continued.
-            ValueError: A number has a name of the format's own, or the step is negative.
+            ValueError: A number has a reserved name, or the step is negative.
         """
         taken = [name for name in numbers if name in _RESERVED]
         if taken or isinstance(step, bool) or not isinstance(step, int) or step < 0:
             what = f"the number {taken[0]!r}" if taken else f"step {step!r}"
-            raise ValueError(f"{what}: steps are whole numbers from 0, and {_RESERVED} are taken")
+            raise ValueError(
+                f"{what}: steps are whole numbers from 0, and {_RESERVED} are reserved names"
+            )
         lines = []
         if model is not None:
             lines += self._model_line(model)
@@ -122,14 +117,12 @@ class RunLog:
         self._open()
         header = json.dumps(_describe(model), allow_nan=False)
         if self._header is not None and self._header != header:
-            raise MoeifyError(
-                f"{self.path}: is the log of another model or plan; give a path of its own"
-            )
+            raise MoeifyError(f"{self.path} is the log of another model or plan; use another path")
         written, self._header = self._header, header
         return [] if written is not None else [header]
 
     def _open(self) -> None:
-        """Look at what is in the file, once."""
+        """Check what is in the file, once, and remove an unfinished last line."""
         if self._opened:
             return
         if self.path.exists():
@@ -137,12 +130,12 @@ class RunLog:
             whole = data[: data.rfind(b"\n") + 1]
             for number, line in enumerate(whole.decode("utf-8", "replace").splitlines(), 1):
                 if not line.startswith("{"):
-                    raise MoeifyError(f"{self.path}:{number}: is not a log of moeify's")
+                    raise MoeifyError(f"{self.path}:{number}: not a log of moeify")
                 if line.startswith(f'{{"format": "{FORMAT}"'):
                     self._header = line
             if len(whole) < len(data):
                 if not data.startswith(b"{"):
-                    raise MoeifyError(f"{self.path}: is not a log of moeify's")
+                    raise MoeifyError(f"{self.path}: not a log of moeify")
                 os.truncate(self.path, len(whole))
         self._opened = True
 
@@ -182,7 +175,7 @@ def _numbers(layer: LayerNumbers) -> dict[str, Any]:
 
 
 def _number(value: Any) -> float | str:
-    """Return a number for JSON: whole ones short, those that are not finite as words."""
+    """Return a number for JSON: whole ones as int, those that are not finite as text."""
     number = float(value.detach() if isinstance(value, Tensor) else value)
     if not math.isfinite(number):
         return str(number)

@@ -1,8 +1,7 @@
-"""What the routers do, in the logs of a Hugging Face `Trainer`.
+"""Router statistics in the logs of a Hugging Face `Trainer`.
 
-Imported on first use of `moeify.RouterCallback`, because it needs transformers, which importing
-moeify does not import. Sums are kept on the model's device; nothing waits for it before a log is
-due.
+Imported on first use of `moeify.RouterCallback`, because it needs transformers. Sums are kept on
+the model's device; the host waits for it only when a log is due.
 
 Shapes: E experts.
 """
@@ -26,14 +25,14 @@ log = logging.getLogger("moeify")
 
 
 class _Sums:
-    """Sums over forwards of what the routers left behind."""
+    """Sums of the routers' statistics and losses over forwards."""
 
     def __init__(self) -> None:
         self.layers: dict[str, Tensor] = {}
         self.losses: Tensor | None = None
 
     def add(self, model: nn.Module) -> None:
-        """Add the model's last forward; runs on the device alone."""
+        """Add the model's last forward, without waiting for the device."""
         loss: Tensor | None = None
         for name, router in live_routers(model):
             stats, own = router.last_stats, router.last_aux_loss
@@ -51,7 +50,7 @@ class _Sums:
             self.losses = pair if self.losses is None else self.losses + pair
 
     def read(self) -> tuple[dict[str, float], dict[str, LayerNumbers]]:
-        """Return the values over all ranks, and each layer's; every rank must call it."""
+        """Return the values over all ranks, for the logs and by layer; collective."""
         layers: dict[str, LayerNumbers] = {}
         if self.losses is None:
             return {}, layers
@@ -81,25 +80,25 @@ class _Sums:
 
 
 class RouterCallback(TrainerCallback):
-    """Adds what the routers did to `Trainer`'s logs, and so to TensorBoard and the like.
+    """Adds router statistics to `Trainer`'s logs, and so to TensorBoard and the like.
 
     `RouterCallback().attach(trainer)` puts it before the reporters, which then show its values.
     `Trainer(..., callbacks=[RouterCallback()])` puts it behind them: its values are in
     `trainer.state.log_history`, on the console and in the run log, but no reporter sees them.
 
-    With each log of the training loss come, over all tokens of all ranks since the last one, for
-    each layer
+    Each log of the training loss gets, over all tokens of all ranks since the last one, for each
+    layer
 
     - `router/<layer>/load_max` and `load_min`: routes of the fullest and of the emptiest expert,
-      before dropping, over the even share, which is 1;
+      before dropping, relative to an even load;
     - `router/<layer>/entropy`: mean entropy of the router's distribution per token, in nats;
     - `router/<layer>/dropped`: fraction of the routes that found their expert full;
 
     and `router/aux_loss`, the mean of `moeify.aux_loss(model)` over the micro-batches.
 
     Args:
-        run_log: File for a `RunLog`, which the first rank writes at every log: the load of every
-            expert, and the numbers that are logged. None writes none.
+        run_log: File for a `RunLog`, in which the first rank writes the load of every expert and
+            the logged numbers at every log. None writes none.
     """
 
     def __init__(self, run_log: str | os.PathLike[str] | None = None) -> None:
@@ -108,13 +107,10 @@ class RouterCallback(TrainerCallback):
         self._attached = False
 
     def attach(self, trainer: Any) -> RouterCallback:
-        """Put this callback into a `Trainer`, before all that read its logs.
+        """Put this callback into a `Trainer`, before all that read its logs, and return it.
 
         Args:
-            trainer: Made already; it may have this callback in its list or not.
-
-        Returns:
-            This callback.
+            trainer: Created already, with or without this callback in its list.
         """
         callbacks = trainer.callback_handler.callbacks
         callbacks[:] = [self, *(other for other in callbacks if other is not self)]
@@ -122,7 +118,7 @@ class RouterCallback(TrainerCallback):
         return self
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start anew, and warn where reporters would miss the routers' values."""
+        """Reset the sums, and warn if reporters would miss the routers' values."""
         self._sums = _Sums()
         if args.report_to and not self._attached and state.is_world_process_zero:
             log.warning(
@@ -131,17 +127,13 @@ class RouterCallback(TrainerCallback):
                 ", ".join(args.report_to),
             )
 
-    def on_substep_end(
-        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
-    ) -> None:
-        """Add a micro-batch that is not the step's last."""
-        self._sums.add(model)
-
     def on_step_end(
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
     ) -> None:
-        """Add the step's last micro-batch."""
+        """Add a micro-batch."""
         self._sums.add(model)
+
+    on_substep_end = on_step_end  # of a micro-batch that is not the step's last
 
     def on_log(
         self,

@@ -1,4 +1,4 @@
-"""Carries out on a converted model what `partition-zero` decided.
+"""Carry out on a converted model what `partition-zero` decided.
 
 At stages 0 and 1 parameters and gradients stay whole and `mf.optimizer` keeps this rank's states.
 At stages 2 and 3 parameters become pieces, by FSDP2 or by gathers in the graph (`engine: graph`).
@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from moeify.distributed.dtensor import is_sharded, local_of
 from moeify.distributed.exchange import is_coordinated
 from moeify.zero import fsdp2, graph_engine
 from moeify.zero.plan import Part, Unit, ZeroPlan
-from moeify.zero.stage1 import Cut, Guard, guard
+from moeify.zero.stage1 import Cut, Guard
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -31,18 +32,12 @@ __all__ = ["Partitioned", "partition"]
 
 @dataclass(slots=True)
 class Partitioned:
-    """What the optimizer and checkpoints have to know.
+    """What the optimizer and checkpoints have to know; empty where parameters are pieces."""
 
-    Attributes:
-        cuts: How optimizer states are cut, by parameter name, where parameters are whole.
-        masters: This rank's pieces of the weights in float32, where the model holds less; taken
-            by the optimizer.
-        guard: Makes other optimizers than `mf.optimizer`'s refuse these parameters, or None.
-    """
-
-    cuts: dict[str, Cut] = field(default_factory=dict)
+    cuts: dict[str, Cut] = field(default_factory=dict)  # of optimizer states, by parameter name
+    # This rank's pieces of the float32 weights, if the model holds less; the optimizer takes them.
     masters: dict[str, Tensor] = field(default_factory=dict)
-    guard: Guard | None = None
+    guard: Guard | None = None  # makes optimizers other than `mf.optimizer`'s refuse the parameters
 
 
 def partition(
@@ -54,20 +49,9 @@ def partition(
     slices: SlicePlan | None,
     undo: ExitStack,
 ) -> Partitioned:
-    """Partition a converted model's state in place.
+    """Partition a converted model's state in place; `undo` gets the callbacks that restore it.
 
-    Args:
-        model: The converted model.
-        zero: The decision.
-        world: Its meshes.
-        resolved: Its layers.
-        blocks: Path of each layer's block.
-        slices: How dense layers are sliced, or None.
-        undo: Gets what takes it back.
-
-    Raises:
-        UnsupportedModuleError: Parameters cannot be partitioned.
-        PassError: The decision is not about this model.
+    `blocks` are the paths of the blocks by layer name.
     """
     fsdp2.check(model, zero)
     counts = {f"{blocks[layer.name]}.experts": layer.experts for layer in resolved}
@@ -94,13 +78,13 @@ def partition(
             made.masters = _masters(model, zero, made.cuts, dtype)
         fsdp2.cast(model, dtype, undo)
     if zero.stage or zero.offload != "none" or zero.has_masters:
-        made.guard = guard(p for p in model.parameters() if p.requires_grad)
+        made.guard = Guard(p for p in model.parameters() if p.requires_grad)
         undo.callback(made.guard.remove)
     return made
 
 
 def _mesh(unit: Unit, world: World, counts: dict[str, int]) -> tuple[DeviceMesh, DeviceMesh]:
-    """Return the mesh that a unit is cut over, and all that it lies on."""
+    """Return the mesh that a unit is partitioned over, and the whole mesh that holds it."""
     if unit.parts and unit.parts[0].over == "edp":
         sparse = world.sparse(counts[unit.name])
         return sparse["edp"], sparse
@@ -108,7 +92,7 @@ def _mesh(unit: Unit, world: World, counts: dict[str, int]) -> tuple[DeviceMesh,
 
 
 def _divisor(model: nn.Module, unit: Unit, world: World) -> float:
-    """Return what the sum of a unit's gradients is divided by, see `parallel.reduce_gradients`."""
+    """Return what the sum of a unit's gradients is divided by, as without ZeRO."""
     dp = world.layout.dp
     if not unit.parts or unit.parts[0].over == "dp":
         return float(dp)
@@ -125,7 +109,7 @@ def _partial(slices: SlicePlan | None) -> tuple[str, ...]:
 def _cut(model: nn.Module, part: Part, mesh: DeviceMesh, joint: DeviceMesh, zero: ZeroPlan) -> Cut:
     parameter: Any = model.get_parameter(part.name)
     dim = part.dim if zero.stage == 1 else None
-    if not hasattr(parameter, "to_local"):
+    if not is_sharded(parameter):
         return Cut(mesh, mesh, dim)
     own = parameter.device_mesh.mesh_dim_names
     names = (*(mesh.mesh_dim_names or ()), *own)
@@ -135,15 +119,14 @@ def _cut(model: nn.Module, part: Part, mesh: DeviceMesh, joint: DeviceMesh, zero
 def _masters(
     model: nn.Module, zero: ZeroPlan, cuts: dict[str, Cut], dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Return this rank's pieces of the weights that would lose bits in another dtype."""
+    """Return this rank's float32 pieces of the weights that would lose bits in `dtype`."""
     masters = {}
     for name, part in zero.parts.items():
         parameter: Any = model.get_parameter(name)
         if not part.trains or parameter.dtype == dtype or not parameter.is_floating_point():
             continue
         cut = cuts[name]
-        local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-        piece = local.detach()
+        piece = local_of(parameter).detach()
         if cut.dim is not None:
             chunks = piece.chunk(cut.mesh.size(), cut.dim)
             rank = cut.mesh.get_local_rank()

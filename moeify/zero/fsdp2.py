@@ -4,8 +4,8 @@
     stage 2: gathered for the forward pass and kept until the unit's backward pass has run
 
 In both, gradients are reduce-scattered as they come and `.grad` is this rank's piece, so that a
-plain optimizer over `model.parameters()` keeps states of pieces only. Units of experts lie on their
-own mesh: cut over "edp", next to the "ep" that they are spread over.
+plain optimizer over `model.parameters()` keeps states of pieces only. Units of experts have their
+own mesh: cut over "edp", beside the "ep" that they are sharded over.
 
 Source:
     PyTorch FSDP2 (Zhao et al. 2023 for its principle); per-unit meshes: torchtitan.
@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 
 from moeify import compat
 from moeify.distributed import collectives
+from moeify.distributed.dtensor import is_sharded, local_of
 from moeify.errors import PassError, UnsupportedModuleError
 from moeify.zero.plan import Unit, ZeroPlan
 
@@ -42,22 +43,12 @@ def shard(
     divisors: Mapping[str, float],
     undo: ExitStack,
 ) -> None:
-    """Partition a model's parameters in place.
+    """Partition a model's parameters in place; `undo` gets the callbacks that restore it.
 
-    Args:
-        model: With its blocks installed and its dense layers sliced; real or on `meta`.
-        zero: Of stage 2 or 3.
-        meshes: The one-dimensional mesh of each unit, by the unit's name.
-        divisors: What the sum of a unit's gradients over its mesh is divided by, by its name.
-        undo: Gets what brings the former parameters, classes and hooks back.
-
-    Raises:
-        UnsupportedModuleError: A unit holds parameters that FSDP2 does not take.
-        PassError: The decision is not about this model.
+    One-dimensional `meshes` and `divisors` (of the sum of gradients) are by name of the unit.
     """
     from torch.distributed.fsdp import fully_shard
 
-    check(model, zero)
     for module in model.modules():
         _remember(module, undo)
     if zero.precision != "model":
@@ -90,19 +81,19 @@ def shard(
             compat.span_fsdp(sharded, model.get_submodule(unit.around))
         if unit.after:
             sharded.set_modules_to_forward_prefetch([model.get_submodule(n) for n in unit.after])
-        # Itself, which is there: with an empty list FSDP2 would choose one.
+        # Itself, which is gathered already: with an empty list FSDP2 would choose a unit.
         before = [model.get_submodule(n) for n in unit.before or (unit.name,)]
         sharded.set_modules_to_backward_prefetch(before)
     kept = [model.get_submodule(u.name) for u in units if zero.stage == 2 or u.around == ""]
-    model.register_forward_pre_hook(partial(_fresh, kept), prepend=True)
-    model.register_forward_hook(partial(_released, kept))
+    model.register_forward_pre_hook(partial(_reshard_stale, kept), prepend=True)
+    model.register_forward_hook(partial(_reshard_unneeded, kept))
 
 
 def settle(model: nn.Module) -> None:
-    """Let units that FSDP2 keeps whole for a backward pass go back to their pieces.
+    """Reshard the units that FSDP2 keeps whole for a backward pass.
 
-    `model.parameters()` are whole copies as long as there was a forward pass, with gradients, and
-    no backward pass; an optimizer or a checkpoint must not hold these.
+    Between a forward pass with gradients and its backward pass `model.parameters()` are whole
+    copies, which an optimizer or a checkpoint must not hold.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None:
@@ -113,11 +104,7 @@ def settle(model: nn.Module) -> None:
 
 
 def check(model: nn.Module, zero: ZeroPlan) -> None:
-    """Compare a decision with the model that it is to be carried out on.
-
-    Raises:
-        PassError: A parameter is in one and not in the other, or has another shape.
-    """
+    """Raise a PassError if the decision is about other parameters or shapes than the model's."""
     planned = zero.parts
     held = dict(model.named_parameters(remove_duplicate=False))
     seen: dict[int, str] = {}
@@ -125,7 +112,7 @@ def check(model: nn.Module, zero: ZeroPlan) -> None:
         parameter = held.get(name)
         if parameter is None:
             raise PassError(f"partition-zero: {name} is not in the converted model")
-        if (shape := tuple(_local(parameter).shape)) != part.shape:
+        if (shape := tuple(local_of(parameter).shape)) != part.shape:
             raise PassError(f"partition-zero: {name} has shape {shape} here, not {part.shape}")
         seen[id(parameter)] = name
     for name, parameter in held.items():
@@ -134,23 +121,17 @@ def check(model: nn.Module, zero: ZeroPlan) -> None:
 
 
 def cast(model: nn.Module, dtype: torch.dtype, undo: ExitStack) -> None:
-    """Give a model's floating-point parameters another dtype, ties kept; buffers stay.
-
-    Args:
-        model: The model.
-        dtype: The dtype.
-        undo: Gets what brings the former values back.
-    """
+    """Cast a model's floating-point parameters, not its buffers; tied ones stay tied."""
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for key, parameter in list(module._parameters.items()):
             if parameter is None or not parameter.is_floating_point() or parameter.dtype == dtype:
                 continue
-            if not hasattr(parameter, "to_local"):  # hooks stay
+            if not is_sharded(parameter):  # hooks stay
                 undo.callback(setattr, parameter, "data", parameter.data)
                 parameter.data = parameter.data.to(dtype)
                 continue
-            if id(parameter) not in made:  # a DTensor's inside cannot be exchanged
+            if id(parameter) not in made:  # the data of a DTensor cannot be set
                 data = parameter.detach().to(dtype)
                 made[id(parameter)] = nn.Parameter(data, requires_grad=parameter.requires_grad)
             undo.callback(module._parameters.__setitem__, key, parameter)
@@ -158,16 +139,10 @@ def cast(model: nn.Module, dtype: torch.dtype, undo: ExitStack) -> None:
 
 
 def sum_in_slices(model: nn.Module, names: tuple[str, ...], group: str, undo: ExitStack) -> None:
-    """Sum the gradients of whole parameters over the tensor ranks whose slices use them.
+    """Sum the gradients of whole parameters (norms over heads) over the tensor ranks that use them.
 
-    By a property of the module that reads them, since FSDP2 exchanges the parameters themselves,
-    and hooks with them.
-
-    Args:
-        model: The model.
-        names: The parameters, such as norms over each head.
-        group: Name of the group of tensor ranks.
-        undo: Gets what takes it away again.
+    Through a property of the module, because FSDP2 replaces the parameters, and their hooks with
+    them.
     """
     owners: dict[str, list[str]] = {}
     for name in names:
@@ -178,7 +153,7 @@ def sum_in_slices(model: nn.Module, names: tuple[str, ...], group: str, undo: Ex
         former = type(module)
         reads = {leaf: property(_reader(leaf, group, f"{path}.{leaf}")) for leaf in leaves}
         module.__class__ = type(former.__name__, (former,), reads)
-        undo.callback(_set_class, module, former)
+        undo.callback(setattr, module, "__class__", former)
 
 
 def _reader(leaf: str, group: str, where: str) -> Callable[[nn.Module], Any]:
@@ -191,14 +166,10 @@ def _reader(leaf: str, group: str, where: str) -> Callable[[nn.Module], Any]:
     return read
 
 
-def _set_class(module: nn.Module, former: type[nn.Module]) -> None:
-    module.__class__ = former
-
-
 def _divide(module: Any, mesh: DeviceMesh, divisor: float) -> None:
     """Let FSDP2 divide the sum of a unit's gradients."""
     if mesh.size() == 1:
-        # Left to itself it divides twice here: as it copies, and again after that.
+        # FSDP2 would divide twice here: as it copies, and again after that.
         module.set_all_reduce_hook(partial(_divided, divisor))
         return
     module.set_gradient_divide_factor(divisor)
@@ -213,20 +184,20 @@ def _divided(divisor: float, gradients: Tensor) -> None:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _whole_output(module: nn.Module, args: Any, output: Any) -> Any:
-    """Copy an output that is a view: in-place changes of it would drop FSDP2's backward hook."""
+    """Copy an output that is a view: in-place changes would drop FSDP2's backward hook."""
     return output.clone() if isinstance(output, Tensor) and output._is_view() else output
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _fresh(units: list[Any], module: nn.Module, args: Any) -> None:
-    """Gather again what no backward pass has let go of: the optimizer may have stepped since."""
+def _reshard_stale(units: list[Any], module: nn.Module, args: Any) -> None:
+    """Reshard units that no backward pass has released: the optimizer may have stepped since."""
     for unit in units:
         unit.reshard()
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _released(units: list[Any], module: nn.Module, args: Any, output: Any) -> None:
-    """Let go of what is kept for a backward pass if there will be none."""
+def _reshard_unneeded(units: list[Any], module: nn.Module, args: Any, output: Any) -> None:
+    """Reshard units that are kept for a backward pass if there will be none."""
     if not torch.is_grad_enabled():
         for unit in units:
             unit.reshard()
@@ -234,11 +205,6 @@ def _released(units: list[Any], module: nn.Module, args: Any, output: Any) -> No
 
 def _depth(path: str) -> int:
     return path.count(".") + 1 if path else 0
-
-
-def _local(tensor: Tensor) -> Tensor:
-    to_local: Any = getattr(tensor, "to_local", None)
-    return tensor if to_local is None else to_local()
 
 
 def _placement(dims: Mapping[int, int]) -> Callable[[nn.Parameter], Any]:
@@ -281,7 +247,7 @@ def _refuse_mixed(model: nn.Module, unit: Unit) -> None:
                 "FSDP2 does not take parameters without dimensions: make it a tensor of one "
                 "element, or set zero.engine: graph",
             )
-        if not _local(parameter).is_contiguous():
+        if not local_of(parameter).is_contiguous():
             raise UnsupportedModuleError(part.name, "FSDP2 does not take non-contiguous parameters")
     if len(dtypes) > 1:
         each = ", ".join(f"{name} is {dtype}" for dtype, name in dtypes.items())
@@ -293,7 +259,7 @@ def _refuse_mixed(model: nn.Module, unit: Unit) -> None:
 
 
 def _remember(module: nn.Module, undo: ExitStack) -> None:
-    """Let `undo` bring back everything that `fully_shard` changes in a module."""
+    """Let `undo` restore everything that `fully_shard` changes in a module."""
     former, state = type(module), dict(module.__dict__)
     tables = [(value, value.copy()) for value in state.values() if isinstance(value, dict)]
 

@@ -1,10 +1,10 @@
 """ZeRO inside the graph: a parameter is this rank's piece, and whatever reads it gathers it first.
 
-In MoE blocks `passes/gather_partitions.py` makes each gather a node. Modules outside of blocks are
-no graphs: there a property of the parameter's name gathers, so that every read does. Neither is a
-hook, so that a compiler sees all of a step in one graph.
+In MoE blocks `passes/gather_partitions.py` makes each gather a node. Outside of blocks a property
+of the parameter's name gathers at every read. Neither is a hook, so that a compiler sees all of a
+step in one graph.
 
-Like FSDP, every rank must read what the others read: a read that depends on the data hangs.
+As with FSDP, every rank must read the same parameters: a read that depends on the data hangs.
 
 Source:
     ZeRO: Rajbhandari et al. 2020, section 5. Gathers traced with the model: SimpleFSDP (Zhang et
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
+from moeify.distributed.dtensor import from_local, is_sharded, local_of
 from moeify.errors import PassError, UnsupportedModuleError
 from moeify.zero.fsdp2 import DTYPES
 from moeify.zero.gather import Gathering, gathered, regathering
@@ -34,22 +35,12 @@ if TYPE_CHECKING:
 
 __all__ = ["gather", "partition", "run"]
 
-_TABLE = "_moeify_gathers"
-"""Where a module keeps how its own parameters are gathered, by name."""
-_RUNNING = "_moeify_regathering"
-"""Where a model keeps the contexts of the forward passes that run."""
+_TABLE = "_moeify_gathers"  # attribute of a module: how its own parameters are gathered, by name
+_RUNNING = "_moeify_regathering"  # attribute of a model: the contexts of running forward passes
 
 
 def gather(module: nn.Module, name: str) -> Tensor:
-    """Return a parameter whole: gathered if it has been partitioned, else as it is.
-
-    Args:
-        module: A module.
-        name: The parameter's name in it.
-
-    Raises:
-        DispatchError: A peer died or went another way.
-    """
+    """Return a parameter whole: gathered if it has been partitioned, else as it is."""
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
     parameter: Any = owner._parameters[leaf]
@@ -62,15 +53,7 @@ def gather(module: nn.Module, name: str) -> Tensor:
 def run(
     module: nn.Module, names: Sequence[str], values: Sequence[Tensor], *args: Any, **kwargs: Any
 ) -> Any:
-    """Call a module with these values in the place of its parameters.
-
-    Args:
-        module: A module.
-        names: Names of its parameters.
-        values: What `gather` returned for each.
-        args: Its arguments.
-        kwargs: Its arguments by name.
-    """
+    """Call a module with values that `gather` returned in place of its parameters."""
     given = dict(zip(names, values, strict=True))
     return torch.func.functional_call(module, given, args, kwargs)
 
@@ -84,24 +67,14 @@ def partition(
     summed: Collection[str],
     undo: ExitStack,
 ) -> None:
-    """Leave each rank its piece of every parameter, under its name; nothing is sent.
+    """Replace every parameter by this rank's piece, under the same name; nothing is sent.
 
-    Pieces are DTensors over "dp" or "edp" and what the parameter lay on before. Gradients are
-    reduced by the gathers: nothing else may reduce them or sum those of `summed`.
+    Pieces are DTensors over "dp" or "edp" and the parameter's former mesh. Gradients are reduced by
+    the gathers: nothing else may reduce them or sum those of `summed`.
 
-    Args:
-        model: With its blocks installed and its dense layers sliced; real or on `meta`.
-        zero: Of stage 2 or 3.
-        world: Its meshes; every rank calls this, in the same order.
-        counts: Number of experts by the name of their unit.
-        divisors: What the sum of a unit's gradients over its ranks is divided by, by its name.
-        summed: Whole parameters of which a tensor rank has the gradient of its own slice only.
-        undo: Gets what brings the former parameters and classes back. While it can, the whole
-            parameters stay in memory.
-
-    Raises:
-        UnsupportedModuleError: A module reads its parameters past their names.
-        PassError: The decision is about a parameter of another shape.
+    `counts` (of experts) and `divisors` (of the sum of gradients) are by name of the unit; of the
+    parameters in `summed`, a tensor rank has the gradient of its own slice only. `undo` gets the
+    callbacks that restore the model; until it is closed, whole parameters stay in memory.
     """
     places = _places(model)
     _check(model)
@@ -113,8 +86,8 @@ def partition(
             parameter: Any = model.get_parameter(part.name)
             how = _gathering(parameter, part, mesh, world, zero, 1 / divisors[unit.name])
             if part.name in summed and world.layout.tensor > 1:
-                how = _summed(how, world.dense["tp"])
-            piece = _piece(parameter, part, mesh, _kept(parameter, zero))
+                how = replace(how, summed=world.dense["tp"].get_group().group_name)
+            piece = _piece(parameter, part, mesh, _optimizer_dtype(parameter, zero))
             for owner, leaf in places[id(parameter)]:
                 _replace(owner, leaf, piece, how, undo)
                 if (id(owner), leaf) not in nodes:
@@ -125,13 +98,13 @@ def partition(
     if zero.precision != "model":
         _cast_inputs(model, zero, undo)
     if zero.stage == 3:
-        # Of the whole model, not of each module: checkpointing within it must have the last word.
+        # Hooks of the whole model, not of each module: checkpointing within it takes precedence.
         undo.callback(model.register_forward_pre_hook(_enter).remove)
         undo.callback(model.register_forward_hook(_leave, always_call=True).remove)
 
 
 def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Return where each parameter is, tied ones in several places."""
+    """Return the owners and names of each parameter by id; tied ones have several."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for leaf, parameter in module._parameters.items():
@@ -141,20 +114,16 @@ def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
 
 
 def _check(model: nn.Module) -> None:
-    """Refuse what would read a parameter without its being gathered.
-
-    Raises:
-        UnsupportedModuleError: There is such a module.
-    """
+    """Refuse modules that would read a parameter without gathering it."""
     every = {id(p) for p in model.parameters()}
     for path, module in model.named_modules():
         own = any(p is not None for p in module._parameters.values())
         reason = ""
         if own and isinstance(module, torch.jit.ScriptModule):
-            reason = "a scripted module reads its parameters past Python"
+            reason = "a scripted module reads its parameters outside of Python"
         elif own and isinstance(module, fx.GraphModule):
-            reason = "a graph module with parameters of its own makes its class anew"
-        elif every & set(_aside(module)):
+            reason = "a graph module with parameters of its own rebuilds its class"
+        elif every & set(_tensor_attributes(module)):
             reason = "it keeps parameters in other attributes as well, as recurrent layers do"
         if reason:
             raise UnsupportedModuleError(
@@ -162,8 +131,8 @@ def _check(model: nn.Module) -> None:
             )
 
 
-def _aside(module: nn.Module) -> list[int]:
-    """Return the identities of the tensors among a module's plain attributes, lists of them too."""
+def _tensor_attributes(module: nn.Module) -> list[int]:
+    """Return the ids of the tensors in a module's plain attributes and in lists there."""
     found = []
     for value in module.__dict__.values():
         listed = value if isinstance(value, list | tuple) else (value,)
@@ -172,7 +141,7 @@ def _aside(module: nn.Module) -> list[int]:
 
 
 def _gathered_by_nodes(model: nn.Module) -> set[tuple[int, str]]:
-    """Return the parameters, as (identity of their module, name), that a node gathers."""
+    """Return the parameters that a node gathers, as (id of their module, name)."""
     found = set()
     for block in model.modules():
         if not isinstance(block, fx.GraphModule):
@@ -186,7 +155,7 @@ def _gathered_by_nodes(model: nn.Module) -> set[tuple[int, str]]:
 
 
 def _mesh(part: Part, unit: Unit, world: World, counts: Mapping[str, int]) -> DeviceMesh:
-    """Return the mesh of all dimensions, of which a piece uses those it lies on."""
+    """Return the mesh of all dimensions, of which a piece uses some."""
     return world.sparse(counts[unit.name]) if part.over == "edp" else world.dense
 
 
@@ -194,7 +163,7 @@ def _gathering(
     parameter: Any, part: Part, mesh: DeviceMesh, world: World, zero: ZeroPlan, factor: float
 ) -> Gathering:
     rest = None
-    if hasattr(parameter, "to_local") and part.kind == "dense":
+    if is_sharded(parameter) and part.kind == "dense":
         rest = parameter.device_mesh, tuple(parameter.placements), parameter.shape
     floating = parameter.is_floating_point()
     dtype = DTYPES.get(zero.precision) if floating else None
@@ -213,23 +182,18 @@ def _gathering(
     )
 
 
-def _summed(how: Gathering, mesh: DeviceMesh) -> Gathering:
-    return replace(how, summed=mesh.get_group().group_name)
-
-
-def _kept(parameter: Tensor, zero: ZeroPlan) -> torch.dtype:
-    """Return the dtype that the optimizer updates."""
+def _optimizer_dtype(parameter: Tensor, zero: ZeroPlan) -> torch.dtype:
     if zero.precision == "model" or not parameter.is_floating_point():
         return parameter.dtype
     return torch.float32 if zero.has_masters else DTYPES[zero.precision]
 
 
 def _piece(parameter: Any, part: Part, mesh: DeviceMesh, dtype: torch.dtype) -> nn.Parameter:
-    """Return this rank's piece of a parameter, in memory of its own."""
-    from torch.distributed.tensor import DTensor, Replicate, Shard
+    """Return a copy of this rank's piece of a parameter."""
+    from torch.distributed.tensor import Replicate, Shard
 
-    sharded = hasattr(parameter, "to_local")
-    local: Tensor = (parameter.to_local() if sharded else parameter).detach()
+    sharded = is_sharded(parameter)
+    local = local_of(parameter).detach()
     if tuple(local.shape) != part.shape:
         raise PassError(
             f"{part.name} is {tuple(local.shape)} on this rank, partition-zero decided about "
@@ -244,16 +208,8 @@ def _piece(parameter: Any, part: Part, mesh: DeviceMesh, dtype: torch.dtype) -> 
         own = Shard(part.dim)
     local = local.to(dtype, copy=True, memory_format=torch.contiguous_format)
     names = (part.over, *(parameter.device_mesh.mesh_dim_names if sharded else ()))
-    over = mesh[names]
     placements = [own, *(parameter.placements if sharded else ())]
-    made = DTensor.from_local(
-        local,
-        over,
-        placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=torch.empty(parameter.shape, device="meta").stride(),
-    )
+    made = from_local(local, mesh[names], placements, parameter.shape)
     return nn.Parameter(made, requires_grad=parameter.requires_grad)
 
 
@@ -266,7 +222,7 @@ def _replace(
         undo.callback(owner.__dict__.pop, _TABLE, None)
         owner.__dict__[_TABLE] = {}
     owner.__dict__[_TABLE][leaf] = how
-    if owner.__dict__.get("sharded") and how.rest is None:  # gathered, it is no DTensor
+    if owner.__dict__.get("sharded") and how.rest is None:  # gathered, it is a plain tensor
         undo.callback(setattr, owner, "sharded", True)
         owner.sharded = False  # type: ignore[assignment]
 
@@ -294,7 +250,7 @@ def _reader(leaf: str) -> Callable[[nn.Module], Any]:
 
 
 def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
-    """Copy and pickle by the class that this one was made from: it has no name to be found by."""
+    """Copy and pickle through the base class, because the derived one cannot be imported."""
     found: Any = object.__reduce_ex__(self, 2)
     return _rebuilt, self._moeify_base, *found[2:]
 
@@ -305,7 +261,7 @@ def _rebuilt(base: type[nn.Module], leaves: tuple[str, ...]) -> nn.Module:
 
 
 def _cast_inputs(model: nn.Module, zero: ZeroPlan, undo: ExitStack) -> None:
-    """Cast floating inputs of layers as FSDP2 does; what a block reads its layer has cast."""
+    """Cast floating-point inputs of layers as FSDP2 does; a layer casts what its blocks read."""
     cast = partial(_cast, DTYPES[zero.precision])
     for name in dict.fromkeys(("", *(u.name for u in zero.units if u.kind == "dense"))):
         handle = model.get_submodule(name).register_forward_pre_hook(cast, with_kwargs=True)

@@ -1,7 +1,4 @@
-"""Pieces of parameters, as an optimizer has them: where they lie and how they are gathered.
-
-What `stage1.py` does to one parameter, and the buckets in which its pieces travel.
-"""
+"""Pieces of parameters for the optimizer of `stage1.py`: cutting, updating and gathering them."""
 
 from __future__ import annotations
 
@@ -10,36 +7,31 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from moeify import compat
-from moeify.errors import DispatchError, MoeifyError
+from moeify.distributed.collectives import run
+from moeify.distributed.dtensor import from_local, local_of
+from moeify.errors import MoeifyError
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["Cut", "Piece", "buckets", "gather", "local_part", "make_piece"]
 
-BUCKET_BYTES = 25 << 20
-"""What is gathered at a time, on each rank."""
+BUCKET_BYTES = 25 << 20  # of whole parameters, gathered at a time
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """How what an optimizer keeps of one parameter is partitioned.
+    """How what an optimizer keeps of one parameter is partitioned."""
 
-    Attributes:
-        mesh: One-dimensional: over which ranks, "dp" for dense parameters, "edp" for experts.
-        joint: What the pieces lie on: `mesh` itself for a plain parameter; for one that is a
-            DTensor, `mesh` first and then the parameter's own mesh, such as ("edp", "ep").
-        dim: Dimension that is cut, as `torch.chunk` does; not one that the parameter is sharded
-            along already. None: every rank keeps all of it.
-    """
-
-    mesh: DeviceMesh
+    mesh: DeviceMesh  # one-dimensional: "dp" for dense parameters, "edp" for experts
+    # Mesh of the pieces: `mesh` for a plain parameter; for a DTensor, `mesh` and then the
+    # parameter's own mesh, such as ("edp", "ep").
     joint: DeviceMesh
+    # Cut as `torch.chunk` does, not along a sharded dimension. None: every rank keeps all of it.
     dim: int | None
 
     def __deepcopy__(self, memo: Any) -> Cut:
@@ -48,25 +40,15 @@ class Cut:
 
 @dataclass(slots=True, eq=False)
 class Piece:
-    """What this rank keeps of one parameter.
+    """What this rank keeps of one parameter."""
 
-    Attributes:
-        parameter: The model's own.
-        cut: How it is cut; None if nobody asked for it.
-        start: Where the piece begins in the parameter's local part.
-        length: How long it is.
-        shard: The piece, as the optimizer has it.
-        copied: Whether it has memory of its own, not the parameter's.
-        version: The parameter's when the two were last equal.
-    """
-
-    parameter: Tensor
-    cut: Cut | None
-    start: int
+    parameter: Tensor  # the model's own
+    cut: Cut | None  # None: all of it is kept
+    start: int  # in the parameter's local part, along `cut.dim`
     length: int
-    shard: Tensor
-    copied: bool
-    version: int
+    shard: Tensor  # the piece, as the optimizer sees it
+    copied: bool  # whether it has memory of its own, not the parameter's
+    version: int  # of the parameter when the two were last equal
 
     @property
     def gathered(self) -> bool:
@@ -74,7 +56,7 @@ class Piece:
         return self.cut is not None and self.cut.dim is not None and self.cut.mesh.size() > 1
 
     def of(self, local: Tensor) -> Tensor:
-        """Return the part of a local tensor that is this piece, a view."""
+        """Return this piece of a local tensor, as a view."""
         if self.cut is None or self.cut.dim is None:
             return local
         return local.narrow(self.cut.dim, self.start, self.length)
@@ -89,30 +71,26 @@ class Piece:
         return local.numel() // size * _each(size, self.cut) if size else 0
 
     def adopt(self) -> None:
-        """Notice what happened to the parameter since the last step.
+        """Copy what was written into the parameter since the last step into the piece.
 
         Raises:
-            MoeifyError: It has other memory now, which the piece does not see.
+            MoeifyError: The parameter was moved to other memory, which the piece does not see.
         """
-        here, shard = local_part(self.parameter), local_part(self.shard)
-        mine = self.of(here)
+        local, shard = local_part(self.parameter), local_part(self.shard)
+        part = self.of(local)
         if not self.copied:
-            if mine.numel() and (mine.data_ptr(), mine.dtype) != (shard.data_ptr(), shard.dtype):
+            if part.numel() and (part.data_ptr(), part.dtype) != (shard.data_ptr(), shard.dtype):
                 raise MoeifyError(
                     f"a parameter of shape {tuple(self.parameter.shape)} was moved or cast after "
                     "its optimizer was made; make the optimizer after model.to(...)"
                 )
-        elif compat.version(here) != self.version:
-            # New values win; the others keep what their cast has lost.
-            now = mine.to(shard.device)
+        elif compat.version(local) != self.version:
+            # Changed values are taken; the others keep the bits that the cast has lost.
+            now = part.to(shard.device)
             shard.copy_(torch.where(now == shard.to(now.dtype), shard, now.to(shard.dtype)))
 
     def gradient(self) -> Tensor | None:
-        """Return the piece's part of the gradient, laid out as the piece is.
-
-        Raises:
-            MoeifyError: The gradient is sparse.
-        """
+        """Return this piece of the gradient, with the piece's layout, or None."""
         parameter, shard = self.parameter, self.shard
         grad = parameter.grad
         if grad is None:
@@ -141,14 +119,9 @@ def make_piece(
     device: torch.device | None,
     dtype: torch.dtype | None,
 ) -> Piece:
-    """Return this rank's piece of a parameter, a view of it where that is possible.
+    """Return this rank's piece of a parameter, a view unless device or dtype differ.
 
-    Args:
-        parameter: The parameter.
-        cut: How it is cut; None keeps all of it.
-        value: What the piece starts from where it is a copy, if not from the parameter; kept.
-        device: Where it lives; where the parameter does if None.
-        dtype: Its dtype; that of the parameter if None.
+    A copy starts from `value`, if given, instead of from the parameter.
 
     Raises:
         MoeifyError: The cut, or the value, does not fit the parameter.
@@ -176,9 +149,8 @@ def make_piece(
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a tensor, without gradient."""
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    """Return this rank's part of a tensor, detached."""
+    return local_of(tensor.detach())
 
 
 def _each(size: int, cut: Cut) -> int:
@@ -186,11 +158,7 @@ def _each(size: int, cut: Cut) -> int:
 
 
 def _laid_out(value: Tensor, parameter: Tensor, cut: Cut | None) -> Tensor:
-    """Return a piece as a DTensor; a plain parameter that is not cut stays plain.
-
-    Raises:
-        MoeifyError: The cut does not fit the parameter.
-    """
+    """Return a piece as a DTensor; a plain parameter that is not cut stays plain."""
     whole = parameter if isinstance(parameter, DTensor) else None
     own: tuple[Placement, ...] = () if whole is None else tuple(whole.placements)
     placements = own
@@ -214,15 +182,12 @@ def _laid_out(value: Tensor, parameter: Tensor, cut: Cut | None) -> Tensor:
         dim = getattr(own[-1], "dim", 0)
         like = compat.sharded_halves(empty, mesh, placements, parameter.shape, dim)
     else:
-        stride = torch.empty(parameter.shape, device="meta").stride()
-        like = DTensor.from_local(
-            empty, mesh, placements, run_check=False, shape=parameter.shape, stride=stride
-        )
+        like = from_local(empty, mesh, placements, parameter.shape)
     return compat.dtensor_like(value, like)  # from_local would move it to the mesh's device
 
 
 def buckets(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Yield pieces that are gathered together, in an order that is the same on all ranks."""
+    """Yield pieces that are gathered together, in the same order on all ranks."""
     filling: dict[Any, list[Piece]] = {}
     sizes: dict[Any, int] = {}
     for piece in pieces:
@@ -241,11 +206,7 @@ def buckets(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 
 def gather(pieces: list[Piece]) -> None:
-    """Set parameters to the pieces of all ranks of one group.
-
-    Raises:
-        DispatchError: A rank died, stalled or does not take part.
-    """
+    """Set the parameters of one bucket to the pieces of all ranks of its group."""
     assert pieces[0].cut is not None
     mesh = pieces[0].cut.mesh
     rooms = [piece.room for piece in pieces]
@@ -255,18 +216,11 @@ def gather(pieces: list[Piece]) -> None:
         shard = local_part(piece.shard)
         slot[: shard.numel()].view(shard.shape).copy_(shard)
     group = mesh.get_group().group_name
-    try:  # as bytes, which every backend knows
-        started = torch.ops._c10d_functional.all_gather_into_tensor(
-            sent.view(torch.uint8), mesh.size(), group
-        )
-        got = torch.ops._c10d_functional.wait_tensor(started).view(first.dtype)
-    except RuntimeError as error:
-        reason = str(error).split("\n", 1)[0]
-        raise DispatchError(
-            f"rank {dist.get_rank()} could not gather parameters from {mesh.size()} ranks after a "
-            f"step: {reason} (a peer died or stalled, or did not step; look for its own error)"
-        ) from error
-    slots = torch.split(got.view(mesh.size(), -1), rooms, dim=1)
+    op = torch.ops._c10d_functional.all_gather_into_tensor
+    where = f"gather of parameters from {mesh.size()} ranks after an optimizer step"
+    # As bytes, which every backend supports.
+    received = run(op, sent.view(torch.uint8), mesh.size(), group, where=where).view(first.dtype)
+    slots = torch.split(received.view(mesh.size(), -1), rooms, dim=1)
     for piece, slot in zip(pieces, slots, strict=True):
         assert piece.cut is not None
         assert piece.cut.dim is not None

@@ -20,32 +20,24 @@ if TYPE_CHECKING:
 
 
 Kind = Literal["dense", "expert"]
+_KINDS: tuple[Kind, ...] = ("dense", "expert")
+_SIZES = {"bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One parameter of this rank and how it is partitioned.
+    """One parameter of this rank and how it is partitioned."""
 
-    Attributes:
-        name: Its name in the converted model.
-        kind: "expert" for the experts of a MoE layer that are spread over ranks, else "dense".
-        over: Mesh dimension over which it is partitioned: "dp" or "edp".
-        ranks: Size of that dimension.
-        dim: Dimension that is cut (unevenly if it must be: dimension 0 only); None if it stays
-            whole, because `ranks` is 1 or because it has no dimension to cut.
-        shape: Shape on this rank before ZeRO cuts it, its share of experts and slices.
-        itemsize: Bytes per element as the model holds it.
-        trains: Whether it has a gradient and optimizer state.
-    """
-
-    name: str
-    kind: Kind
-    over: str
-    ranks: int
+    name: str  # in the converted model
+    kind: Kind  # "expert" for experts of a MoE layer that are spread over ranks
+    over: str  # mesh dimension over which it is partitioned: "dp" or "edp"
+    ranks: int  # size of that dimension
+    # Dimension that is cut, unevenly dimension 0 only; None if it stays whole, because `ranks` is 1
+    # or because it has no dimension to cut.
     dim: int | None
-    shape: tuple[int, ...]
-    itemsize: int
-    trains: bool = True
+    shape: tuple[int, ...]  # on this rank, before ZeRO cuts it
+    itemsize: int  # as the model holds it
+    trains: bool = True  # has a gradient and optimizer state
 
     @property
     def numel(self) -> int:
@@ -58,34 +50,25 @@ class Part:
             return self.numel
         size = self.shape[self.dim]
         each = -(-size // self.ranks)
-        mine = max(0, min(size, (rank + 1) * each) - rank * each)
-        return self.numel // size * mine if size else 0
+        length = max(0, min(size, (rank + 1) * each) - rank * each)
+        return self.numel // size * length if size else 0
 
     @property
     def padded(self) -> int:
-        """Elements of all pieces together, as they travel: each as large as the first rank's."""
+        """Elements of all pieces as they are sent: each padded to the size of the first."""
         return self.numel if self.dim is None else self.cut() * self.ranks
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Parameters that are gathered together, around one module.
+    """Parameters of one kind, and so of one mesh, that are gathered together for one module."""
 
-    Attributes:
-        name: Path of that module; "" is the model.
-        kind: What its parameters are; a unit is of one mesh.
-        parts: Its parameters.
-        around: Path of the module for whose run they are gathered: itself, or a layer around it.
-        after: Units whose gather starts while this one computes forward.
-        before: The same in the backward pass.
-    """
-
-    name: str
+    name: str  # path of that module; "" is the model
     kind: Kind
     parts: tuple[Part, ...]
-    around: str = ""
-    after: tuple[str, ...] = ()
-    before: tuple[str, ...] = ()
+    around: str = ""  # module for whose run they are gathered: itself, or a layer around it
+    after: tuple[str, ...] = ()  # units whose gather starts while this one computes forward
+    before: tuple[str, ...] = ()  # the same in the backward pass
 
     @property
     def elements(self) -> int:
@@ -95,19 +78,12 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes on the rank that holds most of them.
+    """Bytes on the rank that holds most of them."""
 
-    Attributes:
-        parameters: What stays between steps: whole parameters, or this rank's pieces.
-        gradients: What a backward pass leaves.
-        optimizer: States and master weights.
-        gathered: What a step adds for a while: whole parameters that are gathered at once.
-    """
-
-    parameters: int
+    parameters: int  # between steps: whole parameters, or this rank's pieces
     gradients: int
-    optimizer: int
-    gathered: int = 0
+    optimizer: int  # states and master weights
+    gathered: int = 0  # during a step: whole parameters that are gathered at once
 
     @property
     def total(self) -> int:
@@ -115,34 +91,19 @@ class Memory:
         return self.parameters + self.gradients + self.optimizer + self.gathered
 
 
-_SIZES = {"bf16": 2, "fp16": 2}
-
-
 @dataclass(frozen=True, slots=True)
 class ZeroPlan:
-    """The decision for one model on one layout.
-
-    Attributes:
-        stage: 0 to 3, see `ZeroSpec`.
-        units: In the order in which the graph runs them; the model's own ("") comes first.
-        engine: "fsdp2" or "graph".
-        offload: As in `ZeroSpec`.
-        precision: As in `ZeroSpec`.
-        master: As in `ZeroSpec`.
-        reduce: As in `ZeroSpec`.
-        merged: (path, reason) of modules that would be units of their own and are not.
-        device: Where the model computes; on "cpu" an offload has nothing to copy.
-    """
+    """The decision for one model on one layout; settings are those of `ZeroSpec`."""
 
     stage: int
-    units: tuple[Unit, ...]
+    units: tuple[Unit, ...]  # in the order in which the graph runs them; the model's ("") first
     engine: str = "fsdp2"
     offload: str = "none"
     precision: str = "model"
     master: str = "float32"
     reduce: str = "float32"
-    merged: tuple[tuple[str, str], ...] = ()
-    device: str = "cuda"
+    merged: tuple[tuple[str, str], ...] = ()  # (path, reason) of layers that are not units
+    device: str = "cuda"  # where the model computes; on "cpu" an offload has nothing to copy
 
     @property
     def parts(self) -> dict[str, Part]:
@@ -150,10 +111,8 @@ class ZeroPlan:
         return {part.name: part for unit in self.units for part in unit.parts}
 
     def laid(self, unit: Unit) -> tuple[Part, ...]:
-        """Return a unit's parameters as they are cut at this stage.
-
-        FSDP2 leaves nothing whole: where no dimension is free, it cuts the share along dimension 0.
-        """
+        """Return a unit's parameters as they are cut at this stage."""
+        # FSDP2 leaves nothing whole: if no dimension is free, it cuts the shard along dimension 0.
         if self.engine != "fsdp2" or self.stage < 2:
             return unit.parts
         return tuple(
@@ -167,11 +126,11 @@ class ZeroPlan:
         return self.precision != "model" and self.master == "float32"
 
     def at(self, stage: int) -> ZeroPlan:
-        """Return the same at another stage."""
+        """Return this decision at another stage."""
         return replace(self, stage=stage)
 
     def under(self, spec: ZeroSpec) -> ZeroPlan:
-        """Return the same as another `zero:` wants it; units and their order stay."""
+        """Return this decision with the settings of another `zero:`; the units stay."""
         return replace(
             self,
             stage=spec.stage,
@@ -186,6 +145,11 @@ class ZeroPlan:
         """Return the bytes of an element where the model computes with it."""
         return _SIZES.get(self.precision, part.itemsize)
 
+    def reduced(self, part: Part) -> int:
+        """Return the bytes of an element of its gradient where ranks reduce it."""
+        wide = self.stage >= 2 and self.precision != "model" and self.reduce == "float32"
+        return 4 if wide else self.computed(part)
+
     def kept(self, part: Part) -> int:
         """Return the bytes of an element where the optimizer updates it."""
         if self.precision == "model":
@@ -193,11 +157,9 @@ class ZeroPlan:
         return 4 if self.master == "float32" else _SIZES[self.precision]
 
     def memory(self, *, states: int = 2, rank: int = 0) -> dict[Kind, Memory]:
-        """Return what a rank holds, of dense parameters and of experts.
+        """Return what a rank of the group holds, by kind; rank 0 holds most.
 
-        Args:
-            states: Tensors like the parameter that the optimizer keeps: 2 for Adam, 1 for momentum.
-            rank: Place in the group over which parameters are cut; the first holds most.
+        `states` counts the tensors that the optimizer keeps per parameter: 2 for Adam.
         """
         return {kind: self._memory(kind, states, rank) for kind in _KINDS}
 
@@ -220,7 +182,7 @@ class ZeroPlan:
         return Memory(whole, gradients, held)
 
     def _gathered(self, kind: Kind) -> int:
-        """Return the bytes that gathers add: all of them, or what is alive at once at stage 3."""
+        """Return the bytes that gathers add: all, or at stage 3 what is alive at once."""
         sizes = [
             sum(p.padded * self.computed(p) for p in self.laid(unit)) if unit.kind == kind else 0
             for unit in self.units
@@ -233,7 +195,7 @@ class ZeroPlan:
         for unit, size in zip(self.units, sizes, strict=True):
             if unit.around:
                 spans[unit.around] = spans.get(unit.around, 0) + size
-                # What no other rank holds is copied when it is used, not before.
+                # A parameter that no other rank shares is copied when it is used, not before.
                 early = size if any(part.ranks > 1 for part in unit.parts) else 0
                 ahead[unit.around] = ahead.get(unit.around, 0) + early
         own, next_ones = list(spans.values()), list(ahead.values())
@@ -253,14 +215,11 @@ class ZeroPlan:
     def traffic(self) -> dict[Kind, dict[str, int]]:
         """Return the bytes of whole parameters that one training step gathers and reduces.
 
-        Of the whole tensors, as payload: a ring sends `(n - 1) / n` of it from each of `n` ranks.
-        Stage 3 gathers twice, for the forward and the backward pass (by FSDP2, the model's own unit
-        once; by gathers in the graph, biases that no gradient reads once, but counted twice);
-        stage 2 once; stage 1 gathers what the optimizer has updated; stages 0 and 1 all-reduce.
-        Uneven pieces count as large as the first one.
-
-        Returns:
-            Per kind: "gather", "reduce_scatter", "all_reduce".
+        By kind and collective, as payload: a ring sends `(n - 1) / n` of it from each of `n` ranks.
+        Stage 3 gathers twice, for the forward and the backward pass
+        (FSDP2 the model's own unit once; biases that no gradient reads are counted twice); stage 2
+        once; stage 1 gathers what the optimizer has updated; stages 0 and 1 all-reduce. Uneven
+        pieces count as large as the first one.
         """
         total: dict[Kind, dict[str, int]] = {}
         for kind in _KINDS:
@@ -277,21 +236,18 @@ class ZeroPlan:
         if part.ranks == 1:
             return
         size = part.padded * self.computed(part)
-        wide = self.precision != "model" and self.reduce == "float32" and self.stage >= 2
-        elements = part.padded if self.stage >= 2 else part.numel
-        reduced = elements * (4 if wide else self.computed(part))
-        if self.stage < 2:
-            row["all_reduce"] += reduced if part.trains else 0
-            row["gather"] += size if self.stage == 1 and part.trains and part.dim is not None else 0
-        else:
-            row["gather"] += (
-                size * (2 if self.is_gathered_again(unit) else 1) if part.dim is not None else 0
-            )
-            kind = "all_reduce" if part.dim is None else "reduce_scatter"
-            row[kind] += reduced if part.trains else 0
+        whole = part.dim is None
+        if self.stage >= 2 and not whole:
+            row["gather"] += size * (2 if self.is_gathered_again(unit) else 1)
+        elif self.stage == 1 and part.trains and not whole:
+            row["gather"] += size
+        if part.trains:
+            kind = "reduce_scatter" if self.stage >= 2 and not whole else "all_reduce"
+            elements = part.padded if self.stage >= 2 else part.numel
+            row[kind] += elements * self.reduced(part)
 
     def lines(self) -> Iterator[str]:
-        """Yield the decision, a line for each unit, for logs and tables."""
+        """Yield the decision for logs, a line for each unit."""
         yield f"ZeRO stage {self.stage} ({self.engine}), offload {self.offload}"
         for unit in self.units:
             ranks = max((part.ranks for part in unit.parts), default=1)
@@ -301,7 +257,4 @@ class ZeroPlan:
                 text += f", then {', '.join(unit.after)}"
             yield text
         for path, reason in self.merged:
-            yield f"{path}: no unit of its own: {reason}"
-
-
-_KINDS: tuple[Kind, ...] = ("dense", "expert")
+            yield f"{path}: not a unit of its own: {reason}"

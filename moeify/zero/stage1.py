@@ -2,10 +2,9 @@
 
     gradient, whole on each rank -> its piece -> inner optimizer -> piece -> all-gather -> parameter
 
-Parameters and gradients stay whole, and only what the optimizer keeps is partitioned: its states,
-and the master weights where it updates others than the model computes with. The same machinery
-keeps both in CPU memory. A piece is a DTensor, so that optimizers that take norms of a whole
-parameter are right.
+Parameters and gradients stay whole; only what the optimizer keeps is partitioned: its states, and
+the master weights if it updates other weights than the model computes with. The same code keeps
+both in CPU memory. A piece is a DTensor, so that norms of a whole parameter are right.
 
 Source:
     ZeRO: Rajbhandari et al. 2020, section 5 (P_os). Offload: Ren et al. 2021, ZeRO-Offload.
@@ -25,25 +24,29 @@ from moeify import compat
 from moeify.errors import CheckpointError, MoeifyError
 from moeify.zero.pieces import Cut, Piece, buckets, gather, local_part, make_piece
 
-__all__ = ["Cut", "Guard", "ShardedOptimizer", "guard"]
+__all__ = ["Cut", "Guard", "ShardedOptimizer"]
+
+_MARK = "_moeify_partitioned"
+_registered: list[Any] = []
 
 
 class ShardedOptimizer(Optimizer):
-    """An optimizer whose states lie in pieces on the ranks that hold the same parameters.
+    """An optimizer whose states are partitioned over the ranks that hold the same parameters.
 
     `param_groups` hold the model's parameters, so learning-rate schedulers, clipping and gradient
-    scaling work as ever; `inner` is the optimizer over the pieces. Every rank makes it with the
+    scaling work as usual; `inner` is the optimizer over the pieces. Every rank makes it with the
     same groups and steps equally often; gradients are reduced, so a parameter has one on all ranks
-    or on none. What it keeps apart from the model (`has_masters`) is what it updates; values that
-    are written into parameters in place, by `load_state_dict` say, are noticed at the next step.
+    or on none. It updates its pieces, which may be separate from the model (`has_masters`); values
+    written into parameters in place, for instance by `load_state_dict`, are noticed at the next
+    step.
 
     Args:
         groups: Parameters or groups of them, as for any optimizer.
         inner: Class of the optimizer; one that needs no closure.
-        cuts: By `id` of a parameter, how it is partitioned; a rank keeps all of others.
+        cuts: By `id` of a parameter, how it is partitioned; others are kept whole on every rank.
         device: Where pieces and states live; that of the parameters if None.
         master: Dtype of the pieces; that of the parameters if None.
-        masters: By `id` of a parameter, this rank's piece of it before it was cast; taken over.
+        masters: By `id` of a parameter, this rank's piece of it before it was cast.
         options: What `inner` takes.
 
     Raises:
@@ -78,7 +81,7 @@ class ShardedOptimizer(Optimizer):
         self._inner = inner([self._shards_of(group) for group in self.param_groups], **options)
         self.defaults = self._inner.defaults
         self._starts.clear()  # a second copy of the weights
-        self._take_back()
+        self._pull_options()
 
     @property
     def inner(self) -> Optimizer:
@@ -93,7 +96,7 @@ class ShardedOptimizer(Optimizer):
 
     @state.setter
     def state(self, value: Any) -> None:
-        """Torch's constructor makes a state of its own, which is not used."""
+        """Ignore the state that torch's constructor sets."""
 
     @property
     def has_masters(self) -> bool:
@@ -101,16 +104,12 @@ class ShardedOptimizer(Optimizer):
         return any(piece.copied for piece in self._pieces.values())
 
     def shard_of(self, parameter: Tensor) -> Tensor | None:
-        """Return the piece of a parameter that is updated here, mostly a DTensor; or None."""
+        """Return the piece of a parameter that is updated here; None for a foreign parameter."""
         piece = self._pieces.get(id(parameter))
         return None if piece is None else piece.shard
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters; those that the plan did not cut are kept whole on every rank.
-
-        Args:
-            param_group: As for any optimizer.
-        """
+        """Add parameters; those that the plan did not cut are kept whole on every rank."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         for parameter in group["params"]:
@@ -123,48 +122,43 @@ class ShardedOptimizer(Optimizer):
             )
         if self._inner is not None:
             self._inner.add_param_group(self._shards_of(group))
-            self._take_back()
+            self._pull_options()
 
     def _shards_of(self, group: dict[str, Any]) -> dict[str, Any]:
         return {**group, "params": [self._pieces[id(p)].shard for p in group["params"]]}
 
-    def _hand_over(self) -> None:
+    def _push_options(self) -> None:
         """Give the inner optimizer our hyperparameters."""
-        for ours, theirs in zip(self.param_groups, self.inner.param_groups, strict=True):
-            theirs.update({key: value for key, value in ours.items() if key != "params"})
+        _copy_options(self.param_groups, self.inner.param_groups)
 
-    def _take_back(self) -> None:
-        """Take those that the inner optimizer has set."""
-        for ours, theirs in zip(self.param_groups, self.inner.param_groups, strict=True):
-            ours.update({key: value for key, value in theirs.items() if key != "params"})
+    def _pull_options(self) -> None:
+        """Take the hyperparameters that the inner optimizer has set."""
+        _copy_options(self.inner.param_groups, self.param_groups)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the pieces, then gather them into the parameters on all ranks.
 
         Args:
-            closure: Computes the loss and the gradients, once; optional.
-
-        Returns:
-            What `closure` returns.
+            closure: Computes the loss, which is returned, and the gradients; called once.
 
         Raises:
-            MoeifyError: A gradient is sparse, a parameter has left the memory that it had, or the
-                inner optimizer cannot work on DTensors.
+            MoeifyError: A gradient is sparse, a parameter was moved or cast, or the inner optimizer
+                does not support DTensors.
             DispatchError: Another rank died, stalled or did not step.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._hand_over()
+        self._push_options()
         for piece in self._pieces.values():
             piece.adopt()
             piece.shard.grad = piece.gradient()
         self._step_inner()
         for piece in self._pieces.values():
             piece.shard.grad = None
-        self._take_back()
+        self._pull_options()
         self.publish()
         return loss
 
@@ -175,19 +169,19 @@ class ShardedOptimizer(Optimizer):
             if not any(word in str(error) for word in ("placement", "DTensor")):
                 raise
             raise MoeifyError(
-                f"{type(self.inner).__name__} cannot update pieces of parameters: it uses what "
-                "torch's DTensor cannot do; take another optimizer, or `zero.stage: 0` "
-                f"({error})"
+                f"{type(self.inner).__name__} cannot update pieces of parameters: it uses an "
+                "operation that torch's DTensor does not support; use another optimizer, or "
+                f"`zero.stage: 0` ({error})"
             ) from error
 
     def adopt_writes(self) -> None:
-        """Let master weights take over what was written into parameters since the last step."""
+        """Copy what was written into parameters since the last step into the master weights."""
         for piece in self._pieces.values():
             piece.adopt()
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Set the parameters to the pieces, gathered from all ranks, which all must call it."""
+        """Set the parameters to the pieces gathered from all ranks; collective."""
         for piece in self._pieces.values():
             if piece.copied and not piece.gathered:
                 local_part(piece.parameter).copy_(local_part(piece.shard))
@@ -197,10 +191,10 @@ class ShardedOptimizer(Optimizer):
             piece.version = compat.version(local_part(piece.parameter))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the inner optimizer's state dict, of the pieces of this rank.
+        """Return the inner optimizer's state dict for the pieces of this rank.
 
-        With `masters`, the pieces themselves where they are copies, and `pieces`, their places.
-        `load_state_dict` takes it in the same layout only; `save_sharded` is for others.
+        With `pieces`, where they begin and end, and `masters`, those that are copies. It loads in
+        the same layout only; use `save_sharded` to change the layout.
         """
         state: dict[str, Any] = self.inner.state_dict()
         state["pieces"] = self._places()
@@ -211,19 +205,19 @@ class ShardedOptimizer(Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned on this rank of the same layout, on all ranks.
+        """Load what `state_dict` returned on this rank of the same layout; collective.
 
-        Parameters become the masters, where there are any.
+        Master weights are copied into the parameters.
 
         Raises:
             CheckpointError: It is of another layout, or of an optimizer without master weights.
         """
-        there, here = state_dict.get("pieces"), self._places()
-        if there != here:
+        saved, current = state_dict.get("pieces"), self._places()
+        if saved != current:
             raise CheckpointError(
-                "this optimizer state is of another layout or of another optimizer "
-                f"({_told(there, here)}): load it on the ranks that it was saved on, or "
-                "save it by save_sharded"
+                "this optimizer state is from another layout or another optimizer "
+                f"({_difference(saved, current)}): load it on the ranks that saved it, or save it "
+                "with save_sharded"
             )
         masters = state_dict.get("masters")
         if self.has_masters and masters is None:
@@ -234,7 +228,7 @@ class ShardedOptimizer(Optimizer):
         self.inner.load_state_dict(
             {key: state_dict[key] for key in ("state", "param_groups") if key in state_dict}
         )
-        self._take_back()
+        self._pull_options()
         for piece, value in zip(self._pieces.values(), masters or (), strict=False):
             if piece.copied:
                 local_part(piece.shard).copy_(value)
@@ -248,28 +242,31 @@ class ShardedOptimizer(Optimizer):
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise MoeifyError(
             "a ShardedOptimizer holds pieces of one model's parameters and cannot be copied or "
-            "pickled: make another one by mf.optimizer(copy_of_the_model, ...) and load its "
-            "state_dict()"
+            "pickled: make another one with mf.optimizer(copy_of_the_model, ...) and load this "
+            "one's state_dict() into it"
         )
 
 
-def _told(there: Any, here: Any) -> str:
-    """Say how the places of pieces in a state differ from ours."""
-    if there is None:
-        return "it does not say which pieces it is of"
-    if len(there) != len(here):
-        return f"{len(there)} parameters, here {len(here)}"
-    place = next(i for i, (a, b) in enumerate(zip(there, here, strict=True)) if a != b)
-    return f"parameter {place}: start, length, shape {there[place]}, here {here[place]}"
+def _copy_options(source: list[dict[str, Any]], target: list[dict[str, Any]]) -> None:
+    for given, group in zip(source, target, strict=True):
+        group.update({key: value for key, value in given.items() if key != "params"})
+
+
+def _difference(saved: Any, current: Any) -> str:
+    """Describe how the pieces of a saved state differ from the current ones."""
+    if saved is None:
+        return "it does not list its pieces"
+    if len(saved) != len(current):
+        return f"{len(saved)} parameters, here {len(current)}"
+    place = next(i for i, (a, b) in enumerate(zip(saved, current, strict=True)) if a != b)
+    return f"parameter {place}: start, length, shape {saved[place]}, here {current[place]}"
 
 
 class Guard:
-    """Makes every other optimizer refuse to step over some parameters.
+    """Makes optimizers other than `ShardedOptimizer` refuse these parameters.
 
-    Copied by `copy.deepcopy` or pickle together with the model, it guards the copies.
-
-    Args:
-        parameters: The parameters.
+    They would keep all states on every rank and device, and know nothing of master weights. Copied
+    by `copy.deepcopy` or pickle together with the model, it guards the copies.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -283,35 +280,12 @@ class Guard:
         return type(self), (self.parameters,)
 
     def remove(self) -> None:
-        """Let other optimizers have the parameters."""
+        """Let other optimizers update the parameters."""
         for parameter in self.parameters:
             parameter.__dict__.pop(_MARK, None)
 
 
-_MARK = "_moeify_partitioned"
-_registered: list[Any] = []
-
-
-def guard(parameters: Iterable[nn.Parameter]) -> Guard:
-    """Make optimizers other than `ShardedOptimizer` refuse these parameters.
-
-    They would keep all states on every rank and device, and know no master weights.
-
-    Args:
-        parameters: What the plan partitions or offloads.
-
-    Returns:
-        The guard; keep it where the model is, so that copies are guarded too.
-    """
-    return Guard(parameters)
-
-
 def _refuse(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Raise for an optimizer over guarded parameters.
-
-    Raises:
-        MoeifyError: It is not the one that the plan needs.
-    """
     if isinstance(optimizer, ShardedOptimizer):
         return
     for group in optimizer.param_groups:

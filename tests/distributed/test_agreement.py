@@ -227,7 +227,7 @@ REFUSED: list[tuple[Callable[[int], Call], str | dict[int, str], list[str]]] = [
     (mesh_on_one_rank, "PlanError", ["ranks disagree on `mesh` (rank 0: ", "ranks 1, 2: none)"]),
     (mesh_of_other_names, "PlanError", ["('data', 'model')", "the plan needs ('dp', 'tp')"]),
     (mesh_of_other_sizes, "PlanError", ["of sizes (1, 3)", "of sizes (3, 1): init_device_mesh("]),
-    (mesh_of_other_order, "PlanError", ["holds the ranks [[2], [0], [1]]", "in their own order"]),
+    (mesh_of_other_order, "PlanError", ["holds the ranks [[2], [0], [1]]", "in ascending order"]),
     (no_mesh_at_all, "PlanError", ["mesh has dimensions ()", "init_device_mesh("]),
 ]
 
@@ -260,18 +260,18 @@ def convert(call: Call) -> tuple[nn.Module, Any, Exception | None]:
 
 def all_refused(rank: int) -> Any:
     """One after the other in one world: after an error all ranks are where they were."""
-    said = []
+    outcomes = []
     for scenario, _, _ in REFUSED:
         start = time.monotonic()
         model, before, error = convert(scenario(rank))
         same = is_same(before, state(model)) and ATTRIBUTE not in model.__dict__
         notes = " ".join(getattr(error, "__notes__", ()))
-        said.append((type(error).__name__, f"{error} {notes}", same, time.monotonic() - start))
+        outcomes.append((type(error).__name__, f"{error} {notes}", same, time.monotonic() - start))
     model, _, error = convert(same_but())
     assert error is None
     assert type(model.a).__name__ == "MoEBlock"
     dist.barrier()  # one rank may be done while another still connects to it
-    return said
+    return outcomes
 
 
 @pytest.fixture(scope="module")
@@ -337,7 +337,7 @@ def alone_in_the_world(rank: int, with_mesh: bool) -> Any:
 
 
 @pytest.mark.parametrize("mesh", [False, True])
-def test_a_world_of_one_is_no_world(mesh):
+def test_a_world_of_one_rank_runs_as_one_process(mesh):
     (found,) = run_ranks(alone_in_the_world, 1, mesh)
     assert not dist.is_initialized()
     y, gradients = alone_in_the_world(0, False)
@@ -356,7 +356,7 @@ def test_a_world_of_one_is_no_world(mesh):
         ({}, "mesh", ["mesh: torch.distributed does not run: call init_process_group first"]),
     ],
 )
-def test_one_process_is_told_to_start_others(changes, mesh, words):
+def test_one_process_gets_advice_to_start_more(changes, mesh, words):
     model, before, error = convert({"plan": plan(**changes), "mesh": mesh})
     assert isinstance(error, mf.PlanError)
     assert all(word in str(error) for word in words), error

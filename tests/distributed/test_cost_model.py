@@ -89,7 +89,7 @@ def test_coordinated_is_an_exchange_of_a_share_and_a_gather():
     assert cost.hops == (64 // 4 - 1) + (4 - 1)
 
 
-def test_uneven_groups_are_seen_from_the_loneliest_rank():
+def test_uneven_groups_count_the_rank_with_most_remote_peers():
     cost = flat([0, 1, 2, 8], 4_000, ROUND)
     assert (cost.node_bytes, cost.network_bytes) == (0, 3_000)
 
@@ -113,12 +113,12 @@ def test_choice(ranks, size, kind):
     assert choice.seconds[kind] == min(choice.seconds.values())
 
 
-def test_hierarchical_is_no_choice_without_equal_nodes():
+def test_hierarchical_is_not_offered_without_equal_nodes():
     assert set(choose([0, 1, 8], 8, 1_000, top_k=1).seconds) == {"flat", "allgather"}
     assert set(choose(range(8), 8, 1_000, top_k=1).seconds) == {"flat", "allgather"}
 
 
-def test_choice_follows_the_machine_and_says_so():
+def test_choice_follows_the_machine_and_gives_reasons():
     slow = Topology(world=64, node=8, network_latency=2e-6)
     fast = choose(range(64), 8, 100_000_000, top_k=1)
     assert fast.kind == "hierarchical"

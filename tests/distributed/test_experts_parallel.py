@@ -208,7 +208,7 @@ def test_unequal_tokens_and_none(changes, counts):
     check_equal(len(counts), counts, expert=2, **changes)
 
 
-def test_less_room_than_routes():
+def test_capacity_below_the_number_of_routes():
     made = {"router": {"capacity_factor": 0.25, "min_capacity": 0}}
     check_equal(2, (64, 64), expert=2, **made)
     check_equal(2, (64, 64), expert=2, overlap_chunks=2, **made)
@@ -286,7 +286,7 @@ def test_two_stages_among_eight_ranks(counts, changes):
     ],
 )
 @pytest.mark.thin(3)
-def test_pieces_give_the_same_numbers(changes):
+def test_overlapped_chunks_give_the_same_numbers(changes):
     expert = changes.pop("expert", 2)
     counts = (
         (5, 3)

@@ -150,7 +150,7 @@ def corrupted(rank: int, changes: dict[str, Any], kind: str) -> Any:
         ({"router": CAPACITY}, "last", r" a capacity of \d+ rows, but that of rank 0 is \d+"),
     ],
 )
-def test_counts_that_cannot_be_are_refused(changes, kind, message):
+def test_impossible_counts_are_refused(changes, kind, message):
     answers = run_ranks(
         corrupted, 2, {"expert": 2, **changes}, kind, timeout=PATIENCE, deadline=30.0
     )
@@ -168,7 +168,7 @@ def unequal(rank: int, changes: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize("form", ["flat", "allgather"])
-def test_other_numbers_of_tokens_under_a_capacity(form):
+def test_unequal_tokens_under_a_capacity_are_refused(form):
     answers = run_ranks(unequal, 2, {"all_to_all": form}, timeout=PATIENCE, deadline=30.0)
     for kind, text, _ in answers:
         assert kind == "DispatchError"

@@ -332,27 +332,27 @@ def test_under_ddp(options: dict[str, Any]) -> None:
 def copies(rank: int) -> None:
     model = Net()
     model.__dict__["reducer"] = reducer_of(model, 2, factor=3.0)
-    twin = copy.deepcopy(model)
+    clone = copy.deepcopy(model)
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)
     loaded = torch.load(buffer, weights_only=False)
-    for other in (twin, loaded):
+    for other in (clone, loaded):
         parameters = {id(p) for p in other.parameters()}
         assert {id(p) for p in other.reducer.reductions[0].parameters} == parameters
         loss_of(other, rank).backward()
         assert_mean(other, 2, loss_of, 3.0)
     assert model.first.weight.grad is None
-    twin.reducer.remove()
+    clone.reducer.remove()
     loss_of(model, rank).backward()
     assert_mean(model, 2, loss_of, 3.0)
 
 
-def test_copies_have_hooks_of_their_own() -> None:
+def test_copies_have_their_own_hooks() -> None:
     run_ranks(copies, 2)
 
 
-def test_without_the_process_group_the_first_backward_says_so() -> None:
+def test_the_first_backward_without_the_process_group_is_an_error() -> None:
     model = Net()
     names = [name for name, _ in model.named_parameters()]
     reduction = Reduction(list(model.parameters()), names, "nowhere", 2)

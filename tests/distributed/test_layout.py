@@ -33,7 +33,7 @@ GOOD = [case for case in CASES if fits(*case)]
 BAD = [case for case in CASES if not fits(*case)]
 
 
-def test_what_fits_is_taken_and_what_does_not_is_refused():
+def test_sizes_that_fit_are_accepted_and_others_refused():
     for world, expert, tensor, mode in GOOD:
         layout = Layout.of(spec(expert, tensor, mode), world)
         assert (layout.world, layout.expert, layout.tensor) == (world, expert, tensor)
@@ -141,11 +141,11 @@ def test_errors_list_sizes_that_work():
             assert fits(size, expert, tensor, mode), message
         hints["worlds"] += 1
         if found := re.search(r"expert may be (.*)$", message):
-            said = numbers(found[1])
-            assert said == [n for n in WORLDS if fits(world, n, tensor, mode)], message
+            listed = numbers(found[1])
+            assert listed == [n for n in WORLDS if fits(world, n, tensor, mode)], message
             hints["expert may be"] += 1
         else:
-            said = numbers(re.search(r"tensor must divide \d+: (.*)$", message)[1])
-            assert said == [n for n in WORLDS if world % n == 0]
+            listed = numbers(re.search(r"tensor must divide \d+: (.*)$", message)[1])
+            assert listed == [n for n in WORLDS if world % n == 0]
             hints["tensor must divide"] += 1
     assert all(hints.values()), hints

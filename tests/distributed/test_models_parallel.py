@@ -126,17 +126,17 @@ def _lengths(rank: int, made: dict[str, Any], name: str, backend: str) -> tuple[
 
     inputs = {"example_inputs": torch.ones(4, WIDTH)} if name == "net" else {}
     model = mf.moeify(net() if name == "net" else dense(name), made, **inputs).train()
-    twin = copy.deepcopy(model)
+    clone = copy.deepcopy(model)
     counter = CompileCounterWithBackend(backend)
     run = torch.compile(model, fullgraph=True, backend=counter)
     wrong = []
     for length in (12, 19, 7, 30):
         x = part(length)
-        compiled, eager = loss(run, x), loss(twin, x)
+        compiled, eager = loss(run, x), loss(clone, x)
         if abs(float(compiled) - float(eager)) > 1e-5:
             wrong.append(f"{length}: {float(compiled)} and not {float(eager)}")
         compiled.backward(), eager.backward()
-    for (key, parameter), other in zip(model.named_parameters(), twin.parameters(), strict=True):
+    for (key, parameter), other in zip(model.named_parameters(), clone.parameters(), strict=True):
         gap = float((whole(parameter.grad) - whole(other.grad)).abs().max())
         if gap > 1e-5:
             wrong.append(f"{key}: {gap:.1e}")
@@ -151,7 +151,7 @@ def _lengths(rank: int, made: dict[str, Any], name: str, backend: str) -> tuple[
         pytest.param("net", "inductor", {}, marks=pytest.mark.slow),
     ],
 )
-def test_lengths_do_not_compile_again(name, backend, router):
+def test_other_lengths_do_not_recompile(name, backend, router):
     parallel = {"expert": 2, "all_to_all": "flat"}
     made = {**BASE, "router": {**BASE["router"], **router}, "parallel": parallel}
     for frames, wrong in run_ranks(_lengths, 2, made, name, backend):
@@ -162,18 +162,18 @@ def test_lengths_do_not_compile_again(name, backend, router):
 def _again(rank: int, made: dict[str, Any]) -> list[str]:
     """Compare with itself under activation checkpointing, and autocast loosely."""
     model = mf.moeify(dense("llama"), made).train()
-    twin = copy.deepcopy(model)
-    twin.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    clone = copy.deepcopy(model)
+    clone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     part = tokens(2).chunk(2)[rank]
-    for each in (model, twin):
+    for each in (model, clone):
         step(each, part).backward()
-    assert mf.router_stats(twin)["model.layers.0.mlp"]["tokens"] == 2 * part.numel()
+    assert mf.router_stats(clone)["model.layers.0.mlp"]["tokens"] == 2 * part.numel()
     wrong = []
-    for (name, parameter), other in zip(model.named_parameters(), twin.parameters(), strict=True):
+    for (name, parameter), other in zip(model.named_parameters(), clone.parameters(), strict=True):
         if not torch.equal(whole(parameter.grad), whole(other.grad)):
             wrong.append(name)
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = step(twin, part)
+        mixed = step(clone, part)
     if abs(float(mixed) - float(step(model, part))) > 2e-2:
         wrong.append("autocast")
     mixed.backward()
@@ -219,15 +219,15 @@ def _copied(rank: int, made: dict[str, Any]) -> list[str]:
     """Norms within slices have partial gradients, which a copy must sum as well."""
     model = mf.moeify(dense("qwen3"), made).train()
     part = tokens(1)
-    twin = copy.deepcopy(model)
-    for each in (model, twin):
+    clone = copy.deepcopy(model)
+    for each in (model, clone):
         step(each, part).backward()
     names = [name for name, _ in model.named_parameters() if "q_norm" in name]
     assert names
     return [
         name
         for (name, parameter), other in zip(
-            model.named_parameters(), twin.parameters(), strict=True
+            model.named_parameters(), clone.parameters(), strict=True
         )
         if not torch.allclose(whole(parameter.grad), whole(other.grad), atol=1e-7)
     ]

@@ -136,7 +136,7 @@ def test_a_hugging_face_loss_holds_the_router_losses(top):
     assert mf.aux_loss(gm) > 0.1
 
 
-def test_labels_given_as_the_inputs_stay_an_input_of_their_own():
+def test_labels_that_are_the_inputs_stay_a_separate_input():
     model = converted("gpt2")
     ids = inputs("gpt2")["input_ids"]
     gm = mf.export(model, {"input_ids": ids, "labels": ids})
@@ -197,17 +197,17 @@ def test_a_dense_model_too():
 
 def test_bias_updates_are_in_the_graph():
     model = converted("nanoGPT", True, bias_update=0.01)
-    twin = copy.deepcopy(model)
+    clone = copy.deepcopy(model)
     gm = exported("nanoGPT", model)
     routers = [m for m in model.modules() if isinstance(m, Router)]
     for _ in range(3):
         given = inputs("nanoGPT", 3, 7)
-        for one in (gm, twin):
+        for one in (gm, clone):
             torch.manual_seed(0)
             one(**given)
     assert all(bool(r.selection_bias.any()) for r in routers)
     for router, other in zip(
-        routers, (m for m in twin.modules() if isinstance(m, Router)), strict=True
+        routers, (m for m in clone.modules() if isinstance(m, Router)), strict=True
     ):
         assert torch.equal(router.selection_bias, other.selection_bias)
         assert torch.equal(router.pending_counts, other.pending_counts)
@@ -222,14 +222,14 @@ def test_a_batch_of_one_is_refused_by_name():
         mf.export(model, {"input_ids": torch.randint(3, 98, (1, 8)), "use_cache": False})
 
 
-def test_fixed_sizes_on_wish():
+def test_fixed_sizes_on_request():
     model = converted("gpt2")
     given = {"input_ids": torch.randint(3, 98, (1, 8)), "use_cache": False}
     gm = mf.export(model, given, dynamic=False)
     torch.testing.assert_close(gm(**given).logits, model(**given).logits)
 
 
-def test_a_fixed_length_is_told(caplog):
+def test_a_fixed_length_is_logged(caplog):
     model = converted("gpt2")
     with caplog.at_level(logging.WARNING, logger="moeify"):
         mf.export(model, {"input_ids": torch.randint(3, 98, (4, 1)), "use_cache": False})
@@ -240,7 +240,7 @@ def test_a_fixed_length_is_told(caplog):
     assert not caplog.records
 
 
-def test_images_keep_their_size_without_a_word(caplog):
+def test_images_keep_their_size_silently(caplog):
     model = Vision(sequential_mlp).eval()
     mf.moeify(model, plan(), example_inputs=pixels())
     with caplog.at_level(logging.WARNING, logger="moeify"):
@@ -336,8 +336,8 @@ def test_passes_over_the_graph():
     experts = torch.ops.moeify.experts.default
     for node in gm.graph.find_nodes(op="call_function", target=experts):
         with gm.graph.inserting_after(node):
-            twin = gm.graph.call_function(experts, node.args, node.kwargs)
-        node.replace_all_uses_with(twin)
+            clone = gm.graph.call_function(experts, node.args, node.kwargs)
+        node.replace_all_uses_with(clone)
         gm.graph.erase_node(node)
     gm.graph.eliminate_dead_code()
     gm.graph.lint()

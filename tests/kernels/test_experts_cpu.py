@@ -1,7 +1,22 @@
 """What only the C++ experts do: panels and their tails, few rows, no compiler, narrow vectors."""
 
+import logging
+import os
+import subprocess
+import sys
+from dataclasses import replace
 
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from moeify.errors import DispatchError
+from moeify.kernels.cpu import compile
+from moeify.kernels.cpu import experts as experts_cpu
+from moeify.kernels.elementwise import FUSED
+from tests.kernels.cases import NAMES, TOLERANCE, Case, check, problem, truth
 
 pytestmark = pytest.mark.skipif(compile.library("experts") is None, reason="no C++ compiler")
 

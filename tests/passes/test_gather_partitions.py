@@ -101,7 +101,7 @@ def test_modules_that_read_past_their_names():
     for module, reason in (
         (nn.GRU(2, 2), "as recurrent layers do"),
         (torch.jit.script(nn.Linear(2, 2)), "scripted"),
-        (fx.GraphModule(root, graph), "makes its class anew"),
+        (fx.GraphModule(root, graph), "rebuilds its class"),
     ):
         with pytest.raises(UnsupportedModuleError, match=f"inner.*{reason}"):
             graph_engine._check(nn.ModuleDict({"inner": module}))

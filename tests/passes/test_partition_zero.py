@@ -182,7 +182,7 @@ def test_tied_layers_are_merged():
     assert [part.name for part in found(zero, "").parts if "norm" in part.name] == [
         *(tied, "layers.0.norm.bias", "layers.2.norm.bias"),
     ]
-    assert f"layers.0: no unit of its own: {zero.merged[0][1]}" in list(zero.lines())
+    assert f"layers.0: not a unit of its own: {zero.merged[0][1]}" in list(zero.lines())
 
 
 def test_a_parameter_of_three_names():

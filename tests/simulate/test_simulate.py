@@ -103,13 +103,13 @@ def test_a_recomputed_forward_counts_in_the_backward_pass():
         assert phases.count((block, "backward")) in (3, 4)  # the last one need not run again
 
 
-def test_reductions_of_gradients_are_told_apart():
+def test_gradient_reductions_are_a_separate_phase():
     class Reduced(nn.Linear):
         def __deepcopy__(self, memo):
-            twin = Reduced(8, 8, device="meta")
-            twin.weight, twin.bias = memo[id(self.weight)], memo[id(self.bias)]
-            twin.weight.register_post_accumulate_grad_hook(lambda p: dist.all_reduce(p.grad))
-            return twin
+            clone = Reduced(8, 8, device="meta")
+            clone.weight, clone.bias = memo[id(self.weight)], memo[id(self.bias)]
+            clone.weight.register_post_accumulate_grad_hook(lambda p: dist.all_reduce(p.grad))
+            return clone
 
     with fake_world(8, 4):
         calls, _ = step(Reduced(8, 8, device="meta"), torch.zeros(2, 8))
@@ -194,7 +194,7 @@ def test_uneven_splits_leave_out_what_stays():
     assert call.sent(1) == (0, 3 * 4)
 
 
-def test_a_call_alone_sends_nothing():
+def test_a_collective_of_one_rank_sends_nothing():
     assert Call("all_to_all", (0,), 64, 0.0).sent(8) == (0, 0)
 
 
@@ -215,7 +215,7 @@ def test_coordinated_hops_fall_with_tensor_slicing():
             assert hops[ranks, tensor] == (ranks // tensor - 1) + (tensor - 1)
 
 
-def test_sweep_counts_what_it_is_given():
+def test_sweep_counts_the_given_exchange():
     asked = []
 
     def exchange(kind, ranks, node, tensor):
@@ -255,11 +255,11 @@ def test_the_world_ends_after_an_error(monkeypatch):
     assert os.environ["LOCAL_WORLD_SIZE"] == "3"
 
 
-def test_a_process_group_at_work_is_left_alone():
+def test_a_running_process_group_is_left_alone():
     dist.init_process_group("fake", store=compat.fake_store(), rank=0, world_size=2)
     try:
         with (
-            pytest.raises(MoeifyError, match="a process group of 2 ranks is at work"),
+            pytest.raises(MoeifyError, match="a process group of 2 ranks is running"),
             fake_world(8),
         ):
             pass

@@ -84,16 +84,16 @@ def gathered(tensor: torch.Tensor) -> list[bool]:
     return [torch.equal(found[0], other) for other in found]
 
 
-def test_nothing_is_reduced_where_the_plan_says_so():
+def test_nothing_is_reduced_if_the_plan_says_so():
     assert run_ranks(_none, 2, plan(expert=2, gradients="none")) == [[True, False]] * 2
 
 
 def _copies(rank: int, made: dict[str, Any], want: dict[str, torch.Tensor]) -> list[str]:
     model = converted(made)
     part = batches(COUNTS)[rank]
-    twin = copy.deepcopy(model)
-    backward(twin, twin, part)
-    wrong = differ(twin, want)
+    clone = copy.deepcopy(model)
+    backward(clone, clone, part)
+    wrong = differ(clone, want)
     assert all(p.grad is None for p in model.parameters())
     stream = io.BytesIO()
     torch.save(model, stream)
@@ -101,7 +101,7 @@ def _copies(rank: int, made: dict[str, Any], want: dict[str, torch.Tensor]) -> l
     again = torch.load(stream, weights_only=False)
     backward(again, again, part)
     wrong += differ(again, want)
-    model.load_state_dict(twin.state_dict())
+    model.load_state_dict(clone.state_dict())
     for _ in range(2):  # two backward passes before a step, half the loss each
         y = model(part)
         ((mean_square(y) + mf.aux_loss(model)) / 2).backward()

@@ -112,7 +112,7 @@ def test_norms_within_experts_are_not_decayed():
         (torch.optim.Adafactor, {"foreach": True}),
     ],
 )
-def test_optimizers_take_them(cls, options):
+def test_optimizers_accept_them(cls, options):
     model = converted()
     made = optimizer(model, cls, lr=0.01, weight_decay=0.3, **options)
     assert type(made) is cls

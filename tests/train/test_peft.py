@@ -197,7 +197,7 @@ class TaggedLinear(nn.Linear):
 
 
 @pytest.mark.parametrize(
-    ("layer", "said"),
+    ("layer", "message"),
     [
         (Linear4bit, "1.0: its weight is quantised .Params4bit.: convert the float model"),
         (PackedLinear, "1.0: its qweight is quantised .int32"),
@@ -205,9 +205,9 @@ class TaggedLinear(nn.Linear):
         (TaggedLinear, "1.0.weight is a TaggedWeight"),
     ],
 )
-def test_quantised_weights_are_refused_by_name(layer, said):
+def test_quantised_weights_are_refused_by_name(layer, message):
     model = nn.Sequential(nn.LayerNorm(8), nn.Sequential(layer(8, 32), nn.GELU(), layer(32, 8)))
     kept = dict(model.named_parameters())
-    with pytest.raises(mf.UnsupportedModuleError, match=said):
+    with pytest.raises(mf.UnsupportedModuleError, match=message):
         mf.moeify(model, PLAN, example_inputs=torch.ones(2, 8))
     assert all(kept[name] is p for name, p in model.named_parameters())

@@ -229,7 +229,7 @@ def test_the_callback_logs_what_the_routers_did(tmp_path, monkeypatch):
     )
 
 
-def test_the_callback_warns_where_reporters_miss_it(tmp_path, caplog):
+def test_the_callback_warns_if_reporters_would_miss_it(tmp_path, caplog):
     pytest.importorskip("tensorboard", reason="a reporter that is there")
     late, attached = RouterCallback(), RouterCallback()
     first = trainer(converted(), tmp_path, late, report_to="tensorboard")
@@ -249,7 +249,7 @@ def test_the_callback_warns_where_reporters_miss_it(tmp_path, caplog):
     assert caplog.records == []
 
 
-def test_a_loss_outside_the_model_is_warned_of(tmp_path, caplog):
+def test_a_loss_outside_the_model_logs_a_warning(tmp_path, caplog):
     def own(outputs, labels, num_items_in_batch=None):
         flat = outputs.logits[:, :-1].flatten(0, 1)
         return nn.functional.cross_entropy(flat, labels[:, 1:].flatten())

@@ -186,7 +186,7 @@ def test_compiled_checkpointing_gives_the_router_gradients(bias_update):
 def test_copies_are_whole_and_independent(name):
     model = converted(name).train()
     model(input_ids=ids(), labels=ids()).loss.backward()
-    twin = copy.deepcopy(model).eval()
+    clone = copy.deepcopy(model).eval()
     model.eval()
     buffer = io.BytesIO()
     torch.save(model, buffer)
@@ -194,9 +194,9 @@ def test_copies_are_whole_and_independent(name):
     loaded = torch.load(buffer, weights_only=False)
     with torch.no_grad():
         want = model(input_ids=ids()).logits
-        assert torch.equal(twin(input_ids=ids()).logits, want)
+        assert torch.equal(clone(input_ids=ids()).logits, want)
         assert torch.equal(loaded(input_ids=ids()).logits, want)
-        for parameter in twin.parameters():
+        for parameter in clone.parameters():
             parameter.zero_()
         assert torch.equal(model(input_ids=ids()).logits, want)
     assert str(loaded.dtype) == str(model.dtype)

@@ -163,20 +163,20 @@ def step(rank: int, made: dict[str, Any]) -> list[str]:
         return []  # a simulation is about rank 0
     experts = {f"{la.block}.experts": la.layer.experts for la in record.layers}
     ours = with_pieces([], decision, layout, experts)
-    issued, foretold = tally(calls), tally(ours)
+    issued, forecast = tally(calls), tally(ours)
     wrong = []
     if decision.engine == "graph" and decision.stage == 3:
         # The backward pass reads no biases of projections.
         biases = [p for p in decision.parts.values() if "bias" in p.name and "norm" not in p.name]
-        spared = foretold - issued
+        spared = forecast - issued
         if not spared or any(
             key[0] != "all_gather" or key[2] not in {p.cut() * p.itemsize for p in biases}
             for key in spared
         ):
-            wrong.append(f"not only biases are foretold: {spared}")
-        foretold -= spared
-    if issued != foretold:
-        wrong.append(f"issued {issued - foretold}, foretold {foretold - issued}")
+            wrong.append(f"not only biases are forecast: {spared}")
+        forecast -= spared
+    if issued != forecast:
+        wrong.append(f"issued {issued - forecast}, forecast {forecast - issued}")
     wrong += summed(decision, ours)
     if peak is None or decision.stage < 2:
         return wrong
@@ -253,7 +253,7 @@ def undone(rank: int, zero: dict[str, Any]) -> dict[str, Any]:
     finally:
         install.partition = former  # type: ignore[attr-defined]
     now = dict(net.named_parameters(remove_duplicate=False))
-    said = {
+    results = {
         "raised": raised.split(":")[0] + (" of rank 1" if "on rank 1" in raised else ""),
         "was in pieces": handed["sharded"],
         "the same objects": now.keys() == held.keys() and all(now[n] is held[n] for n in held),
@@ -263,18 +263,18 @@ def undone(rank: int, zero: dict[str, Any]) -> dict[str, Any]:
         "record": conversion_of(net) is None,
     }
     seen.clear()
-    said["trains"] = trains(net, torch.randn(3, WIDTH))
-    said["own hook"] = len(seen)
+    results["trains"] = trains(net, torch.randn(3, WIDTH))
+    results["own hook"] = len(seen)
     made = converted(plan(expert=2) | {"zero": zero}, net)  # and it can be done again
     loss_of(made, torch.ones(3, WIDTH)).backward()
-    said["again"] = all(p.grad is not None for p in made.parameters())
-    return said
+    results["again"] = all(p.grad is not None for p in made.parameters())
+    return results
 
 
 @pytest.mark.parametrize("zero", [{"stage": 3, "precision": "bf16"}, {"stage": 1}])
 def test_a_conversion_that_fails_leaves_the_dense_model(zero):
-    for rank, said in enumerate(run_ranks(undone, 2, zero)):
-        assert said == {
+    for rank, results in enumerate(run_ranks(undone, 2, zero)):
+        assert results == {
             "raised": "MemoryError of rank 1" if rank else "MoeifyError of rank 1",
             "was in pieces": zero["stage"] == 3,
             "the same objects": True,
@@ -377,16 +377,16 @@ def message(error: type[Exception], action: Any) -> str:
 
 
 def refused(rank: int, folder: str) -> dict[str, str]:
-    said = {}
+    results = {}
     three = plan(expert=2) | {"zero": {"stage": 3}}
     for name, kind in (("mixed", Mixed), ("scalar", Scaled)):
         torch.manual_seed(0)
         net = kind()
-        said[name] = message(UnsupportedModuleError, lambda n=net: converted(three, n))
-        said[f"{name} is whole"] = str(not any(is_sharded(p) for p in net.parameters()))
+        results[name] = message(UnsupportedModuleError, lambda n=net: converted(three, n))
+        results[f"{name} is whole"] = str(not any(is_sharded(p) for p in net.parameters()))
     uniform = three | {"zero": {"stage": 3, "precision": "bf16"}}
     torch.manual_seed(0)
-    said["one precision"] = message(UnsupportedModuleError, lambda: converted(uniform, Mixed()))
+    results["one precision"] = message(UnsupportedModuleError, lambda: converted(uniform, Mixed()))
     x = torch.ones(3, WIDTH)
     for stage in (2, 3):
         alone = plan() | {"zero": {"stage": stage}}  # no expert or tensor ranks, just pieces
@@ -396,26 +396,26 @@ def refused(rank: int, folder: str) -> dict[str, str]:
             "save": lambda m=model: mf.save(m, folder),
             "export": lambda m=model: mf.export(m, x),
         }.items():
-            said[f"{name} {stage}"] = message(MoeifyError, action)
+            results[f"{name} {stage}"] = message(MoeifyError, action)
     model = converted(plan(expert=2) | {"zero": {"stage": 1}}, dense())
     plain = torch.optim.AdamW(model.parameters())
     loss_of(model, x).backward()
     before = [whole(p).detach().clone() for p in model.parameters()]
-    said["plain optimizer"] = message(MoeifyError, plain.step)
+    results["plain optimizer"] = message(MoeifyError, plain.step)
     same = (torch.equal(whole(p), b) for p, b in zip(model.parameters(), before, strict=True))
-    said["it did not step"] = str(all(same))
-    return said
+    results["it did not step"] = str(all(same))
+    return results
 
 
 def test_refusals(tmp_path):
-    for said in run_ranks(refused, 2, str(tmp_path / "save")):
-        assert "norm.weight is torch.float32, wide.weight is torch.float64" in said.pop("mixed")
-        assert said.pop("scalar").startswith("scale: FSDP2 does not take parameters without dim")
+    for results in run_ranks(refused, 2, str(tmp_path / "save")):
+        assert "norm.weight is torch.float32, wide.weight is torch.float64" in results.pop("mixed")
+        assert results.pop("scalar").startswith("scale: FSDP2 does not take parameters without dim")
         for what in ("demoeify", "save", "export"):
             for stage in (2, 3):
-                assert f"ZeRO stage {stage}" in said.pop(f"{what} {stage}")
-        assert "make it by mf.optimizer" in said.pop("plain optimizer")
-        assert said == {
+                assert f"ZeRO stage {stage}" in results.pop(f"{what} {stage}")
+        assert "make it by mf.optimizer" in results.pop("plain optimizer")
+        assert results == {
             "mixed is whole": "True",
             "scalar is whole": "True",
             "one precision": "no error",

@@ -160,43 +160,43 @@ def watched() -> tuple[list[StorageWeakRef], Any]:
 
 def eager(rank: int, stage: int, want: list[dict[str, Any]]) -> dict[str, Any]:
     """Everything that one eager model can be asked."""
-    said: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     x = batches(UNEVEN)[rank]
     model = converted({**plan(expert=2), **graph(stage)})
     alive, former = watched()
     loss = loss_of(model, x)
     gc.collect()
-    said["gathered forward"] = len(alive)
-    said["alive after forward"] = sum(not ref.expired() for ref in alive)
+    results["gathered forward"] = len(alive)
+    results["alive after forward"] = sum(not ref.expired() for ref in alive)
     loss.backward()
-    said["gathered"] = len(alive)
+    results["gathered"] = len(alive)
     del loss
     gc.collect()
-    said["alive in the end"] = sum(not ref.expired() for ref in alive)
+    results["alive in the end"] = sum(not ref.expired() for ref in alive)
     gather._whole = former
 
     loss_of(model, x).backward()  # a second micro-batch
     twice = [gap(whole(p.grad), 2 * want[0]["gradients"][n]) for n, p in model.named_parameters()]
-    said["two passes"] = max(twice) < 2e-5
+    results["two passes"] = max(twice) < 2e-5
 
     frozen = copy.deepcopy(model)
-    said["class of a copy"] = type(frozen.norm) is type(model.norm)
+    results["class of a copy"] = type(frozen.norm) is type(model.norm)
     frozen.zero_grad()
     frozen.norm._parameters["weight"].requires_grad_(False)
     with torch.no_grad():
         y = model(x)
-    said["copy"] = torch.equal(frozen(x), y)
+    results["copy"] = torch.equal(frozen(x), y)
     loss_of(frozen, x).backward()
-    said["frozen"] = frozen.norm._parameters["weight"].grad is None
+    results["frozen"] = frozen.norm._parameters["weight"].grad is None
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
-    said["pickled"] = torch.equal(torch.load(file, weights_only=False)(x), y)
+    results["pickled"] = torch.equal(torch.load(file, weights_only=False)(x), y)
 
     thrifty = converted({**plan(expert=2), **graph(stage)}, checkpointed())
     loss_of(thrifty, x).backward()
     once = [gap(whole(p.grad), want[0]["gradients"][n]) for n, p in thrifty.named_parameters()]
-    said["checkpointed"] = max(once) < 1e-5
+    results["checkpointed"] = max(once) < 1e-5
 
     loss = loss_of(model, x)
     with torch.no_grad():
@@ -204,18 +204,18 @@ def eager(rank: int, stage: int, want: list[dict[str, Any]]) -> dict[str, Any]:
             parameter.mul_(2)
     try:
         loss.backward()
-        said["changed before backward"] = "no error"
+        results["changed before backward"] = "no error"
     except (MoeifyError, RuntimeError) as error:
-        said["changed before backward"] = type(error).__name__
-    return said
+        results["changed before backward"] = type(error).__name__
+    return results
 
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_eager(stage):
     want = alone(plan(expert=2), UNEVEN, 1)
     again = stage == 3
-    for said in run_ranks(eager, 4, stage, want):
-        assert said == {
+    for results in run_ranks(eager, 4, stage, want):
+        assert results == {
             "gathered forward": 11,
             "alive after forward": 0 if again else 9,
             "gathered": 20 if again else 11,

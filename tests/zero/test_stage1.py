@@ -16,7 +16,7 @@ import moeify as mf
 from moeify.distributed.dtensor import is_sharded, whole
 from moeify.errors import CheckpointError, MoeifyError
 from moeify.train.optimizer import optimizer
-from moeify.zero.stage1 import Cut, ShardedOptimizer, guard
+from moeify.zero.stage1 import Cut, Guard, ShardedOptimizer
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_experts_parallel import (
     WIDTH,
@@ -339,13 +339,13 @@ def test_converted_model():
 
 def test_other_optimizers_are_refused():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-    model.guard = guard(model[0].parameters())
+    model.guard = Guard(model[0].parameters())
     theirs = torch.optim.AdamW(model.parameters(), lr=0.1)
     with pytest.raises(MoeifyError, match=r"zero:.*mf\.optimizer\(model, torch\.optim\.AdamW"):
         theirs.step()
-    twin = copy.deepcopy(model)
+    clone = copy.deepcopy(model)
     with pytest.raises(MoeifyError, match=r"mf\.optimizer"):
-        torch.optim.SGD(twin.parameters(), lr=0.1).step()
+        torch.optim.SGD(clone.parameters(), lr=0.1).step()
     torch.optim.SGD(model[1].parameters(), lr=0.1).step()
     ours = ShardedOptimizer(model.parameters(), torch.optim.AdamW, {}, lr=0.1)
     model(torch.ones(1, 3)).sum().backward()

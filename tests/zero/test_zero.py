@@ -119,10 +119,10 @@ def trained(
             if not gap <= 1e-5:
                 wrong.append(f"{title} {name}: {gap:.1e}")
         zero = conversion_of(model).parallel.zero
-        counted, foretold = held(model, optimizer), predicted(zero, model)
+        counted, forecast = held(model, optimizer), predicted(zero, model)
         for kind, sizes in counted.items():
             for what, number, expected in zip(
-                ("parameters", "gradients", "optimizer"), sizes, foretold[kind], strict=True
+                ("parameters", "gradients", "optimizer"), sizes, forecast[kind], strict=True
             ):
                 if abs(number - expected) > 0.02 * expected:
                     wrong.append(f"{title} {kind} {what}: {number} bytes, not {expected}")

@@ -213,7 +213,7 @@ def test_lines():
         "l.0.experts: 96 expert over edp of 2",
         "l.1: 70 dense over dp of 4",
         "l.1.experts: 96 expert over edp of 2",
-        "l.2: no unit of its own: l.2.w is tied to embed",
+        "l.2: not a unit of its own: l.2.w is tied to embed",
     ]
 
 
@@ -238,7 +238,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_plans_that_cannot_go_together(name, tmp_path):
+def test_settings_that_exclude_each_other(name, tmp_path):
     text, path, line, message = WRONG[name]
     file = tmp_path / "plan.yaml"
     file.write_text(HEAD + text)
