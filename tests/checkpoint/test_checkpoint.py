@@ -664,7 +664,7 @@ DAMAGES: dict[str, tuple[Any, str]] = {
     "absolute": (name_shard("/etc/passwd"), r"shards\[0\].file"),
     "file with dots": (
         lambda f: rewrite(f, lambda d: d["files"][0].update(file="../plan.yaml")),
-        "may not lead elsewhere",
+        "must not contain a path",
     ),
     "duplicate key in header": (
         lambda f: reheader(f, lambda t: t.replace("{", '{"out.weight":1,', 1)),

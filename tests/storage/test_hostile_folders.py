@@ -297,7 +297,7 @@ FOLDERS: dict[str, tuple[Any, str]] = {
     "a pickle": (place("a", "one.bin"), "in the same folder"),
     "missing file": (lambda f: (f / "two.safetensors").unlink(), "two.safetensors: is missing"),
     "long name": (place("a", "0" * 300 + ".safetensors"), "cannot be opened"),
-    "misplaced": (place("c", "one.safetensors"), "the index places it there, and it is not"),
+    "misplaced": (place("c", "one.safetensors"), "the index places it there, but it is missing"),
     "swapped": (
         lambda f: (place("a", "two.safetensors")(f), place("c", "one.safetensors")(f)),
         "the index does not place it there",
@@ -333,7 +333,7 @@ FOLDERS: dict[str, tuple[Any, str]] = {
     ),
     "pickles in a FIFO": (fifo_of_pickles, "never opened"),
     "an adapter": (only("adapter_model.safetensors"), "merge that into its base model"),
-    "a lone shard": (only("model-00001-of-00002.safetensors"), "is not known to be all of it"),
+    "a lone shard": (only("model-00001-of-00002.safetensors"), "alone may not be the whole model"),
     "nothing": (only("README.md"), "has neither"),
     "no folder": (lambda f: shutil.rmtree(f), "cannot be opened as a folder"),
     "a file": (lambda f: (shutil.rmtree(f), f.write_bytes(b"")), "cannot be opened as a folder"),
