@@ -65,7 +65,7 @@ class SyncedFile:
 
 
 class HashedFile(SyncedFile):
-    """A `SyncedFile` hashed as it is written; large parts are hashed in a thread beside the writing."""
+    """A `SyncedFile` hashed as it is written; large parts in a thread beside the writing."""
 
     def __init__(self, path: Path) -> None:
         self._digest = hashlib.sha256()

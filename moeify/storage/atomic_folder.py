@@ -336,6 +336,19 @@ class Folder:
         return os.path.join(self.path, name)
 
 
+def read_at(stream: BinaryIO, view: memoryview, offset: int, where: str) -> None:
+    """Fill a view from a file, beginning at a byte of it."""
+    done = 0
+    while done < len(view):
+        try:
+            count = os.preadv(stream.fileno(), [view[done : done + CHUNK]], offset + done)
+        except OSError as error:
+            raise CheckpointError(f"{where}: cannot be read: {error}") from error
+        if not count:
+            raise CheckpointError(f"{where}: ends too early: it is being changed")
+        done += count
+
+
 __all__ = [
     "CHUNK",
     "MANIFEST",
@@ -345,6 +358,7 @@ __all__ = [
     "locked_folder",
     "move_files_into",
     "publish",
+    "read_at",
     "replace_folder",
     "resolve_target",
     "stage",

@@ -86,7 +86,7 @@ class CheckpointReader(TensorFiles):
         for key, file in (placed or {}).items():
             if key not in self.keys:
                 raise CheckpointError(
-                    f"{self.where(file)}: {key!r:.200}: the index places it there, but it is missing"
+                    f"{self.where(file)}: {key!r:.200}: is missing, but the index places it there"
                 )
         if not self.keys:
             raise CheckpointError(f"{self.path}: its files hold no tensors")

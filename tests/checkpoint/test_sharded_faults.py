@@ -341,11 +341,11 @@ DAMAGE = {
     "FIFO": (fifo, "is not a regular file"),
     "parent folder": (renamed("../moeify-rank-00000.safetensors"), "is no name of a data file"),
     "absolute": (renamed("/etc/passwd"), "is no name of a data file"),
-    "key twice": (twice, "step: stands there twice"),
+    "key twice": (twice, "step: appears twice"),
     "changed": (edit(lambda d: d.update(step=9), sign=False), "it was changed"),
     "half a manifest": (
         lambda p: (p / NAME).write_text((p / NAME).read_text()[:999]),
-        "is no JSON",
+        "is not JSON",
     ),
     "unknown key": (edit(lambda d: d.update(more=1)), "more: "),
     "version": (edit(lambda d: d.update(version=2)), "version: 2 cannot be read"),
