@@ -239,7 +239,7 @@ def graph_digests(block: nn.Module) -> tuple[str, str]:
 
 
 def _numbered(graph: fx.Graph) -> str:
-    """Print a graph in a form that survives pickling, which changes names and how arguments are passed."""
+    """Print a graph in a form that pickling, which renames nodes, does not change."""
     copied = copy.deepcopy(graph)
     copied.owning_module = graph.owning_module
     numbers = {node.name: str(i) for i, node in enumerate(copied.nodes)}

@@ -70,8 +70,8 @@ class TensorFiles:
         """Open a file, check its header and return its tensors in the order of their data.
 
         Raises:
-            CheckpointError: It is not a regular file of `size` bytes, its header is damaged, or a tensor
-                is in another file too.
+            CheckpointError: It is not a regular file of `size` bytes, its header is damaged, or a
+                tensor is in another file too.
         """
         where = self.where(file)
         stream = folder.open(file, size=size)

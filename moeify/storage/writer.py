@@ -13,8 +13,9 @@ from torch import Tensor
 from moeify.atomic_file import HashedFile, write_new
 from moeify.errors import CheckpointError
 from moeify.storage.atomic_folder import MANIFEST, replace_folder
-from moeify.storage.manifest import FileRecord
+from moeify.storage.manifest import FileRecord, Manifest
 from moeify.storage.safetensors_file import bytes_of, file_head
+from moeify.storage.strict_json import encode_manifest
 from moeify.storage.tensor_source import ModelFiles, Output, Written, describe
 from moeify.units import dtype_name, parse_bytes
 
@@ -61,6 +62,20 @@ def finish(
     written = Written(shards, files, place)
     _write_text(folder / MANIFEST, model_files.manifest(written))
     return written
+
+
+def manifest_writer(draft: Manifest) -> Callable[[Written], bytes]:
+    """Return what completes a manifest once the files, and the shard of each tensor, are known."""
+
+    def complete(written: Written) -> bytes:
+        tensors = {
+            name: record.model_copy(update={"shard": written.place[name]})
+            for name, record in draft.tensors.items()
+        }
+        more = {"tensors": tensors, "shards": written.shards, "files": written.files}
+        return encode_manifest(draft.model_copy(update=more))
+
+    return complete
 
 
 def split(outputs: Sequence[Output], limit: int) -> list[list[Output]]:
@@ -128,6 +143,7 @@ __all__ = [
     "INDEX",
     "Advance",
     "finish",
+    "manifest_writer",
     "split",
     "write_files_into",
     "write_model_files",

@@ -415,7 +415,7 @@ def test_foreign_places_are_left_alone(tmp_path: Path) -> None:
         mf.save(model, folder)
     with pytest.raises(CheckpointError, match="is a file"):
         mf.save(model, folder / "thesis.txt")
-    with pytest.raises(CheckpointError, match="no folder"):
+    with pytest.raises(CheckpointError, match="not a folder"):
         mf.save(model, tmp_path / "missing" / "m")
     with pytest.raises(CheckpointError, match="give the folder"):
         mf.save(model, "")
