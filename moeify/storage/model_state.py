@@ -146,9 +146,9 @@ def assign(
         module = model.get_submodule(path)
         value = made.get(stored)
         if value is None:
-            value = tensors[stored]
+            old = module._parameters.get(key, module._buffers.get(key))
+            value = _in_layout_of(old, tensors[stored])
             if record.role == "parameter":
-                old = module._parameters[key]
                 value = nn.Parameter(value, requires_grad=record.requires_grad)
                 value.__dict__.update({} if old is None else old.__dict__)
             made[stored] = value
@@ -160,6 +160,14 @@ def assign(
     for item in tensors_of(model):
         if item.tensor.is_meta and target.type != "meta":
             raise CheckpointError(f"{item.name}: has no values after loading")
+
+
+def _in_layout_of(old: Tensor | None, value: Tensor) -> Tensor:
+    """Return a tensor in the memory layout of the one it replaces, as `load_state_dict` does."""
+    # Kernels sum in another order for other strides: the loaded model would differ by bits.
+    if old is None or old.is_contiguous() or old.shape != value.shape:
+        return value
+    return torch.empty_like(old, dtype=value.dtype, device=value.device).copy_(value)
 
 
 def check_places(

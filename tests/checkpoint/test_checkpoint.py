@@ -236,6 +236,7 @@ def test_what_is_not_in_the_tensors_is_restored_too(
     mf.save(model, tmp_path / "m")
     loaded = mf.load(tmp_path / "m", model=Net())
     assert loaded.head.weight is loaded.embed.weight
+    assert loaded.mix.weight.stride() == model.mix.weight.stride() == (1, 8)
     assert not loaded.training
     assert loaded.out.training
     flags = {n: p.requires_grad for n, p in model.named_parameters()}

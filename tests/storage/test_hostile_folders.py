@@ -101,8 +101,8 @@ HEADERS: dict[str, tuple[Any, str]] = {
     "a hidden middle": (changed(b=None), "gap"),
     "a hidden end": (changed(c=None), "end at byte 28 of 30"),
     "no tensors": (b"{}", "end at byte 0 of 30"),
-    "name of controls": (changed(**{"\x1b[2J": {**HEADER["c"]}}), "no name"),
-    "name of half a pair": (PLAIN.replace('"c"', '"\\ud800"').encode(), "no name"),
+    "name of controls": (changed(**{"\x1b[2J": {**HEADER["c"]}}), "is not a valid name"),
+    "name of half a pair": (PLAIN.replace('"c"', '"\\ud800"').encode(), "is not a valid name"),
 }
 
 
