@@ -1,7 +1,7 @@
-"""Files that are whole on the disk or not there at all, and the temporary names they start under.
+"""Files that are either complete on disk or absent, and the temporary names they start under.
 
-Whatever is not finished lies beside its final place, under a name that tells which process of which
-host made it. `remove_leftovers` clears away what such processes left when they died.
+An unfinished file lies beside its final place, under a name that holds the host and process that
+made it, so that `remove_leftovers` can clear away what processes left when they died.
 """
 
 from __future__ import annotations
@@ -19,28 +19,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final, Literal, Self
 
-_PART: Final = 1 << 24
-"""Bytes that are written and hashed at a time."""
-
-_WORTH_A_THREAD: Final = 1 << 20
-_LONGEST: Final = 100
-"""Characters of a file's name that its temporary name repeats."""
+_PART: Final = 1 << 24  # bytes that are written and hashed at a time
+_THREAD_MINIMUM: Final = 1 << 20  # bytes
+_NAME_LENGTH: Final = 100  # characters of a file's name that its temporary name repeats
 
 _TEMPORARY = re.compile(r"\.(.+)\.(staging|replaced)-([0-9]+)-([0-9a-f]+)", re.DOTALL)
 _NO_FOLDER_SYNC: Final = {errno.EACCES, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 
 class SyncedFile:
-    """A new file that is on the disk once it is closed.
-
-    As a context manager it closes the file at the end, or abandons it where there is an exception.
-
-    Args:
-        path: Must not exist.
-
-    Attributes:
-        size: Bytes so far.
-    """
+    """A new file, synced to disk when closed; a `with` block that raises abandons it."""
 
     def __init__(self, path: Path) -> None:
         self.size = 0
@@ -56,16 +44,14 @@ class SyncedFile:
             self.abandon()
 
     def write(self, data: bytes | memoryview) -> None:
-        """Append bytes."""
         self._stream.write(data)
         self.size += len(data)
 
     def flush(self) -> None:
-        """Hand what was written to the system."""
         self._stream.flush()
 
     def close(self) -> None:
-        """Bring the file to the disk and close it; do nothing if it is closed."""
+        """Sync the file to disk and close it; do nothing if it is closed."""
         if self._stream.closed:
             return
         with self._stream as stream:
@@ -73,19 +59,13 @@ class SyncedFile:
             os.fsync(stream.fileno())
 
     def abandon(self) -> None:
-        """Close it as it is."""
+        """Close the file without syncing it."""
         with contextlib.suppress(OSError):
             self._stream.close()
 
 
 class HashedFile(SyncedFile):
-    """A `SyncedFile` that is hashed as it is written.
-
-    Large data is hashed in a thread beside the writing.
-
-    Args:
-        path: Must not exist.
-    """
+    """A `SyncedFile` hashed as it is written; large parts in a thread beside the writing."""
 
     def __init__(self, path: Path) -> None:
         self._digest = hashlib.sha256()
@@ -93,11 +73,10 @@ class HashedFile(SyncedFile):
         super().__init__(path)
 
     def write(self, data: bytes | memoryview) -> None:
-        """Append bytes."""
         view = memoryview(data)
         for start in range(0, len(view), _PART):
             part = view[start : start + _PART]
-            if len(part) < _WORTH_A_THREAD:
+            if len(part) < _THREAD_MINIMUM:
                 self._stream.write(part)
                 self._digest.update(part)
                 continue
@@ -111,17 +90,15 @@ class HashedFile(SyncedFile):
         self.size += len(view)
 
     def close(self) -> None:
-        """Bring the file to the disk and close it; do nothing if it is closed."""
         self._end_threads()
         super().close()
 
     def sha256(self) -> str:
-        """Bring the file to the disk, close it, and return its SHA-256 in hex."""
+        """Close the file, synced to disk, and return its SHA-256 in hex."""
         self.close()
         return self._digest.hexdigest()
 
     def abandon(self) -> None:
-        """Close it as it is."""
         self._end_threads()
         super().abandon()
 
@@ -132,11 +109,7 @@ class HashedFile(SyncedFile):
 
 
 def write_new(path: Path, data: bytes) -> str:
-    """Write a file that does not exist, bring it to the disk and return its SHA-256 in hex.
-
-    Raises:
-        OSError: It exists, or cannot be written; what was begun stays there.
-    """
+    """Write a file that must not exist, sync it to disk and return its SHA-256 in hex."""
     with HashedFile(path) as file:
         file.write(data)
         return file.sha256()
@@ -146,10 +119,10 @@ def replace_file(path: Path, data: bytes) -> None:
     """Write a file, all or nothing; a link in its place is replaced, not followed.
 
     Raises:
-        OSError: It cannot be written. The older file is then as it was, unless the disk failed to
-            record the new one's name.
+        OSError: It cannot be written. The older file is then unchanged, unless only the sync of the
+            folder failed.
     """
-    short = path.name[:_LONGEST]
+    short = path.name[:_NAME_LENGTH]
     remove_leftovers(path.parent, short)
     staged = temporary_name(path.with_name(short))
     try:
@@ -162,13 +135,13 @@ def replace_file(path: Path, data: bytes) -> None:
         raise
     try:
         sync_folder(path.parent)
-    except OSError as error:  # some file systems cannot, and some folders may not be read
+    except OSError as error:  # unsupported by some file systems, forbidden in some folders
         if error.errno not in _NO_FOLDER_SYNC:
             raise
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk."""
+    """Sync the names in a folder to disk."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
@@ -177,24 +150,22 @@ def sync_folder(folder: Path) -> None:
 
 
 def temporary_name(path: Path, kind: Literal["staging", "replaced"] = "staging") -> Path:
-    """Return a name beside a path for what will be there ("staging"), or was ("replaced")."""
+    """Return a name beside a path for what is to be there ("staging"), or was ("replaced")."""
     return path.with_name(f".{path.name}.{kind}-{os.getpid()}-{_host()}{secrets.token_hex(4)}")
 
 
 def final_name(name: str) -> str:
-    """Return the name that a temporary name stands for; any other name as it is."""
+    """Return the name that a temporary name stands for; any other name unchanged."""
     match = _TEMPORARY.fullmatch(name)
     return name if match is None else match[1]
 
 
 def remove_leftovers(folder: Path, names: str | re.Pattern[str]) -> None:
-    """Remove what dead processes of this host left under temporary names; skip what cannot be.
-
-    What was moved aside stays while nothing is in its place: it is then the only copy.
+    """Remove what dead processes of this host left under temporary names, skipping what cannot be.
 
     Args:
         folder: Where to look.
-        names: The final name, or a pattern that final names match as a whole.
+        names: The final name, or a pattern that must match the whole final name.
     """
     with contextlib.suppress(OSError):
         for entry in list(folder.iterdir()):
@@ -207,7 +178,7 @@ def remove_leftovers(folder: Path, names: str | re.Pattern[str]) -> None:
             if (len(tag) == 16 and tag[:8] != _host()) or _is_alive(int(process)):
                 continue
             if kind == "replaced" and not os.path.lexists(folder / name):
-                continue
+                continue  # what was moved aside is then the only copy
             if entry.is_symlink():
                 continue
             if entry.is_dir():

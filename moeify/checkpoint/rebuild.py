@@ -1,8 +1,8 @@
-"""Builds the dense model that a saved one was converted from, without its weights.
+"""Build the dense model that a saved one was converted from, without its weights.
 
 Only classes of transformers are built by name, from their config alone: nothing is downloaded,
-unpickled or imported from elsewhere. Parameters go to `meta` the moment a module registers them;
-buffers are computed as ever, because some (rotary frequencies) are in no file.
+unpickled or imported from elsewhere. Parameters go to `meta` as soon as a module registers them;
+buffers are computed, because some (rotary frequencies) are in no file.
 """
 
 from __future__ import annotations
@@ -16,23 +16,24 @@ import torch
 from torch import nn
 
 from moeify.capture.on_meta import parameters_on_meta, quiet_random_state
-from moeify.convert.replay import Recorded, replay
+from moeify.convert.replay import Recorded, layer_records, replay, versions
 from moeify.errors import CheckpointError
 from moeify.hf.dense_class import config_json, dense_class
 from moeify.hf.detect import is_hf
 from moeify.passes.infra.base import Pass
-from moeify.sites.record import Conversion
+from moeify.sites.record import Conversion, require_conversion
 from moeify.storage.manifest import Manifest, ModelRecord
-from moeify.storage.model_state import to_meta
+from moeify.storage.model_state import describe_modes, to_meta
 from moeify.storage.safetensors_file import DTYPES
 
 _OWN: Final = re.compile(r"transformers\.models\.[A-Za-z0-9_.]+\.[A-Za-z0-9_]+")
 _KINDS: Final = ("attention", "experts")
 
 
-def describe_model(model: nn.Module, modes: tuple[bool, list[str]]) -> ModelRecord:
-    """Return what is kept of a model beside its tensors and its config."""
+def describe_model(model: nn.Module) -> ModelRecord:
+    """Describe a model beside its tensors and its config."""
     cls = dense_class(model)
+    training, other_mode = describe_modes(model)
     found: dict[str, dict[str, str | None]] = {kind: {} for kind in _KINDS}
     if is_hf(model):
         config: Any = model.config
@@ -44,15 +45,27 @@ def describe_model(model: nn.Module, modes: tuple[bool, list[str]]) -> ModelReco
                     found[kind][key] = value
     return ModelRecord(
         name=f"{cls.__module__}.{cls.__qualname__}",
-        training=modes[0],
-        other_mode=modes[1],
+        training=training,
+        other_mode=other_mode,
         attention=found["attention"],
         experts=found["experts"],
     )
 
 
+def describe_conversion(model: nn.Module) -> dict[str, Any]:
+    """Return what both manifests keep of a conversion."""
+    conversion = require_conversion(model)
+    return {
+        "versions": versions(),
+        "plan": conversion.plan.data(),
+        "plan_sha256": conversion.plan.digest(),
+        "layers": layer_records(model, conversion),
+        "ledger": {name: list(fate) for name, fate in conversion.ledger.items()},
+    }
+
+
 def config_texts(model: nn.Module) -> dict[str, str]:
-    """Return the texts of a Hugging Face model's config files by file name; none for others."""
+    """Return the texts of a Hugging Face model's config files by file name."""
     texts = {}
     for file, attribute in (
         ("source_config.json", "config"),
@@ -67,17 +80,7 @@ def config_texts(model: nn.Module) -> dict[str, str]:
 def build(
     record: ModelRecord, config: Mapping[str, Any], generation: Mapping[str, Any] | None, where: str
 ) -> nn.Module:
-    """Build a dense Hugging Face model with its parameters on meta.
-
-    Args:
-        record: The model's class and attention.
-        config: The content of `source_config.json`.
-        generation: The content of `generation_config.json`.
-        where: The folder, for messages.
-
-    Raises:
-        CheckpointError: Its class is not of transformers, or cannot be built.
-    """
+    """Build a dense Hugging Face model, its parameters on meta, from its config files' content."""
     if _OWN.fullmatch(record.name) is None:
         raise CheckpointError(
             f"{where}: a {record.name} is not of the transformers package, which alone is imported "
@@ -114,17 +117,9 @@ def convert_again(
     passes: Sequence[Pass] = (),
     prove: bool = True,
 ) -> Conversion:
-    """Convert a dense model on meta as a saved one was converted.
+    """Convert a dense model, whose weights do not matter, on meta as a saved one was converted.
 
-    Args:
-        model: Its weights do not matter; changed in place.
-        manifest: Of the saved model.
-        where: The folder, for messages.
-        passes: The user's own graph passes.
-        prove: Check that the same came out; False where it was made for other ranks.
-
-    Raises:
-        CheckpointError: The plan is damaged, does not fit this model, or gives something else.
+    Unless `prove`, another result is accepted: the saved model was made for other ranks.
     """
     to_meta(model, _dense_dtypes(manifest))
     then = Recorded(
@@ -144,7 +139,7 @@ def _dense_dtypes(manifest: Manifest) -> dict[str, torch.dtype]:
     """Return the dtypes that the dense model had when it was converted, by name.
 
     What was copied into experts is known from the plan of its layer. The model may have been cast
-    after the conversion: what became of the experts became of the rest.
+    after the conversion; if so, the rest was cast as the experts were.
     """
     names = manifest.names()
     before = {layer.block: layer.plan.dtype for layer in manifest.layers}
@@ -171,7 +166,7 @@ def _class(name: str) -> Any:
     module, _, leaf = name.rpartition(".")
     cls = getattr(importlib.import_module(module), leaf)
     if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
-        raise TypeError(f"{leaf} is no model")
+        raise TypeError(f"{leaf} is not a model")
     return cls
 
 
@@ -184,7 +179,7 @@ def _parts(config: Any) -> list[str]:
 
 
 def _harmless(value: Any) -> Any:
-    """Take from a config what would make transformers download something."""
+    """Remove from a config what would make transformers download something."""
     if isinstance(value, dict):
         kept = {}
         for key, part in value.items():

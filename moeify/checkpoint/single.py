@@ -1,9 +1,9 @@
 """`save` and `load`: a converted model as a folder of safetensors files, its plan and its config.
 
 A folder is there whole or not at all: it is staged beside the target and renamed at the end. It
-is read without unpickling anything, and every byte is accounted for. The dense model is rebuilt
-from its config with its parameters on `meta`, converted there by the same plan, and given the
-saved tensors, so that the dense weights are needed no more.
+is read without unpickling anything, and every byte is checked. The dense model is rebuilt from its
+config with its parameters on `meta`, converted there by the same plan, and given the saved
+tensors, so that the dense weights are no longer needed.
 """
 
 from __future__ import annotations
@@ -20,29 +20,26 @@ from torch import Tensor, nn
 from moeify import compat
 from moeify.capture.input_spec import describable
 from moeify.capture.on_meta import default_device_cpu
-from moeify.checkpoint.rebuild import build, config_texts, convert_again, describe_model
+from moeify.checkpoint.rebuild import (
+    build,
+    config_texts,
+    convert_again,
+    describe_conversion,
+    describe_model,
+)
 from moeify.convert.pipeline import refuse_wrapped
-from moeify.convert.replay import layer_records, versions
 from moeify.errors import CheckpointError, MoeifyError
 from moeify.hf.detect import is_hf
 from moeify.passes.infra.base import Pass
 from moeify.plan import strict_yaml
 from moeify.sites.record import Conversion, require_conversion, require_one_process
 from moeify.storage.atomic_folder import Folder
-from moeify.storage.manifest import (
-    MAX_BYTES,
-    VERSION,
-    Manifest,
-    TensorRecord,
-    encode,
-    read_manifest,
-)
+from moeify.storage.manifest import MAX_BYTES, VERSION, Manifest, read_manifest
 from moeify.storage.model_state import (
     Rollback,
     assign,
     check_places,
     collect,
-    describe_modes,
     restore_modes,
     tensors_of,
 )
@@ -54,10 +51,9 @@ from moeify.storage.tensor_source import (
     Output,
     TensorSource,
     TensorSpec,
-    Written,
     copied,
 )
-from moeify.storage.writer import write_model_files
+from moeify.storage.writer import manifest_writer, write_model_files
 from moeify.units import dtype_name, parse_bytes
 
 _READ = ("plan.yaml", "source_config.json", "generation_config.json")
@@ -75,14 +71,14 @@ def save(
     Args:
         model: A converted model; also inside `torch.compile`, `DataParallel` or DDP.
         directory: A folder that does not exist, is empty, or holds an older save, which is
-            replaced in one step; what else lies in an older save (a tokenizer) stays.
+            replaced in one step; other files in an older save (a tokenizer) stay.
         max_shard_size: Bytes per file, or such as "5GB" and "512MiB".
 
     Raises:
         CheckpointError: The folder holds something else, the disk is full, or the model has state
-            that no safetensors file can hold. What was there before is then as it was.
+            that no safetensors file can hold. What was there before is then unchanged.
         MoeifyError: The model has not been converted.
-        ValueError: `max_shard_size` is no size.
+        ValueError: `max_shard_size` is not a size.
 
     Example:
         >>> import tempfile
@@ -113,13 +109,9 @@ def moeify_files(
     """Return what `save` writes.
 
     Args:
-        model: A converted model; where `tensor_source` has its tensors, they may be on meta.
+        model: A converted model; its state dict may be on meta if `tensor_source` is given.
         tensor_source: The tensors of its state dict; those of the model if None.
         source: Where the weights came from, for the manifest.
-
-    Raises:
-        CheckpointError: The model has state that no safetensors file can hold.
-        MoeifyError: It has not been converted, or lies on several ranks.
     """
     conversion = require_conversion(model)
     require_one_process(model, "save")
@@ -130,51 +122,43 @@ def moeify_files(
             )
     state = collect(model, values=tensor_source is None)
     tensors = tensor_source if tensor_source is not None else LiveTensors(model)
-    outputs = []
-    for name in sorted(state.tensors):
-        scratch = state.roles[name] == "scratch"
-        outputs.append(_scratch(name, state.tensors[name]) if scratch else copied(tensors, name))
+    outputs = [
+        _scratch(name, tensor) if state.roles[name] == "scratch" else copied(tensors, name)
+        for name, tensor in sorted(state.tensors.items())
+    ]
     texts = {
         "plan.yaml": strict_yaml.dump(conversion.plan.data(), "plan.yaml"),
         **config_texts(model),
     }
-    common = {
+    draft = {
         "format": "moeify",
         "version": VERSION,
-        "versions": versions(),
-        "model": describe_model(model, describe_modes(model)),
-        "plan": conversion.plan.data(),
-        "plan_sha256": conversion.plan.digest(),
-        "layers": layer_records(model, conversion),
+        "model": describe_model(model),
         "inputs": _inputs(model, conversion),
-        "ledger": {name: list(fate) for name, fate in conversion.ledger.items()},
         "dtype": state.main_dtype(),
         "parameters": state.parameters,
+        "tensors": {
+            output.name: {
+                "shard": "",
+                "dtype": dtype_name(output.spec.dtype),
+                "shape": list(output.spec.shape),
+                "role": state.roles[output.name],
+                "requires_grad": state.tensors[output.name].requires_grad,
+            }
+            for output in outputs
+        },
         "aliases": state.aliases,
+        "shards": [],
+        "files": [],
         "source": dict(source or {}),
     }
-    trains = {name: tensor.requires_grad for name, tensor in state.tensors.items()}
-
-    def manifest(written: Written) -> bytes:
-        records = {
-            output.name: TensorRecord(
-                shard=written.place[output.name],
-                dtype=dtype_name(output.spec.dtype),  # type: ignore[arg-type]
-                shape=list(output.spec.shape),
-                role=state.roles[output.name],
-                requires_grad=trains[output.name],
-            )
-            for output in outputs
-        }
-        more = {"tensors": records, "shards": written.shards, "files": written.files}
-        return encode(Manifest.model_validate(common | more))
-
+    manifest = Manifest.model_validate(describe_conversion(model) | draft)
     encoded = {name: text.encode() for name, text in texts.items()}
-    return ModelFiles("moeify", tuple(outputs), encoded, manifest)
+    return ModelFiles("moeify", tuple(outputs), encoded, manifest_writer(manifest))
 
 
 def _scratch(name: str, tensor: Tensor) -> Output:
-    """Return a buffer that is in no state dict, as it is now."""
+    """Return a buffer outside the state dict, with its present values."""
     spec = TensorSpec(tuple(tensor.shape), tensor.dtype)
     return Output(name, spec, lambda: iter([tensor.detach().to("cpu")]))
 
@@ -191,7 +175,7 @@ def load(
     """Load a saved model; arguments and errors as of `moeify.load`, which is this for users."""
     place = torch.device(device)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"dtype: {dtype!r} is no floating-point dtype such as torch.bfloat16")
+        raise ValueError(f"dtype: {dtype!r} is not a floating-point dtype such as torch.bfloat16")
     _refuse_sharded(directory)
     with Folder(directory) as folder, default_device_cpu():
         manifest = read_manifest(folder)
@@ -225,7 +209,7 @@ def _refuse_sharded(directory: str | os.PathLike[str]) -> None:
     if Path(directory, "moeify-sharded.json").is_file() or any(Path(directory).glob("step-*")):
         raise CheckpointError(
             f"{os.fspath(directory)}: holds sharded checkpoints: moeify.load_sharded(model, ...) "
-            "reads them into a converted model, moeify.to_single(..., folder) makes what load takes"
+            "reads them into a converted model, moeify.to_single(..., folder) makes one for load"
         )
 
 
@@ -248,12 +232,12 @@ def _inputs(model: nn.Module, conversion: Conversion) -> Any:
         return None
     raise CheckpointError(
         f"the example inputs of the conversion cannot be made again ({conversion.inputs!r:.200}): "
-        "convert with tensors, numbers, texts, dicts and tuples"
+        "convert with tensors, numbers, strings, dicts and tuples"
     )
 
 
 def _read_texts(folder: Folder, manifest: Manifest) -> dict[str, bytes]:
-    """Read the small files that matter and hold them against their digests.
+    """Read the small files that matter and check their digests.
 
     Others, such as a tokenizer's, are the user's to change.
     """
@@ -278,7 +262,7 @@ def _build(folder: Folder, manifest: Manifest, texts: Mapping[str, bytes]) -> nn
     }
     for name, data in parsed.items():
         if not isinstance(data, dict):
-            raise CheckpointError(f"{folder.where(name)}: is no mapping")
+            raise CheckpointError(f"{folder.where(name)}: is not a mapping")
     config = parsed.get("source_config.json", {})
     return build(manifest.model, config, parsed.get("generation_config.json"), folder.path)
 
@@ -292,12 +276,11 @@ def _read_tensors(
     verify: bool,
 ) -> dict[str, Tensor]:
     """Read every tensor to its device, in its final dtype."""
-    routers = {f".{name}" for name in ("selection_bias", "pending_counts")}
     tensors = {}
 
     def final(name: str, tensor: Tensor) -> Tensor:
         record = manifest.tensors[name]
-        keep = record.role == "scratch" or any(name.endswith(router) for router in routers)
+        keep = record.role == "scratch" or name.endswith((".selection_bias", ".pending_counts"))
         wanted = dtype if dtype is not None and tensor.is_floating_point() and not keep else None
         return tensor.to(device=device, dtype=wanted)
 

@@ -12,20 +12,17 @@ steps.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
 import torch.distributed as dist
-from collections.abc import Callable
-from collections.abc import Iterator
-from collections.abc import Mapping
-from contextlib import ExitStack
-from contextlib import contextmanager
-from dataclasses import dataclass
-from dataclasses import field
+from torch import nn
+
 from moeify import compat
 from moeify.capture.torch_calls import tensors_in
 from moeify.errors import MoeifyError
-from torch import nn
-from typing import Any
-
 
 __all__ = ["Call", "Counter", "count", "fake_world"]
 

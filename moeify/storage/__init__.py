@@ -1,1 +1,1 @@
-"""Bytes on disk: folders, JSON, safetensors. Knows no model."""
+"""Bytes on disk: folders, JSON, safetensors, and the tensors of a model in them."""

@@ -1,10 +1,10 @@
-"""Folders that are written whole or not at all, and files that are read with suspicion.
+"""Folders that are written whole or not at all, and files that are read without trusting them.
 
 A folder is staged beside its target, synced file by file, and put in place by one rename (on Linux
-it is exchanged with an older one in one step). When that is done, or when the next writer comes,
-what an interrupted writer left is removed; see `atomic_file` for single files and temporary names.
+it is exchanged with an older one in one step). What an interrupted writer left is removed then, or
+by the next writer; see `atomic_file` for single files and temporary names.
 
-Files are opened without following links and without waiting for a FIFO, all from one directory
+Files are opened without following links and without blocking on a FIFO, all from one directory
 handle, so that a save that replaces the folder meanwhile cannot be mixed in.
 """
 
@@ -44,16 +44,13 @@ _NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 
 def replace_folder(target: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
-    """Fill a new folder and put it in the place of `target`, all or nothing.
+    """Let `write` fill a new folder and put it in place of `target`, all or nothing.
 
     What others put into an older save (a tokenizer, a README) is linked into the new one.
 
-    Args:
-        target: A path that does not exist, an empty folder, or an older save.
-        write: Fills the folder that it is given.
-
     Raises:
-        CheckpointError: The target is something else, or cannot be written; it is then as it was.
+        CheckpointError: The target is neither absent, empty nor an older save, or it cannot be
+            written; it is then unchanged.
     """
     path = resolve_target(target)
     old = holds_save(path)
@@ -64,35 +61,27 @@ def replace_folder(target: str | os.PathLike[str], write: Callable[[Path], None]
             write(staging)
             publish(staging, path, exists=old)
     except OSError as error:
-        state = "the older save is as it was" if old else "nothing was left there"
+        state = "the older save is unchanged" if old else "nothing was left there"
         raise CheckpointError(f"{path}: cannot be saved: {error}; {state}") from error
 
 
 def resolve_target(target: str | os.PathLike[str]) -> Path:
-    """Return the path to write to, without links.
-
-    Raises:
-        CheckpointError: It is empty, or cannot be a path.
-    """
+    """Return the absolute path to write to, links resolved."""
     text = os.fspath(target)
     try:
         path = Path(text).resolve()
     except (OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{text!r}: cannot be a path: {error}") from error
+        raise CheckpointError(f"{text!r}: is not a valid path: {error}") from error
     if not text or not path.name:
         raise CheckpointError(f"{text!r}: give the folder to save to")
     return path
 
 
 def holds_save(path: Path) -> bool:
-    """Return whether a path that may be written to holds an older save.
-
-    Raises:
-        CheckpointError: It holds something else, or there is no folder to put it in.
-    """
+    """Return whether a path holds an older save; raise if it must not be written to."""
     try:
         if not path.parent.is_dir():
-            raise CheckpointError(f"{path.parent}: is not a folder; make it first")
+            raise CheckpointError(f"{path.parent}: is not a folder; create it first")
         if not os.path.lexists(path):
             return False
         if not path.is_dir():
@@ -104,7 +93,7 @@ def holds_save(path: Path) -> bool:
     except FileNotFoundError:
         raise CheckpointError(
             f"{path}: holds files and is not a moeify save (it has no {MANIFEST}); nothing was "
-            "touched: give another folder"
+            "changed: give another folder"
         ) from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
@@ -113,7 +102,7 @@ def holds_save(path: Path) -> bool:
 
 @contextmanager
 def staged_folder(path: Path) -> Iterator[Path]:
-    """Make a folder beside a path; whatever has its name in the end is removed."""
+    """Make a folder beside a path; whatever has its name at the end is removed."""
     staging = stage(path)
     try:
         yield staging
@@ -132,13 +121,8 @@ def stage(path: Path) -> Path:
 def publish(staging: Path, path: Path, *, exists: bool) -> None:
     """Put a staged folder, whose files are synced, in its place; remove an older one.
 
-    Args:
-        staging: A folder beside `path`, or below a folder beside it.
-        path: Where it goes.
-        exists: Whether there is an older one.
-
     Raises:
-        OSError: It cannot be put there; an older one is as it was.
+        OSError: It cannot be put there; an older one is unchanged.
     """
     sync_folder(staging)
     _put(staging, path, exists=exists)
@@ -153,19 +137,16 @@ def publish(staging: Path, path: Path, *, exists: bool) -> None:
 def move_files_into(
     staging: Path, target: Path, *, stale: re.Pattern[str], last: Sequence[str]
 ) -> None:
-    """Move a staged folder's files into a folder that holds other things too.
+    """Move a staged folder's synced files into a folder that holds other things too.
 
-    The files without which nothing loads are taken away before all others and moved after them: if
-    the machine stops in between, nothing loads from the folder, never a mix.
+    The files without which nothing loads are removed before all others and moved after them: if the
+    machine stops in between, nothing loads from the folder, never a mix.
 
     Args:
-        staging: Holds files only, which are synced.
+        staging: Holds files only.
         target: Where they go.
-        stale: Names of older files to take away.
+        stale: Names of older files to remove.
         last: Files to move after all others, in this order.
-
-    Raises:
-        OSError: A file cannot be moved.
     """
     for name in reversed(last):
         (target / name).unlink(missing_ok=True)
@@ -181,12 +162,10 @@ def move_files_into(
 
 @contextmanager
 def locked_folder(path: Path) -> Iterator[None]:
-    """Make a folder if needed and hold it against other processes; remove it at the end if empty.
-
-    The lock ends with its process.
+    """Make a folder if needed and lock it against other processes; remove it at the end if empty.
 
     Raises:
-        CheckpointError: Another process holds it.
+        CheckpointError: Another process holds the lock, which ends with its process.
     """
     while True:
         with contextlib.suppress(FileExistsError):
@@ -201,10 +180,10 @@ def locked_folder(path: Path) -> Iterator[None]:
             try:
                 if not try_lock(handle):
                     raise CheckpointError(
-                        f"{path}: another process is writing this folder; wait for it, or end it"
+                        f"{path}: another process is writing this folder; wait for it, or stop it"
                     )
             except OSError as error:  # a file system without locks
-                log.warning("%s: cannot be locked (%s): start no second writer", path, error)
+                log.warning("%s: cannot be locked (%s): do not start a second writer", path, error)
             if not _is_same(path, handle):
                 continue
             try:
@@ -218,11 +197,7 @@ def locked_folder(path: Path) -> Iterator[None]:
 
 
 def try_lock(handle: int) -> bool:
-    """Take a lock that ends with its process; return False if another one has it.
-
-    Raises:
-        OSError: The file system has no locks.
-    """
+    """Take a lock that ends with its process; return False if another one has it."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -231,7 +206,7 @@ def try_lock(handle: int) -> bool:
 
 
 def _is_same(path: Path, handle: int) -> bool:
-    """Return whether a folder is still the one that was opened."""
+    """Return whether a path is still the folder that was opened."""
     try:
         found = path.stat(follow_symlinks=False)
     except OSError:
@@ -301,18 +276,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 class Folder:
-    """A folder to read from: one directory handle for all of its files.
-
-    Args:
-        directory: An existing folder.
-
-    Attributes:
-        path: As given.
-        handle: The open directory.
-
-    Raises:
-        CheckpointError: It cannot be opened as one.
-    """
+    """A folder to read from: one directory handle for all of its files."""
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.path = os.fspath(directory)
@@ -330,16 +294,12 @@ class Folder:
     def open(self, name: str, *, size: int | None = None) -> BinaryIO:
         """Open a regular file of this folder.
 
-        Args:
-            name: A plain name, already checked to have no separators.
-            size: Its size, if known.
-
         Raises:
-            CheckpointError: It is missing, a link, not a regular file, or of another size.
+            CheckpointError: It is missing, a link, not a regular file, or not of `size` bytes.
         """
         where = self.where(name)
         if "/" in name or os.sep in name or name in ("", ".", ".."):
-            raise CheckpointError(f"{where}: a file name may not lead elsewhere")
+            raise CheckpointError(f"{where}: a file name must not contain a path")
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
             handle = os.open(name, flags, dir_fd=self.handle)
@@ -361,11 +321,7 @@ class Folder:
         return os.fdopen(handle, "rb")
 
     def read(self, name: str, *, limit: int, size: int | None = None) -> bytes:
-        """Return a file's content.
-
-        Raises:
-            CheckpointError: As `open`, or it is larger than `limit` bytes.
-        """
+        """Return a file's content; raise if it is larger than `limit` bytes."""
         with self.open(name, size=size) as stream:
             try:
                 data = stream.read(limit + 1)
@@ -380,6 +336,19 @@ class Folder:
         return os.path.join(self.path, name)
 
 
+def read_at(stream: BinaryIO, view: memoryview, offset: int, where: str) -> None:
+    """Fill a view from a file, beginning at a byte of it."""
+    done = 0
+    while done < len(view):
+        try:
+            count = os.preadv(stream.fileno(), [view[done : done + CHUNK]], offset + done)
+        except OSError as error:
+            raise CheckpointError(f"{where}: cannot be read: {error}") from error
+        if not count:
+            raise CheckpointError(f"{where}: ends too early: it is being changed")
+        done += count
+
+
 __all__ = [
     "CHUNK",
     "MANIFEST",
@@ -389,6 +358,7 @@ __all__ = [
     "locked_folder",
     "move_files_into",
     "publish",
+    "read_at",
     "replace_folder",
     "resolve_target",
     "stage",

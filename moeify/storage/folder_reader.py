@@ -1,9 +1,9 @@
-"""A folder of safetensors from anywhere, read with suspicion, a few rows at a time.
+"""Read a folder of safetensors from any origin, without trusting it, a few rows at a time.
 
-Everything that a header or an index claims is held against the files before it is believed, and
-all files are opened before the first is read and stay open, so that what is read is what was
-checked. Nothing is mapped into memory, unpickled, or followed out of the folder; of links, only
-those are accepted that the cache of the Hugging Face hub is made of.
+Every claim of a header or an index is checked against the files. All files are opened before the
+first is read and stay open, so that what is read is what was checked. Nothing is mapped into
+memory, unpickled, or followed out of the folder; the only links accepted are those that the cache
+of the Hugging Face hub is made of.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from moeify.storage.tensor_reader import Entry, TensorFiles
 WEIGHTS: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
 CONFIG: Final = "config.json"
-MAX_TEXT: Final = 1 << 28
-"""Longest index or config in bytes."""
+MAX_TEXT: Final = 1 << 28  # bytes of an index or config
 
 _BLOB = re.compile(r"\.\./\.\./blobs/([0-9a-f]{40}|[0-9a-f]{64})")
 _PICKLED = re.compile(r".*\.(?:bin|pt|pth|ckpt|pkl|pickle|h5|msgpack)")
@@ -37,11 +36,11 @@ class CheckpointReader(TensorFiles):
 
     Attributes:
         config: The content of `config.json`; empty if there is none.
-        notes: What is odd about the folder, but does no harm.
+        notes: Harmless oddities of the folder.
 
     Raises:
-        CheckpointError: There are no safetensors, or anything about them is off; the message
-            names the file and the tensor.
+        CheckpointError: There are no safetensors, or they are damaged; the message names the file
+            and the tensor.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
@@ -56,12 +55,7 @@ class CheckpointReader(TensorFiles):
             raise
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return what tells this folder from a changed one, without reading all of it.
-
-        Returns:
-            JSON: `folder`, a name, and `files` with name, bytes, time of the last change in
-            nanoseconds, and SHA-256 of the header.
-        """
+        """Describe the folder as JSON that changes with it, without reading all of it."""
         files = [
             {
                 "file": name,
@@ -74,7 +68,7 @@ class CheckpointReader(TensorFiles):
         return {"folder": _title(self.path), "files": files}
 
     def digest(self) -> str:
-        """Return the SHA-256, in hex, of the fingerprint."""
+        """Return the SHA-256 of the fingerprint, in hex."""
         return canonical_digest(self.fingerprint())
 
     def _open(self, folder: _LinkedFolder) -> None:
@@ -87,12 +81,12 @@ class CheckpointReader(TensorFiles):
                     raise CheckpointError(
                         f"{self.where(file)}: {key:.200}: the index does not place it there "
                         f"({placed.get(key)!r:.80}): files of two saves are mixed, or the index "
-                        "is of another one"
+                        "belongs to another one"
                     )
         for key, file in (placed or {}).items():
             if key not in self.keys:
                 raise CheckpointError(
-                    f"{self.where(file)}: {key!r:.200}: the index places it there, and it is not"
+                    f"{self.where(file)}: {key!r:.200}: is missing, but the index places it there"
                 )
         if not self.keys:
             raise CheckpointError(f"{self.path}: its files hold no tensors")
@@ -121,33 +115,25 @@ class _LinkedFolder(Folder):
         return self
 
     def names(self) -> list[str]:
-        """Return the names of everything in the folder."""
         try:
             return os.listdir(self.handle)
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be read: {error}") from error
 
     def open(self, name: str, *, size: int | None = None) -> BinaryIO:
-        """See `Folder.open`."""
         if self._blobs is None:
             return super().open(name, size=size)
         try:
             match = _BLOB.fullmatch(os.readlink(name, dir_fd=self.handle))
-        except (OSError, ValueError):  # no link
+        except (OSError, ValueError):  # not a link
             match = None
-        return (
-            super().open(name, size=size)
-            if match is None
-            else self._blobs.open(match[1], size=size)
-        )
+        if match is None:
+            return super().open(name, size=size)
+        return self._blobs.open(match[1], size=size)
 
 
 def _index(folder: Folder, names: Sequence[str]) -> tuple[dict[str, str] | None, object]:
-    """Return the file of each tensor, and the size they should have; None without an index.
-
-    Raises:
-        CheckpointError: There are no safetensors, or the index is damaged or leads elsewhere.
-    """
+    """Return the file of each tensor (None without an index) and the claimed total size."""
     if INDEX not in names:
         if WEIGHTS in names:
             return None, None
@@ -159,13 +145,13 @@ def _index(folder: Folder, names: Sequence[str]) -> tuple[dict[str, str] | None,
         elif "adapter_model.safetensors" in others:
             reason = " it holds an adapter: merge that into its base model first"
         elif others:
-            reason = f" {others[0]!r:.80} alone is not known to be all of it"
+            reason = f" {others[0]!r:.80} alone may not be the whole model"
         raise CheckpointError(f"{folder.path}: has neither {WEIGHTS} nor {INDEX};{reason}")
     where = folder.where(INDEX)
     index = _mapping(folder, INDEX)
     placed = index.get("weight_map")
     if not isinstance(placed, dict) or not placed:
-        raise CheckpointError(f"{where}: weight_map: a mapping of tensors to files is needed")
+        raise CheckpointError(f"{where}: weight_map: must map tensors to files")
     for key, file in placed.items():
         plain = isinstance(file, str) and file.endswith(".safetensors") and file.isprintable()
         if not plain or file.startswith(".") or set(file) & set("/\\:"):
@@ -190,7 +176,7 @@ def _mapping(folder: Folder, name: str) -> dict[str, Any]:
 
 
 def _title(path: str) -> str:
-    """Return a name for a folder: the hub's, for a snapshot of its cache."""
+    """Return a name for a folder; for a snapshot in the hub's cache, the hub's."""
     real = Path(os.path.realpath(path))
     repo = real.parent.parent.name
     if real.parent.name == "snapshots" and repo.startswith("models--"):

@@ -1,7 +1,7 @@
 """What a checkpoint keeps of a model: its tensors by all their names, its modes, its graphs.
 
-`collect` takes them from a model, `assign` puts them into one, `Rollback` undoes whatever happened
-to a model in between.
+`collect` reads them from a model, `assign` puts them into one, `Rollback` restores a model after
+a failure.
 """
 
 from __future__ import annotations
@@ -32,15 +32,7 @@ _PLAIN: Final = frozenset({"builtins", "collections"})
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """A tensor of a model under one of its names.
-
-    Attributes:
-        name: Qualified name.
-        module: The module that holds it.
-        key: Its name there.
-        tensor: The tensor.
-        role: See `TensorRecord`.
-    """
+    """A tensor of a model under one of its names, `key` in its module."""
 
     name: str
     module: nn.Module
@@ -63,17 +55,15 @@ def tensors_of(model: nn.Module) -> Iterator[Named]:
 
 @dataclass(slots=True)
 class State:
-    """The tensors of a model, each once.
-
-    Attributes:
-        tensors: By the name they are stored under.
-        roles: Their roles, by the same names.
-        aliases: Further names, to the name a tensor is stored under.
-    """
+    """The tensors of a model, each once, by the name they are stored under."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     roles: dict[str, Role] = field(default_factory=dict)
-    aliases: dict[str, str] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)  # further name: name in `tensors`
+
+    def names(self) -> dict[str, str]:
+        """Map every name, aliases included, to the name that its tensor is stored under."""
+        return {name: name for name in self.tensors} | self.aliases
 
     @property
     def parameters(self) -> int:
@@ -91,28 +81,19 @@ class State:
 
 
 def collect(model: nn.Module, *, values: bool = True) -> State:
-    """Return what must be stored of a model.
+    """Collect the tensors that must be stored of a model, tied ones once.
 
-    Tied tensors are stored once. Buffers that are in no state dict are kept if they hold
-    floating-point numbers: the others depend on the config alone.
-
-    Args:
-        model: The model.
-        values: What its state dict holds is stored from here; else it may be on meta.
-
-    Raises:
-        CheckpointError: Something in the state dict is no tensor, or cannot be stored.
+    Buffers outside the state dict are kept if they are floating-point: others depend on the config
+    alone. Unless `values`, the tensors of the state dict may be on meta.
     """
     state = State()
     seen: dict[tuple[Any, ...], str] = {}
-    known = set()
     for item in tensors_of(model):
-        known.add(item.name)
         tensor = item.tensor
         if item.role == "scratch" and not tensor.is_floating_point():
             continue
         if values or item.role == "scratch":
-            storable([item.name], tensor)
+            storable(item.name, tensor)
         keys = [("id", id(tensor))]
         memory = compat.storage_key(tensor) if tensor.numel() else None
         if memory is not None:
@@ -124,18 +105,24 @@ def collect(model: nn.Module, *, values: bool = True) -> State:
         seen |= dict.fromkeys(keys, item.name)
         state.tensors[item.name] = tensor
         state.roles[item.name] = item.role
-    for name, value in model.state_dict(keep_vars=True).items():
-        if name.endswith("_extra_state") or not isinstance(value, Tensor):
-            raise CheckpointError(
-                f"{name}: the state dict holds a {type(value).__name__} there, which is no tensor; "
-                "only tensors are saved"
-            )
-        if name not in known:
-            raise CheckpointError(
-                f"{name}: is in the state dict, but is no parameter or buffer of the model: a "
-                "module renames what it saves, which cannot be loaded again"
-            )
+    check_state_dict(model, state)
     return state
+
+
+def check_state_dict(model: nn.Module, state: State) -> None:
+    """Check that the state dict holds nothing but the collected tensors."""
+    names = state.names()
+    for name, value in model.state_dict(keep_vars=True).items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"{name}: the state dict holds a {type(value).__name__} there, not a tensor; only "
+                "tensors are saved"
+            )
+        if name not in names:
+            raise CheckpointError(
+                f"{name}: is in the state dict, but is not a parameter or buffer of the model: a "
+                "module adds to what it saves or renames it, which cannot be loaded again"
+            )
 
 
 def assign(
@@ -149,11 +136,8 @@ def assign(
     Args:
         model: Has a place for each of them.
         tensors: By the name they were stored under.
-        records: Role and `requires_grad` by the same names.
-        names: Every name of the model to the name its tensor was stored under.
-
-    Raises:
-        CheckpointError: Something of the model is still on meta afterwards.
+        records: By the same names.
+        names: Every name in the model to the name its tensor was stored under.
     """
     made: dict[str, Tensor] = {}
     for name, stored in names.items():
@@ -162,9 +146,9 @@ def assign(
         module = model.get_submodule(path)
         value = made.get(stored)
         if value is None:
-            value = tensors[stored]
+            old = module._parameters.get(key, module._buffers.get(key))
+            value = _in_layout_of(old, tensors[stored])
             if record.role == "parameter":
-                old = module._parameters[key]
                 value = nn.Parameter(value, requires_grad=record.requires_grad)
                 value.__dict__.update({} if old is None else old.__dict__)
             made[stored] = value
@@ -178,14 +162,18 @@ def assign(
             raise CheckpointError(f"{item.name}: has no values after loading")
 
 
+def _in_layout_of(old: Tensor | None, value: Tensor) -> Tensor:
+    """Return a tensor in the memory layout of the one it replaces, as `load_state_dict` does."""
+    # Kernels sum in another order for other strides: the loaded model would differ by bits.
+    if old is None or old.is_contiguous() or old.shape != value.shape:
+        return value
+    return torch.empty_like(old, dtype=value.dtype, device=value.device).copy_(value)
+
+
 def check_places(
     model: nn.Module, records: Mapping[str, TensorRecord], names: Mapping[str, str], where: str
 ) -> None:
-    """Check that a model has a place for every tensor, and a tensor for every place.
-
-    Raises:
-        CheckpointError: It has not; the message names the tensor.
-    """
+    """Check that a model has a place for every tensor, and a tensor for every place."""
     places = {item.name: item for item in tensors_of(model)}
     for name, item in places.items():
         if item.role != "scratch" and name not in names:
@@ -215,28 +203,26 @@ def _has_room(model: nn.Module, name: str) -> bool:
 
 
 def to_meta(model: nn.Module, dtypes: Mapping[str, torch.dtype] | None = None) -> None:
-    """Replace every parameter by one on meta; tied ones stay tied, buffers go to the CPU.
+    """Replace every parameter by one on meta, tied ones as one; move buffers to the CPU.
 
-    Args:
-        model: Changed in place.
-        dtypes: Dtypes to give parameters and buffers, by name.
+    `dtypes` are those to give parameters and buffers, by name.
     """
     dtypes = dtypes or {}
-    twins: dict[int, Tensor] = {}
+    replaced: dict[int, Tensor] = {}
     for item in list(tensors_of(model)):
         tensor, dtype = item.tensor, dtypes.get(item.name, item.tensor.dtype)
-        if id(tensor) not in twins:
+        if id(tensor) not in replaced:
             if item.role == "parameter":
-                twin: Tensor = nn.Parameter(
+                empty: Tensor = nn.Parameter(
                     torch.empty_like(tensor, device="meta", dtype=dtype),
                     requires_grad=tensor.requires_grad,
                 )
-                twin.__dict__.update(tensor.__dict__)
+                empty.__dict__.update(tensor.__dict__)
             else:
-                twin = tensor if tensor.is_meta else tensor.to("cpu", dtype)
-            twins[id(tensor)] = twin
-        if twins[id(tensor)] is not tensor:
-            setattr(item.module, item.key, twins[id(tensor)])
+                empty = tensor if tensor.is_meta else tensor.to("cpu", dtype)
+            replaced[id(tensor)] = empty
+        if replaced[id(tensor)] is not tensor:
+            setattr(item.module, item.key, replaced[id(tensor)])
 
 
 def describe_modes(model: nn.Module) -> tuple[bool, list[str]]:
@@ -253,7 +239,7 @@ def restore_modes(model: nn.Module, record: ModelRecord) -> None:
 
 
 def graph_digests(block: nn.Module) -> tuple[str, str]:
-    """Return digests of what a block computes, and of what the graphs inside it compute."""
+    """Return digests of a block's graph, and of the graphs inside it."""
     graphs = [m.graph for m in block.modules() if isinstance(m, fx.GraphModule)]
     texts = [_numbered(graph) for graph in graphs]
     outer, inner = texts[0], "\n\n".join(texts[1:])
@@ -261,18 +247,18 @@ def graph_digests(block: nn.Module) -> tuple[str, str]:
 
 
 def _numbered(graph: fx.Graph) -> str:
-    """Print a graph in one form: unpickling draws names anew, and passes arguments by keyword."""
-    twin = copy.deepcopy(graph)
-    twin.owning_module = graph.owning_module
-    numbers = {node.name: str(i) for i, node in enumerate(twin.nodes)}
+    """Print a graph in a form that pickling, which renames nodes, does not change."""
+    copied = copy.deepcopy(graph)
+    copied.owning_module = graph.owning_module
+    numbers = {node.name: str(i) for i, node in enumerate(copied.nodes)}
 
     def number(match: re.Match[str]) -> str:
         return "%" + numbers.get(match[1], match[1])
 
     lines = []
-    for node in twin.nodes:
+    for node in copied.nodes:
         if node.op == "call_function":
-            with contextlib.suppress(TypeError, ValueError):  # no signature, or not in Python
+            with contextlib.suppress(TypeError, ValueError):  # no signature to bind to
                 bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
                 bound.apply_defaults()
                 node.args, node.kwargs = bound.args, bound.kwargs
@@ -281,12 +267,9 @@ def _numbered(graph: fx.Graph) -> str:
 
 
 class Rollback:
-    """Remembers a model's attributes, tables and hooks, to put them back after a failure.
+    """A record of a model's attributes, tables and hooks, to restore after a failure.
 
-    Tensors are remembered, not copied: it holds as long as none is written to.
-
-    Args:
-        model: The model.
+    Tensors are referenced, not copied: none may be written to meanwhile.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -295,7 +278,6 @@ class Rollback:
         ]
 
     def restore(self) -> None:
-        """Make the model what it was."""
         for module, state, containers in self._saved:
             module.__dict__.clear()
             module.__dict__.update(state)

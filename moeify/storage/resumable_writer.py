@@ -1,7 +1,7 @@
 """Write a `ModelFiles` so that an interrupted write can be resumed: finished shards are kept.
 
-A folder `.NAME.partial` beside the target holds the staged folder and a journal of the shards that
-are finished, each with its digest. An error, Ctrl-C or a kill leaves it for `resume`; a new start
+A folder `.NAME.partial` beside the target holds the staged folder and a journal of the finished
+shards, each with its digest. An error, Ctrl-C or a kill leaves it for `resume`; a new start
 removes it. A lock on it, which ends with its process, keeps a second writer out.
 """
 
@@ -17,12 +17,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from pydantic import ValidationError
-
 from moeify.atomic_file import replace_file, sync_folder
 from moeify.errors import CheckpointError
 from moeify.plan.selection import Strict
-from moeify.plan.strict_yaml import path_text
 from moeify.storage.atomic_folder import (
     CHUNK,
     Folder,
@@ -33,7 +30,7 @@ from moeify.storage.atomic_folder import (
     resolve_target,
 )
 from moeify.storage.manifest import FileRecord
-from moeify.storage.strict_json import parse_json
+from moeify.storage.strict_json import parse_json, validated
 from moeify.storage.tensor_source import ModelFiles, Output, Written
 from moeify.storage.writer import Advance, finish, header, split, write_shard
 from moeify.units import parse_bytes
@@ -46,29 +43,22 @@ _MAX_JOURNAL: Final = 1 << 26
 
 
 class Journal(Strict):
-    """What a partial folder holds.
-
-    Attributes:
-        format: Always "moeify-journal".
-        version: Version of the format.
-        made_of: What the bytes depend on, by what a person calls it.
-        shards: The files that are finished.
-    """
+    """What a partial folder holds."""
 
     format: Literal["moeify-journal"]
     version: Literal[1]
-    made_of: dict[str, Any]
-    shards: list[FileRecord]
+    made_of: dict[str, Any]  # what the bytes depend on, by a name for the user
+    shards: list[FileRecord]  # the finished ones
 
 
 def partial_path(directory: str | os.PathLike[str]) -> Path:
-    """Return the folder that a write leaves unfinished."""
+    """Return the folder that an unfinished write leaves."""
     path = resolve_target(directory)
     return path.with_name(f".{path.name}.partial")
 
 
 def bytes_to_write(model_files: ModelFiles, max_shard_size: int | str = "5GB") -> int:
-    """Return the bytes of all files with tensors, headers too, and of the small files."""
+    """Return the bytes of all files."""
     groups = split(model_files.tensors, parse_bytes(max_shard_size, "max_shard_size"))
     heads = sum(len(header(group)) for group in groups)
     return model_files.nbytes + heads + sum(map(len, model_files.texts.values()))
@@ -91,22 +81,21 @@ def write_resumable(
     late: Callable[[], Mapping[str, bytes]] | None = None,
     check: Callable[[Path], None] | None = None,
 ) -> Written:
-    """Write a folder; what is finished survives whatever happens.
+    """Write a folder; finished shards survive any interruption.
 
     Args:
         model_files: What is to be in it.
-        directory: A folder that does not exist, is empty, or holds an older one of moeify's.
-        made_of: What the bytes depend on: digests of plan and source, options. JSON.
-        max_shard_size: Bytes per file, or such as "5GB"; a larger tensor gets a file of its own.
-        resume: Keep the shards that an earlier write of the same finished.
-        advance: Is told how many bytes of data are written, or found to be, since the last time.
+        directory: A folder that does not exist, is empty, or holds an older save.
+        made_of: What the bytes depend on (digests of plan and source, options), as JSON.
+        max_shard_size: Bytes per file, or such as "5GB"; a larger tensor gets a file to itself.
+        resume: Keep the finished shards of an earlier write of the same.
+        advance: Called with the bytes of data that were written, or found, since the last call.
         late: Makes further small files when all tensors are written.
-        check: Looks at the finished folder before it is put in place; raises if it will not do.
+        check: Inspects the finished folder before it is put in place, and raises to refuse it.
 
     Raises:
-        CheckpointError: It cannot be written, another process is at it, or `resume` finds something
-            else begun. The target is as it was.
-        ValueError: `max_shard_size` is not a size.
+        CheckpointError: It cannot be written, another process is writing it, or `resume` finds a
+            write of something else. The target is unchanged.
     """
     limit = parse_bytes(max_shard_size, "max_shard_size")
     path = resolve_target(directory)
@@ -152,7 +141,7 @@ def _write_shards(
     done: Mapping[str, FileRecord],
     advance: Advance | None,
 ) -> list[FileRecord]:
-    """Write the shards that are not done, in order, and note each in the journal."""
+    """Write the shards that are not done, in order, and record each in the journal."""
     staged = partial / _STAGED
     shards: list[FileRecord] = []
     for name, group in groups.items():
@@ -172,39 +161,31 @@ def _digest(outputs: tuple[Output, ...]) -> str:
 
 
 def _finished(partial: Path, journal: Journal, names: set[str]) -> dict[str, FileRecord]:
-    """Return the finished shards of an earlier write, held against their digests.
-
-    Raises:
-        CheckpointError: It was a write of something else, or the journal is damaged.
-    """
+    """Return the finished shards of an earlier write whose digests match."""
     if not (partial / _JOURNAL).exists():
         log.info("%s: nothing is finished there", partial)
         return {}
     with Folder(partial) as folder:
         where = folder.where(_JOURNAL)
         data = parse_json(folder.read(_JOURNAL, limit=_MAX_JOURNAL), where)
-    try:
-        earlier = Journal.model_validate(data)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise CheckpointError(
-            f"{where}: {path_text(first['loc'])}: {first['msg']}; start without --resume"
-        ) from None
+    earlier = validated(Journal, data, where, "; start without --resume")
     now = json.loads(json.dumps(journal.made_of))
     changed = sorted(
         k for k in earlier.made_of.keys() | now if earlier.made_of.get(k) != now.get(k)
     )
     if changed:
         raise CheckpointError(
-            f"{partial}: was begun with another {' and '.join(changed)}: --resume goes on with the "
-            "same only; start without it"
+            f"{partial}: was begun with another {' and '.join(changed)}, so it cannot be resumed: "
+            "start without --resume"
         )
     kept = {}
     for record in earlier.shards:
         if record.file in names and _is_whole(partial / _STAGED / record.file, record):
             kept[record.file] = record
         else:
-            log.warning("%s: %s is not as it was written: it is written anew", partial, record.file)
+            log.warning(
+                "%s: %s is not as it was written: it is written again", partial, record.file
+            )
     return kept
 
 

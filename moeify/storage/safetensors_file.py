@@ -1,6 +1,6 @@
 """Safetensors files, written in one pass and read in one pass, with every byte accounted for.
 
-The reader allocates nothing that a header merely claims: sizes are held against the file first.
+The reader allocates nothing before the sizes that a header claims are checked against the file.
 """
 
 from __future__ import annotations
@@ -16,16 +16,13 @@ import torch
 from torch import Tensor
 
 from moeify.errors import CheckpointError
-from moeify.storage.atomic_folder import CHUNK, Folder
+from moeify.storage.atomic_folder import CHUNK, Folder, read_at
 from moeify.storage.manifest import FileRecord, TensorRecord
 from moeify.storage.strict_json import parse_json
 from moeify.units import dtype_from_name, dtype_name
 
-MAX_HEADER: Final = 100_000_000
-"""Longest header in bytes; the limit of the safetensors library."""
-
-MAX_DIMENSIONS: Final = 64
-"""Most dimensions of a tensor, as in numpy."""
+MAX_HEADER: Final = 100_000_000  # bytes, as in the safetensors library
+MAX_DIMENSIONS: Final = 64  # as in numpy
 
 _CODES: Final = {
     "F64": "float64",
@@ -56,10 +53,9 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 
 def file_head(entries: Iterable[tuple[str, torch.dtype, Sequence[int]]]) -> bytes:
-    """Return what a file begins with: the length of the header, and the header.
+    """Return how a file begins: the length of the header, and the header.
 
-    Args:
-        entries: Name, dtype and shape of each tensor, in the order of their data.
+    `entries` are name, dtype and shape of each tensor, in the order of their data.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -77,25 +73,15 @@ def file_head(entries: Iterable[tuple[str, torch.dtype, Sequence[int]]]) -> byte
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A shard whose header has been checked.
-
-    Attributes:
-        record: Its name, size and digest.
-        start: Where the data begins.
-        names: The tensors, in the order of their data, which leaves no gaps.
-    """
+    """A shard whose header has been checked."""
 
     record: FileRecord
-    start: int
-    names: tuple[str, ...]
+    start: int  # of the data
+    names: tuple[str, ...]  # in the order of their data, which has no gaps
 
 
 def check_shard(folder: Folder, record: FileRecord, expected: Mapping[str, TensorRecord]) -> Shard:
-    """Check a shard's size and header against what should be in it; its data is not read.
-
-    Raises:
-        CheckpointError: Anything is off; the message names the file and the tensor.
-    """
+    """Check a shard's size and header against the expected tensors, without reading its data."""
     where = folder.where(record.file)
     with folder.open(record.file, size=record.bytes) as stream:
         text = header_text(stream, record.bytes, where)
@@ -112,14 +98,7 @@ def check_shard(folder: Folder, record: FileRecord, expected: Mapping[str, Tenso
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A tensor as a checked header describes it.
-
-    Attributes:
-        dtype: Torch dtype.
-        shape: Sizes.
-        start: Where its data begins, counted from the end of the header.
-        stop: Where it ends.
-    """
+    """A tensor as a checked header describes it; offsets count from the end of the header."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -128,11 +107,7 @@ class Span:
 
 
 def header_text(stream: BinaryIO, size: int, where: str) -> bytes:
-    """Return the header of a file of `size` bytes, whose first byte comes next in the stream.
-
-    Raises:
-        CheckpointError: It claims more than the file holds, or cannot be read.
-    """
+    """Return the header of a file of `size` bytes, whose stream is at its first byte."""
     try:
         head = stream.read(8)
         length = int.from_bytes(head, "little")
@@ -147,35 +122,22 @@ def header_text(stream: BinaryIO, size: int, where: str) -> bytes:
 
 
 def header_data(text: bytes, where: str) -> dict[str, Any]:
-    """Return a header as data; only its metadata has been checked.
-
-    Raises:
-        CheckpointError: It is no mapping, or its metadata is none of texts.
-    """
+    """Parse a header, of which only the metadata is checked."""
     header = parse_json(text, where)
     if not isinstance(header, dict):
-        raise CheckpointError(f"{where}: its header is no mapping")
+        raise CheckpointError(f"{where}: its header is not a mapping")
     if text[:1] != b"{":
         raise CheckpointError(f"{where}: its header begins with {text[:1]!r}, not with a brace")
     metadata = header.get("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise CheckpointError(f"{where}: __metadata__: is no mapping of texts")
+        raise CheckpointError(f"{where}: __metadata__: is not a mapping of strings")
     return header
 
 
 def spans_of(header: Mapping[str, Any], room: int, where: str) -> dict[str, Span]:
-    """Check that the tensors of a header fill a file's data, without overlaps and gaps.
+    """Check that the tensors of a header fill the `room` bytes behind it, without overlaps or gaps.
 
-    Args:
-        header: Entries by the tensor's name, without metadata.
-        room: Bytes behind the header.
-        where: The file, for messages.
-
-    Returns:
-        Names in the order of their data.
-
-    Raises:
-        CheckpointError: They do not, or an entry is damaged.
+    `header` comes without its metadata. The result is in the order of the data.
     """
     found = {name: _span(name, entry, where) for name, entry in header.items()}
     ordered = sorted(found, key=lambda name: (found[name].start, found[name].stop, name))
@@ -193,7 +155,7 @@ def spans_of(header: Mapping[str, Any], room: int, where: str) -> dict[str, Span
 
 
 def _same(where: str, entry: object, expected: TensorRecord) -> None:
-    """Hold an entry against the tensor that was saved."""
+    """Check an entry against the tensor that was saved."""
     if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape"}:
         raise CheckpointError(f"{where}: its entry in the header is damaged")
     if entry["dtype"] != CODE_OF[expected.dtype]:
@@ -203,8 +165,8 @@ def _same(where: str, entry: object, expected: TensorRecord) -> None:
 
 
 def _span(name: str, entry: object, where: str) -> Span:
-    if not name.isprintable():  # nor can it do anything to a terminal
-        raise CheckpointError(f"{where}: {name!r:.80}: is no name for a tensor")
+    if not name.isprintable():  # messages print it to a terminal
+        raise CheckpointError(f"{where}: {name!r:.80}: is not a valid name for a tensor")
     where = f"{where}: {name:.200}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{where}: its entry in the header is damaged")
@@ -213,19 +175,23 @@ def _span(name: str, entry: object, where: str) -> Span:
         raise CheckpointError(f"{where}: dtype {code!r:.40}: use one of {', '.join(_CODES)}")
     dtype = DTYPES[_CODES[code]]
     if not _numbers(shape) or len(shape) > MAX_DIMENSIONS:
-        raise CheckpointError(f"{where}: shape {shape!r:.80}: natural numbers are needed")
+        raise CheckpointError(
+            f"{where}: shape {shape!r:.80}: must be up to {MAX_DIMENSIONS} integers, none negative"
+        )
     if not _numbers(offsets) or len(offsets) != 2:
-        raise CheckpointError(f"{where}: data_offsets {offsets!r:.80}: two numbers are needed")
+        raise CheckpointError(
+            f"{where}: data_offsets {offsets!r:.80}: must be two integers, none negative"
+        )
     start, stop = offsets
     size = dtype.itemsize
-    for n in shape:  # zeros apart: torch counts strides over the others too
+    for n in shape:  # zeros count as one: torch computes strides of the others too
         size *= max(n, 1)
         if size >= 1 << 63:
-            raise CheckpointError(f"{where}: shape {shape!r:.80}: no tensor can be so large")
+            raise CheckpointError(f"{where}: shape {shape!r:.80}: is too large for a tensor")
     size = 0 if 0 in shape else size
     if stop - start != size:
         raise CheckpointError(
-            f"{where}: data_offsets {offsets!r:.80}: other than the {size} bytes of its shape"
+            f"{where}: data_offsets {offsets!r:.80}: do not span the {size} bytes of its shape"
         )
     return Span(dtype, tuple(shape), start, stop)
 
@@ -244,21 +210,15 @@ def read_shard(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor of a checked shard, on the CPU, in memory of its own.
 
-    Args:
-        folder: Where it is.
-        shard: What `check_shard` returned.
-        expected: Dtype and shape by name.
-        verify: Hash the file meanwhile, and compare at its end.
-
     Raises:
-        CheckpointError: The file is not the one that was saved. Tensors that were yielded before
-            that are not to be used.
+        CheckpointError: The file is not the one that was saved. If `verify`, its digest is compared
+            at the end: tensors yielded before an error must not be used.
     """
     where = folder.where(shard.record.file)
-    digest = hashlib.sha256()
+    digest, position = hashlib.sha256(), shard.start
     with folder.open(shard.record.file, size=shard.record.bytes) as stream:
         head = bytearray(shard.start)
-        _fill(stream, memoryview(head), where)
+        read_at(stream, memoryview(head), 0, where)
         digest.update(head)
         for name in shard.names:
             record = expected[name]
@@ -266,11 +226,12 @@ def read_shard(
             view: memoryview = raw.numpy().data
             for start in range(0, len(view), CHUNK):
                 part = view[start : start + CHUNK]
-                _fill(stream, part, where)
+                read_at(stream, part, position, where)
+                position += len(part)
                 if verify:
                     digest.update(part)
             if record.dtype == "bool" and bool((raw > 1).any()):
-                raise CheckpointError(f"{where}: {name}: holds bytes that are no booleans")
+                raise CheckpointError(f"{where}: {name}: holds bytes that are not booleans")
             yield name, raw.view(DTYPES[record.dtype]).view(record.shape)
     if verify and digest.hexdigest() != shard.record.sha256:
         raise CheckpointError(
@@ -278,25 +239,8 @@ def read_shard(
         )
 
 
-def _fill(stream: BinaryIO, view: memoryview, where: str) -> None:
-    done = 0
-    while done < len(view):
-        try:
-            count = stream.readinto(view[done:])  # type: ignore[attr-defined]
-        except OSError as error:
-            raise CheckpointError(f"{where}: cannot be read: {error}") from error
-        if not count:
-            raise CheckpointError(f"{where}: ends too early: it is being changed")
-        done += count
-
-
-def storable(names: Sequence[str], tensor: Tensor) -> None:
-    """Check that a tensor can be kept in a safetensors file.
-
-    Raises:
-        CheckpointError: It is sharded, on meta, sparse, quantised, or of an odd dtype.
-    """
-    name = names[0]
+def storable(name: str, tensor: Tensor) -> None:
+    """Check that a tensor can be kept in a safetensors file."""
     if type(tensor).__name__ == "DTensor" or type(tensor.data).__name__ == "DTensor":
         raise CheckpointError(f"{name}: is sharded over ranks: gather the model first")
     if tensor.is_meta:

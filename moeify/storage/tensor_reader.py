@@ -1,7 +1,7 @@
 """Safetensors files that stay open, and give their tensors a few rows at a time.
 
-What a header claims is held against its file before it is believed. Nothing is mapped into memory:
-what has been read lies in memory of its own, and nothing else does.
+The claims of a header are checked against its file. Nothing is mapped into memory, so nothing but
+what has been read takes memory.
 """
 
 from __future__ import annotations
@@ -17,21 +17,14 @@ import torch
 from torch import Tensor
 
 from moeify.errors import CheckpointError
-from moeify.storage.atomic_folder import CHUNK, Folder
+from moeify.storage.atomic_folder import CHUNK, Folder, read_at
 from moeify.storage.safetensors_file import header_data, header_text, spans_of
 from moeify.storage.tensor_source import TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where a tensor lies.
-
-    Attributes:
-        file: Name of the file.
-        spec: Shape and dtype.
-        begin: First byte of its data in the file.
-        end: One past its last byte.
-    """
+    """Where a tensor lies: bytes `[begin, end)` of a file."""
 
     file: str
     spec: TensorSpec
@@ -41,31 +34,16 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class OpenFile:
-    """A file that has been opened.
-
-    Attributes:
-        stream: To read it from.
-        bytes: Its size when it was opened.
-        mtime_ns: Its last change then, in nanoseconds.
-        header: SHA-256 of its header, in hex.
-    """
+    """A file as it was when it was opened."""
 
     stream: BinaryIO
     bytes: int
     mtime_ns: int
-    header: str
+    header: str  # SHA-256, in hex
 
 
 class TensorFiles:
-    """The tensors of some files of one folder.
-
-    Args:
-        path: The folder, for messages.
-
-    Attributes:
-        path: As given.
-        files: Those that are open, by name.
-    """
+    """The tensors of some files of one folder."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -85,23 +63,15 @@ class TensorFiles:
 
     @property
     def keys(self) -> Mapping[str, Entry]:
-        """Every tensor by its name in the files, in the order of files and data."""
+        """Every tensor by its name, in the order of files and data."""
         return self._keys
 
     def add(self, folder: Folder, file: str, size: int | None = None) -> Mapping[str, Entry]:
-        """Open a file and check its header.
-
-        Args:
-            folder: Where it is.
-            file: Its name.
-            size: Its size in bytes, if known.
-
-        Returns:
-            Its tensors by name, in the order of their data.
+        """Open a file, check its header and return its tensors in the order of their data.
 
         Raises:
-            CheckpointError: It is no regular file, or its header is damaged, or holds a tensor that
-                is in another file too.
+            CheckpointError: It is not a regular file of `size` bytes, its header is damaged, or a
+                tensor is in another file too.
         """
         where = self.where(file)
         stream = folder.open(file, size=size)
@@ -124,19 +94,9 @@ class TensorFiles:
         return found
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Read a tensor, or rows of it.
+        """Read rows `[start, stop)` of a tensor, in the file's dtype, into CPU memory of its own.
 
-        Args:
-            key: One of `keys`.
-            start: First row along the first dimension.
-            stop: One past the last; the end if None. A tensor without dimensions is read whole.
-
-        Returns:
-            [rows, ...] in the dtype of the file, on the CPU, in memory of its own.
-
-        Raises:
-            CheckpointError: The file has become shorter, cannot be read, or holds booleans that
-                are none.
+        A tensor without dimensions is read whole.
         """
         entry = self._keys[key]
         shape, dtype = entry.spec.shape, entry.spec.dtype
@@ -151,18 +111,14 @@ class TensorFiles:
         self._fill(entry.file, raw.numpy().data, begin)
         if dtype == torch.bool and bool((raw > 1).any()):
             raise CheckpointError(
-                f"{self.where(entry.file)}: {key}: holds bytes that are no booleans"
+                f"{self.where(entry.file)}: {key}: holds bytes that are not booleans"
             )
         return raw.view(dtype).view(shape)
 
     def sha256(self, file: str) -> str:
-        """Return the SHA-256 of a whole file, in hex.
-
-        Raises:
-            CheckpointError: It is none of the files, or cannot be read.
-        """
+        """Return the SHA-256 of a whole file, in hex."""
         if file not in self.files:
-            raise CheckpointError(f"{self.where(file)}: has not been opened, or closed again")
+            raise CheckpointError(f"{self.where(file)}: has not been opened, or was closed")
         digest, size = hashlib.sha256(), self.files[file].bytes
         chunk = bytearray(min(CHUNK, size))
         for start in range(0, size, CHUNK):
@@ -172,11 +128,7 @@ class TensorFiles:
         return digest.hexdigest()
 
     def unchanged(self) -> None:
-        """Check, after reading, that no file was written to in the meantime.
-
-        Raises:
-            CheckpointError: One was: what was read is not to be used.
-        """
+        """Raise if a file was written to since it was opened: what was read must not be used."""
         for name, file in self.files.items():
             now = os.fstat(file.stream.fileno())
             if (now.st_size, now.st_mtime_ns) != (file.bytes, file.mtime_ns):
@@ -188,19 +140,9 @@ class TensorFiles:
     def _fill(self, file: str, view: memoryview, offset: int) -> None:
         if file not in self.files:
             raise CheckpointError(f"{self.where(file)}: has been closed")
-        handle = self.files[file].stream.fileno()
-        done = 0
-        while done < len(view):
-            try:
-                count = os.preadv(handle, [view[done : done + CHUNK]], offset + done)
-            except OSError as error:
-                raise CheckpointError(f"{self.where(file)}: cannot be read: {error}") from error
-            if not count:
-                raise CheckpointError(f"{self.where(file)}: ends too early: it is being changed")
-            done += count
+        read_at(self.files[file].stream, view, offset, self.where(file))
 
     def where(self, name: str) -> str:
-        """Return a file's path for messages."""
         return os.path.join(self.path, name)
 
 

@@ -1,14 +1,14 @@
-"""Where a model's tensors come from, and the files that they are written as.
+"""Where a model's tensors come from, and the files that they are written to.
 
 A `TensorSource` (a model in memory, a folder) and a `ModelFiles` (moeify's own format, a Hugging
-Face folder) know nothing of each other, so that every way in works with every way out, a few rows
-at a time.
+Face folder) are independent of each other, so that every source can be written in every format, a
+few rows at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final, Literal, Protocol
 
 import torch
@@ -19,20 +19,16 @@ from moeify.storage.manifest import FileRecord
 from moeify.storage.model_state import collect
 from moeify.units import dtype_name
 
-PIECE: Final = 1 << 26
-"""Bytes of a flat tensor that are read at a time."""
+PIECE: Final = 1 << 26  # bytes of a flat tensor that are read at a time
 
+# What reads a folder: `moeify.load` ("moeify"), transformers with code that needs moeify ("custom")
+# or transformers alone ("native", "dense").
 Kind = Literal["moeify", "custom", "native", "dense"]
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """Shape and dtype of a tensor.
-
-    Attributes:
-        shape: Sizes.
-        dtype: Torch dtype.
-    """
+    """Shape and dtype of a tensor."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -41,8 +37,8 @@ class TensorSpec:
 class TensorSource(Protocol):
     """The tensors of a model by the names of its state dict, wherever they are.
 
-    Each tensor stands there once; the further names of tied ones are aliases. Reading is cheap to
-    repeat and leaves nothing behind.
+    Each tensor is listed once; the further names of tied ones are aliases. Reading can be repeated
+    at little cost and keeps nothing in memory.
     """
 
     @property
@@ -56,7 +52,7 @@ class TensorSource(Protocol):
         ...
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Return rows `[start, stop)` along the first dimension, on the CPU; not to be changed.
+        """Return rows `[start, stop)` along the first dimension, on the CPU, not to be modified.
 
         A tensor without dimensions is returned whole.
         """
@@ -64,14 +60,11 @@ class TensorSource(Protocol):
 
 
 class LiveTensors:
-    """The tensors of a model in memory.
+    """The tensors of a model that is whole in this process.
 
     Args:
-        model: Its parameters and buffers lie whole in this process.
+        model: The model.
         state_dict: Read these instead, by the same names (a trainer's gathered state).
-
-    Raises:
-        CheckpointError: The state holds what no safetensors file can, or the names differ.
     """
 
     def __init__(self, model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> None:
@@ -104,7 +97,6 @@ class LiveTensors:
             self._tensors[name] = state_dict[name]
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """See `TensorSource.read`."""
         tensor = self._tensors[name].detach()
         rows = tensor if tensor.dim() == 0 else tensor[start:stop]
         return rows.to("cpu").contiguous()
@@ -112,35 +104,21 @@ class LiveTensors:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One tensor to write.
+    """One tensor to write."""
 
-    Attributes:
-        name: Its name in the file.
-        spec: Its shape and dtype.
-        pieces: Yields it in parts along the first dimension, in order, on the CPU, in `spec.dtype`;
-            called once, when its turn has come, and again only if the writing starts anew.
-    """
-
-    name: str
+    name: str  # in the file
     spec: TensorSpec
+    # Yields it in parts along the first dimension, in order, on the CPU, in the dtype of `spec`.
+    # Called once, when its turn has come, and again only if the writing starts over.
     pieces: Callable[[], Iterator[Tensor]]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its data."""
         return torch.Size(self.spec.shape).numel() * self.spec.dtype.itemsize
 
 
 def copied(tensor_source: TensorSource, name: str, as_name: str | None = None) -> Output:
-    """Return an output that copies a tensor as it is, read some rows at a time.
-
-    With three axes that is one expert at a time, else as many rows as are no more than `PIECE`.
-
-    Args:
-        tensor_source: Where it is.
-        name: Its name there.
-        as_name: Its name in the file; the same if None.
-    """
+    """Return an output that copies a tensor unchanged, some rows at a time, perhaps renamed."""
     spec = tensor_source.specs[name]
 
     def pieces() -> Iterator[Tensor]:
@@ -149,6 +127,7 @@ def copied(tensor_source: TensorSource, name: str, as_name: str | None = None) -
             return
         count = spec.shape[0]
         row = torch.Size(spec.shape[1:]).numel() * spec.dtype.itemsize
+        # Of three dimensions, the first is that of experts: one at a time.
         step = 1 if len(spec.shape) > 2 else max(1, PIECE // max(row, 1))
         for start in range(0, count, step):
             yield tensor_source.read(name, start, min(start + step, count))
@@ -158,37 +137,22 @@ def copied(tensor_source: TensorSource, name: str, as_name: str | None = None) -
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What has been written.
+    """What has been written."""
 
-    Attributes:
-        shards: The files with tensors, in order.
-        files: The small files.
-        place: File of each tensor.
-    """
-
-    shards: list[FileRecord]
-    files: list[FileRecord]
-    place: dict[str, str]
+    shards: list[FileRecord]  # in order
+    files: list[FileRecord]  # the small ones
+    place: dict[str, str]  # file of each tensor
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """What is to be in a folder.
-
-    Attributes:
-        kind: What reads it: `moeify.load` ("moeify"), transformers with code that needs moeify
-            ("custom"), transformers alone ("native"), or it is a dense model ("dense").
-        tensors: In the order in which they are written.
-        texts: Small files by name.
-        manifest: Makes `moeify.json` when all else is written.
-        notes: What a person should be told about it, such as how much is padding.
-    """
+    """What is to be in a folder."""
 
     kind: Kind
-    tensors: tuple[Output, ...]
-    texts: Mapping[str, bytes]
-    manifest: Callable[[Written], bytes]
-    notes: tuple[str, ...] = field(default=())
+    tensors: tuple[Output, ...]  # in the order in which they are written
+    texts: Mapping[str, bytes]  # small files by name
+    manifest: Callable[[Written], bytes]  # makes `moeify.json` when all else is written
+    notes: tuple[str, ...] = ()  # for the user, such as how much is padding
 
     @property
     def nbytes(self) -> int:
@@ -196,14 +160,13 @@ class ModelFiles:
         return sum(output.nbytes for output in self.tensors)
 
     def shard_names(self, count: int) -> list[str]:
-        """Return the names of that many files with tensors."""
-        if self.kind == "moeify":
-            return [f"moeify-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-        if count == 1:
+        """Return the names of `count` files with tensors."""
+        if self.kind != "moeify" and count == 1:
             return ["model.safetensors"]
-        return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+        prefix = "moeify" if self.kind == "moeify" else "model"
+        return [f"{prefix}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
 def describe(spec: TensorSpec) -> str:
-    """Write a shape and dtype for messages: `float32[4, 8]`."""
+    """Format a shape and dtype for messages: `float32[4, 8]`."""
     return f"{dtype_name(spec.dtype)}{list(spec.shape)}"

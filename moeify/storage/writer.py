@@ -13,8 +13,9 @@ from torch import Tensor
 from moeify.atomic_file import HashedFile, write_new
 from moeify.errors import CheckpointError
 from moeify.storage.atomic_folder import MANIFEST, replace_folder
-from moeify.storage.manifest import FileRecord
+from moeify.storage.manifest import FileRecord, Manifest
 from moeify.storage.safetensors_file import bytes_of, file_head
+from moeify.storage.strict_json import encode_manifest
 from moeify.storage.tensor_source import ModelFiles, Output, Written, describe
 from moeify.units import dtype_name, parse_bytes
 
@@ -25,16 +26,9 @@ Advance = Callable[[int], None]
 def write_model_files(
     model_files: ModelFiles, directory: str | os.PathLike[str], *, max_shard_size: int | str = "5GB"
 ) -> Written:
-    """Write a folder, all or nothing.
+    """Write a folder, all or nothing, as `replace_folder` does.
 
-    Args:
-        model_files: What is to be in it.
-        directory: A folder that does not exist, is empty, or holds an older one of moeify's.
-        max_shard_size: Bytes per file, or such as "5GB"; a larger tensor gets a file of its own.
-
-    Raises:
-        CheckpointError: It cannot be written; what was there is as it was.
-        ValueError: `max_shard_size` is not a size.
+    `max_shard_size` is in bytes, or such as "5GB"; a larger tensor gets a file to itself.
     """
     limit = parse_bytes(max_shard_size, "max_shard_size")
     done: list[Written] = []
@@ -45,7 +39,7 @@ def write_model_files(
 
 
 def write_files_into(model_files: ModelFiles, folder: Path, limit: int) -> Written:
-    """Write all files into a folder that exists, with at most `limit` bytes of tensors in each."""
+    """Write all files into an existing folder, with at most `limit` bytes of tensors in each."""
     groups = split(model_files.tensors, limit)
     names = model_files.shard_names(len(groups))
     shards = [write_shard(folder / n, group) for n, group in zip(names, groups, strict=True)]
@@ -58,7 +52,7 @@ def finish(
     groups: Sequence[Sequence[Output]],
     shards: list[FileRecord],
 ) -> Written:
-    """Write all but the shards."""
+    """Write everything but the shards."""
     names = [record.file for record in shards]
     place = {o.name: n for n, group in zip(names, groups, strict=True) for o in group}
     texts = dict(model_files.texts)
@@ -68,6 +62,20 @@ def finish(
     written = Written(shards, files, place)
     _write_text(folder / MANIFEST, model_files.manifest(written))
     return written
+
+
+def manifest_writer(draft: Manifest) -> Callable[[Written], bytes]:
+    """Return what completes a manifest once the files, and the shard of each tensor, are known."""
+
+    def complete(written: Written) -> bytes:
+        tensors = {
+            name: record.model_copy(update={"shard": written.place[name]})
+            for name, record in draft.tensors.items()
+        }
+        more = {"tensors": tensors, "shards": written.shards, "files": written.files}
+        return encode_manifest(draft.model_copy(update=more))
+
+    return complete
 
 
 def split(outputs: Sequence[Output], limit: int) -> list[list[Output]]:
@@ -86,17 +94,8 @@ def split(outputs: Sequence[Output], limit: int) -> list[list[Output]]:
 def write_shard(
     path: Path, outputs: Sequence[Output], advance: Advance | None = None
 ) -> FileRecord:
-    """Write a safetensors file, one piece after the other; wide elements first, as is customary.
-
-    Args:
-        path: A new file.
-        outputs: What is to be in it.
-        advance: Is told how many bytes of data have been written since the last time.
-
-    Raises:
-        CheckpointError: A tensor gives other data than it said.
-    """
-    ordered = sorted(outputs, key=lambda o: -o.spec.dtype.itemsize)  # stable: aligned for all
+    """Write a safetensors file piece by piece, and call `advance` with the bytes of each."""
+    ordered = sorted(outputs, key=lambda o: -o.spec.dtype.itemsize)  # so that all are aligned
     with HashedFile(path) as file:
         file.write(header(ordered))
         for output in ordered:
@@ -114,7 +113,7 @@ def header(ordered: Sequence[Output]) -> bytes:
 
 
 def index_text(model_files: ModelFiles, place: dict[str, str]) -> bytes:
-    """Return the index that transformers reads where there are several files."""
+    """Return the index that transformers reads when there are several files."""
     index = {
         "metadata": {"total_size": model_files.nbytes},
         "weight_map": dict(sorted(place.items())),
@@ -144,6 +143,7 @@ __all__ = [
     "INDEX",
     "Advance",
     "finish",
+    "manifest_writer",
     "split",
     "write_files_into",
     "write_model_files",

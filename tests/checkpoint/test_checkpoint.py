@@ -236,6 +236,7 @@ def test_what_is_not_in_the_tensors_is_restored_too(
     mf.save(model, tmp_path / "m")
     loaded = mf.load(tmp_path / "m", model=Net())
     assert loaded.head.weight is loaded.embed.weight
+    assert loaded.mix.weight.stride() == model.mix.weight.stride() == (1, 8)
     assert not loaded.training
     assert loaded.out.training
     flags = {n: p.requires_grad for n, p in model.named_parameters()}
@@ -664,16 +665,16 @@ DAMAGES: dict[str, tuple[Any, str]] = {
     "absolute": (name_shard("/etc/passwd"), r"shards\[0\].file"),
     "file with dots": (
         lambda f: rewrite(f, lambda d: d["files"][0].update(file="../plan.yaml")),
-        "may not lead elsewhere",
+        "must not contain a path",
     ),
     "duplicate key in header": (
         lambda f: reheader(f, lambda t: t.replace("{", '{"out.weight":1,', 1)),
-        "out.weight: stands there twice",
+        "out.weight: appears twice",
     ),
-    "header no json": (lambda f: reheader(f, lambda t: t.replace(":", ";", 1)), "no JSON"),
-    "header no text": (lambda f: reheader(f, lambda t: b"\xff" + t.encode()), "no JSON"),
-    "header a list": (lambda f: reheader(f, lambda t: "[" + t + "]"), "no mapping"),
-    "header too deep": (lambda f: reheader(f, lambda t: "[" * 20_000), "no JSON"),
+    "header no json": (lambda f: reheader(f, lambda t: t.replace(":", ";", 1)), "not JSON"),
+    "header no text": (lambda f: reheader(f, lambda t: b"\xff" + t.encode()), "not JSON"),
+    "header a list": (lambda f: reheader(f, lambda t: "[" + t + "]"), "not a mapping"),
+    "header too deep": (lambda f: reheader(f, lambda t: "[" * 20_000), "not JSON"),
     "header wrong dtype": (
         edited(lambda d: d["out.weight"].update(dtype="F16")),
         "out.weight: dtype 'F16' instead of float32",
@@ -692,7 +693,7 @@ DAMAGES: dict[str, tuple[Any, str]] = {
     ),
     "header negative": (
         edited(lambda d: d["out.weight"].update(data_offsets=[-32, 0])),
-        "two numbers",
+        "two integers, none negative",
     ),
     "header too long": (
         edited(lambda d: d["out.weight"].update(data_offsets=[0, 1 << 50])),
@@ -704,19 +705,19 @@ DAMAGES: dict[str, tuple[Any, str]] = {
     "unknown tensor": (unknown_tensor, "more: was saved, but the model has no place"),
     "forgotten tensor": (forgotten_tensor, "out.weight: the model needs it"),
     "no manifest": (lambda f: (f / "moeify.json").unlink(), "moeify.json: is missing"),
-    "manifest empty": (manifest_text(lambda b: b""), "no JSON"),
-    "manifest cut": (manifest_text(lambda b: b[: len(b) // 2]), "no JSON"),
+    "manifest empty": (manifest_text(lambda b: b""), "not JSON"),
+    "manifest cut": (manifest_text(lambda b: b[: len(b) // 2]), "not JSON"),
     "manifest flipped": (
         manifest_text(lambda b: b.replace(b'"requires_grad": true', b'"requires_grad": false', 1)),
         "sha256",
     ),
     "manifest duplicate key": (
         manifest_text(lambda b: b.replace(b"{", b'{"version": 1,', 1)),
-        "version: stands there twice",
+        "version: appears twice",
     ),
     "manifest NaN": (manifest_text(lambda b: b.replace(b": 1,", b": NaN,", 1)), "NaN"),
-    "manifest bomb": (manifest_text(lambda b: b"[" * 100_000), "no JSON"),
-    "manifest number bomb": (manifest_text(lambda b: b"9" * 9_999), "no JSON"),
+    "manifest bomb": (manifest_text(lambda b: b"[" * 100_000), "not JSON"),
+    "manifest number bomb": (manifest_text(lambda b: b"9" * 9_999), "not JSON"),
     "other format": (lambda f: rewrite(f, lambda d: d.update(format="zip")), "format"),
     "newer version": (lambda f: rewrite(f, lambda d: d.update(version=3)), "version: 3"),
     "older version": (lambda f: rewrite(f, lambda d: d.update(version=1)), "version: 1"),

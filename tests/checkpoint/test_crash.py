@@ -25,10 +25,10 @@ import moeify as mf
 from moeify.atomic_file import HashedFile
 from moeify.errors import CheckpointError
 from moeify.storage import atomic_folder
+from tests.checkpoint.killing import Steps, victim
 
 X = torch.linspace(-1, 1, 32).view(4, 8)
 PLAN = {"layers": [{"select": "all", "experts": 3}]}
-EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.link")
 SHARD = 2_000
 
 
@@ -65,61 +65,7 @@ def found_at(target: Path) -> Tensor | None:
 _LOADED: dict[tuple[tuple[str, bytes], ...], Tensor] = {}
 
 
-class Steps:
-    """Calls `act(step, half)` before the n-th operation on files below a folder.
-
-    `half` writes the first half of the data, where the operation is a write.
-    """
-
-    def __init__(self, n: int, folder: Path, act: Callable[[], None]) -> None:
-        self.left, self.folder, self.act = n, str(folder), act
-
-    def count(self) -> bool:
-        self.left -= 1
-        return self.left == 0
-
-    def event(self, name: str, args: tuple[object, ...]) -> None:
-        if name in EVENTS and any(str(a).startswith(self.folder) for a in args) and self.count():
-            self.act()
-
-    def install(self, patch: Callable[[object, str, object], None], *, audit: bool) -> None:
-        fsync, write = os.fsync, HashedFile.write
-
-        def counted_fsync(handle: int) -> None:
-            if self.count():
-                self.act()
-            fsync(handle)
-
-        def counted_write(file: HashedFile, data: bytes | memoryview) -> None:
-            if self.count():
-                write(file, memoryview(data)[: len(data) // 2])
-                file.flush()
-                self.act()
-            write(file, data)
-
-        patch(os, "fsync", counted_fsync)
-        patch(HashedFile, "write", counted_write)
-        if audit:
-            sys.addaudithook(self.event)
-
-
 # -- the process that forks
-
-
-def victim(run: Callable[[], None]) -> int:
-    """Run something in a fork; return its exit status, negative for a signal."""
-    sys.stdout.flush()
-    pid = os.fork()
-    if pid == 0:
-        status = 70
-        try:
-            run()
-            status = 0
-        except CheckpointError:
-            status = 1
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def killed_everywhere(root: Path, *, existing: bool, exchange: bool) -> int:
@@ -140,7 +86,7 @@ def killed_everywhere(root: Path, *, existing: bool, exchange: bool) -> int:
             act = lambda: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
             if not exchange:
                 atomic_folder._exchange = lambda one, other: False
-            Steps(n, root, act).install(setattr, audit=True)
+            Steps(n, root, act, HashedFile).install(setattr, audit=True)
             mf.save(new, target, max_shard_size=SHARD)
 
         status = victim(run)
@@ -242,7 +188,7 @@ def test_errors_at_every_step(
 
     for step in range(1, 100):
         with monkeypatch.context() as patch:
-            Steps(step, tmp_path, act).install(patch.setattr, audit=False)
+            Steps(step, tmp_path, act, HashedFile).install(patch.setattr, audit=False)
             raised = failure(lambda: mf.save(new, target, max_shard_size=SHARD))
         if raised is None:
             break

@@ -30,10 +30,10 @@ from moeify.checkpoint.sharded.api import latest, load_sharded, save_sharded
 from moeify.checkpoint.sharded.manifest import NAME
 from moeify.errors import CheckpointError
 from moeify.storage.strict_json import canonical_digest
+from tests.checkpoint.killing import Steps, victim
 from tests.distributed.ranks import run_ranks
 
 X = torch.linspace(-1, 1, 32).view(4, 8)
-EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
 
 
 class Net(nn.Module):
@@ -74,56 +74,6 @@ def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
 # -- killed at every step: a process with one thread, which forks
 
 
-class Steps:
-    """Calls `act` before the n-th operation on files below a folder, or in the midst of a write."""
-
-    def __init__(self, n: int, folder: Path, act: Callable[[], None]) -> None:
-        self.left, self.folder, self.act = n, str(folder), act
-
-    def count(self) -> bool:
-        self.left -= 1
-        return self.left == 0
-
-    def event(self, name: str, args: tuple[object, ...]) -> None:
-        if name in EVENTS and any(str(a).startswith(self.folder) for a in args) and self.count():
-            self.act()
-
-    def install(self, patch: Callable[[object, str, object], None], *, audit: bool) -> None:
-        fsync, write = os.fsync, SyncedFile.write
-
-        def counted_fsync(handle: int) -> None:
-            if self.count():
-                self.act()
-            fsync(handle)
-
-        def counted_write(file: SyncedFile, data: bytes | memoryview) -> None:
-            if self.count():
-                write(file, memoryview(data)[: len(data) // 2])
-                file.flush()
-                self.act()
-            write(file, data)
-
-        patch(os, "fsync", counted_fsync)
-        patch(SyncedFile, "write", counted_write)
-        if audit:
-            sys.addaudithook(self.event)
-
-
-def victim(run: Callable[[], None]) -> int:
-    """Run something in a fork; return its exit status, negative for a signal."""
-    pid = os.fork()
-    if pid == 0:
-        status = 70
-        try:
-            run()
-            status = 0
-        except CheckpointError:
-            status = 1
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
 def found_at(root: Path, into: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, Any]:
     """Return step and values of the newest checkpoint; a damaged one raises."""
     loaded = load_sharded(into, root, optimizer=optimizer)
@@ -144,9 +94,8 @@ def killed_everywhere(root: Path, *, over: bool) -> int:
         shutil.copytree(backup / "step-00000001", root / "step-00000001")
 
         def run(n: int = steps) -> None:
-            Steps(n, root, lambda: os.kill(os.getpid(), signal.SIGKILL)).install(
-                setattr, audit=True
-            )
+            act = lambda: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
+            Steps(n, root, act, SyncedFile).install(setattr, audit=True)
             save_sharded(new[0], root, optimizer=new[1], step=1 if over else 2)
 
         status = victim(run)
@@ -339,20 +288,23 @@ DAMAGE = {
     "swapped files": (swap, "bytes instead of|SHA-256"),
     "symbolic link": (link, "is a symbolic link"),
     "FIFO": (fifo, "is not a regular file"),
-    "parent folder": (renamed("../moeify-rank-00000.safetensors"), "is no name of a data file"),
-    "absolute": (renamed("/etc/passwd"), "is no name of a data file"),
-    "key twice": (twice, "step: stands there twice"),
+    "parent folder": (
+        renamed("../moeify-rank-00000.safetensors"),
+        "is not the name of a data file",
+    ),
+    "absolute": (renamed("/etc/passwd"), "is not the name of a data file"),
+    "key twice": (twice, "step: appears twice"),
     "changed": (edit(lambda d: d.update(step=9), sign=False), "it was changed"),
     "half a manifest": (
         lambda p: (p / NAME).write_text((p / NAME).read_text()[:999]),
-        "is no JSON",
+        "is not JSON",
     ),
     "unknown key": (edit(lambda d: d.update(more=1)), "more: "),
     "version": (edit(lambda d: d.update(version=3)), "version: 3 cannot be read"),
     "older version": (edit(lambda d: d.update(version=1)), "version: 1 cannot be read"),
     "no piece": (
         edit(lambda d: d["tensors"]["model.norm.weight"].update(pieces=[])),
-        "model.norm.weight: pieces: 0 elements of 8 are there",
+        "model.norm.weight: pieces: 0 of 8 elements are there",
     ),
     "overlap": (
         edit(lambda d: d["tensors"]["model.norm.weight"].update(pieces=[first(d)] * 2)),
@@ -363,7 +315,7 @@ DAMAGE = {
         edit(lambda d: d["tensors"]["model.norm.weight"].update(shape=[2**62])),
         "elements of",
     ),
-    "behind the end": (edit(lambda d: first(d).update(begin=2**40)), "behind the end"),
+    "behind the end": (edit(lambda d: first(d).update(begin=2**40)), "after the end"),
     "no such file": (edit(lambda d: first(d).update(file=7)), "there is no file number 7"),
     "another place": (edit(lambda d: first(d).update(begin=0)), "share bytes|SHA-256"),
     "dtype": (
@@ -372,7 +324,7 @@ DAMAGE = {
     ),
     "generator": (
         edit(lambda d: d["tensors"].update({"rng.0.python": d["tensors"].pop("rng.0.numpy")})),
-        "rng: python: is no state of a generator",
+        "rng: python: is not a generator state",
     ),
 }
 
@@ -460,7 +412,7 @@ def test_other_tensors(checkpoint: Path) -> None:
     for number, (given, message) in enumerate(
         (
             (optimizer, "parameters of group 0 were saved with different lr"),
-            (torch.optim.SGD(model.parameters()), "was saved from AdamW, and this is SGD"),
+            (torch.optim.SGD(model.parameters()), "was saved from AdamW, but this is SGD"),
             (torch.optim.AdamW([model.norm.weight]), "is not optimised here"),
         )
     ):
@@ -487,7 +439,7 @@ def test_pickles_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (tmp_path / "evil").mkdir()
     (tmp_path / "evil" / ".metadata").write_bytes(pickle.dumps(Payload()))
     model, _ = trained(0)
-    for trust, message in ((False, "pickle.*executes code"), (True, "cannot be read")):
+    for trust, message in ((False, "pickle.*runs any code"), (True, "cannot be read")):
         with pytest.raises(CheckpointError, match=message):
             load_sharded(model, tmp_path / "evil", trust=trust)
         assert ran.exists() == trust
@@ -505,7 +457,7 @@ def test_places_that_are_taken(tmp_path: Path) -> None:
     model, optimizer = trained(0)
     (tmp_path / "step-00000001").mkdir()
     (tmp_path / "step-00000001" / "thesis.txt").write_text("mine")
-    with pytest.raises(CheckpointError, match="is no checkpoint; nothing was touched"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint; nothing was changed"):
         save_sharded(model, tmp_path, step=1)
     assert (tmp_path / "step-00000001" / "thesis.txt").read_text() == "mine"
     (tmp_path / "file").write_text("")

@@ -49,20 +49,20 @@ def entry(name: str, **changes: Any) -> dict[str, Any]:
 
 PLAIN = json.dumps(HEADER)
 HEADERS: dict[str, tuple[Any, str]] = {
-    "no mapping": (b"[]", "no mapping"),
-    "a number": (b"7", "no mapping"),
-    "no JSON": (b"{", "no JSON"),
-    "empty": (b"", "no JSON"),
-    "no UTF-8": (PLAIN.encode().replace(b'"a"', b'"\xff"'), "no JSON"),
-    "UTF-16": (PLAIN.encode("utf-16"), "no JSON"),
-    "byte order mark": (b"\xef\xbb\xbf" + PLAIN.encode(), "no JSON"),
+    "no mapping": (b"[]", "not a mapping"),
+    "a number": (b"7", "not a mapping"),
+    "no JSON": (b"{", "not JSON"),
+    "empty": (b"", "not JSON"),
+    "no UTF-8": (PLAIN.encode().replace(b'"a"', b'"\xff"'), "not JSON"),
+    "UTF-16": (PLAIN.encode("utf-16"), "not JSON"),
+    "byte order mark": (b"\xef\xbb\xbf" + PLAIN.encode(), "not JSON"),
     "leading space": (b" " + PLAIN.encode(), "begins with b' '"),
-    "too deep": (b'{"a":' * 50_000, "no JSON"),
-    "too deep metadata": (b'{"__metadata__":' + b"[" * 50_000, "no JSON"),
-    "long number": (PLAIN.replace("24", "9" * 5_000).encode(), "no JSON"),
+    "too deep": (b'{"a":' * 50_000, "not JSON"),
+    "too deep metadata": (b'{"__metadata__":' + b"[" * 50_000, "not JSON"),
+    "long number": (PLAIN.replace("24", "9" * 5_000).encode(), "not JSON"),
     "NaN": (PLAIN.replace("24", "NaN").encode(), "NaN"),
     "infinite": (PLAIN.replace("24", "1e999").encode(), "data_offsets"),
-    "key twice": (PLAIN.replace('"c"', '"a"').encode(), "a: stands there twice"),
+    "key twice": (PLAIN.replace('"c"', '"a"').encode(), "a: appears twice"),
     "field twice": (PLAIN.replace('"shape"', '"dtype": "F32", "shape"').encode(), "twice"),
     "metadata twice": (b'{"__metadata__":{},"__metadata__":{}}', "twice"),
     "metadata a list": (changed(__metadata__=[]), "__metadata__"),
@@ -74,23 +74,26 @@ HEADERS: dict[str, tuple[Any, str]] = {
     "unknown dtype": (entry("a", dtype="F4"), "dtype 'F4'"),
     "dtype a list": (entry("a", dtype=["F32"]), "dtype"),
     "dtype in lower case": (entry("a", dtype="f32"), "dtype 'f32'"),
-    "other dtype": (entry("a", dtype="F64"), "other than the 48 bytes"),
-    "shape of floats": (entry("a", shape=[2.0, 3.0]), "natural numbers"),
-    "shape of booleans": (entry("c", shape=[True]), "natural numbers"),
-    "shape negative": (entry("a", shape=[-2, -3]), "natural numbers"),
-    "shape a text": (entry("a", shape="23"), "natural numbers"),
-    "shape too small": (entry("a", shape=[2, 2]), "other than the 16 bytes"),
-    "shape overflows to 24": (entry("a", shape=[2**62 + 6, 4]), "so large"),
-    "shape overflows to 0": (entry("a", shape=[2**32, 2**32], data_offsets=[0, 0]), "so large"),
-    "shape zero of many": (entry("a", shape=[0, 2**62, 2**62], data_offsets=[0, 0]), "so large"),
-    "shape of 65": (entry("c", shape=[1] * 65), "natural numbers"),
+    "other dtype": (entry("a", dtype="F64"), "do not span the 48 bytes"),
+    "shape of floats": (entry("a", shape=[2.0, 3.0]), "up to 64 integers, none negative"),
+    "shape of booleans": (entry("c", shape=[True]), "up to 64 integers, none negative"),
+    "shape negative": (entry("a", shape=[-2, -3]), "up to 64 integers, none negative"),
+    "shape a text": (entry("a", shape="23"), "up to 64 integers, none negative"),
+    "shape too small": (entry("a", shape=[2, 2]), "do not span the 16 bytes"),
+    "shape overflows to 24": (entry("a", shape=[2**62 + 6, 4]), "is too large"),
+    "shape overflows to 0": (entry("a", shape=[2**32, 2**32], data_offsets=[0, 0]), "is too large"),
+    "shape zero of many": (
+        entry("a", shape=[0, 2**62, 2**62], data_offsets=[0, 0]),
+        "is too large",
+    ),
+    "shape of 65": (entry("c", shape=[1] * 65), "up to 64 integers, none negative"),
     "shape of 2^40": (entry("a", shape=[2**38], data_offsets=[0, 2**40]), "gap|overlaps|end at"),
     "offsets of 2^63": (entry("a", data_offsets=[2**63, 2**63 + 24]), "gap"),
-    "offsets negative": (entry("a", data_offsets=[-24, 0]), "two numbers"),
-    "offsets of booleans": (entry("a", data_offsets=[False, 24]), "two numbers"),
-    "offsets of floats": (entry("a", data_offsets=[0.0, 24.0]), "two numbers"),
-    "offsets three": (entry("a", data_offsets=[0, 24, 24]), "two numbers"),
-    "offsets turned": (entry("a", data_offsets=[24, 0]), "other than the 24 bytes"),
+    "offsets negative": (entry("a", data_offsets=[-24, 0]), "two integers, none negative"),
+    "offsets of booleans": (entry("a", data_offsets=[False, 24]), "two integers, none negative"),
+    "offsets of floats": (entry("a", data_offsets=[0.0, 24.0]), "two integers, none negative"),
+    "offsets three": (entry("a", data_offsets=[0, 24, 24]), "two integers, none negative"),
+    "offsets turned": (entry("a", data_offsets=[24, 0]), "do not span the 24 bytes"),
     "offsets beyond the end": (entry("c", data_offsets=[28, 32], dtype="I32"), "end at byte 32"),
     "overlap": (entry("c", data_offsets=[27, 29]), "overlaps"),
     "the same data twice": (changed(d=HEADER["c"]), "overlaps"),
@@ -98,8 +101,8 @@ HEADERS: dict[str, tuple[Any, str]] = {
     "a hidden middle": (changed(b=None), "gap"),
     "a hidden end": (changed(c=None), "end at byte 28 of 30"),
     "no tensors": (b"{}", "end at byte 0 of 30"),
-    "name of controls": (changed(**{"\x1b[2J": {**HEADER["c"]}}), "no name"),
-    "name of half a pair": (PLAIN.replace('"c"', '"\\ud800"').encode(), "no name"),
+    "name of controls": (changed(**{"\x1b[2J": {**HEADER["c"]}}), "is not a valid name"),
+    "name of half a pair": (PLAIN.replace('"c"', '"\\ud800"').encode(), "is not a valid name"),
 }
 
 
@@ -126,7 +129,7 @@ def test_claimed_length(length: int, tmp_path: Path) -> None:
 def test_truncated(size: int, tmp_path: Path) -> None:
     write(tmp_path, HEADER)
     os.truncate(tmp_path / WEIGHTS, size)
-    with pytest.raises(CheckpointError, match=r"claims|no JSON|end at"):
+    with pytest.raises(CheckpointError, match=r"claims|not JSON|end at"):
         CheckpointReader(tmp_path)
 
 
@@ -161,7 +164,7 @@ def test_no_boolean(tmp_path: Path) -> None:
     write(tmp_path, HEADER, DATA.replace(b"\1\0\1\0", b"\1\0\2\0"))
     folder = CheckpointReader(tmp_path)
     assert folder.read("b", 0, 2).tolist() == [True, False]
-    with pytest.raises(CheckpointError, match="b: holds bytes that are no booleans"):
+    with pytest.raises(CheckpointError, match="b: holds bytes that are not booleans"):
         folder.read("b")
 
 
@@ -297,7 +300,7 @@ FOLDERS: dict[str, tuple[Any, str]] = {
     "a pickle": (place("a", "one.bin"), "in the same folder"),
     "missing file": (lambda f: (f / "two.safetensors").unlink(), "two.safetensors: is missing"),
     "long name": (place("a", "0" * 300 + ".safetensors"), "cannot be opened"),
-    "misplaced": (place("c", "one.safetensors"), "the index places it there, and it is not"),
+    "misplaced": (place("c", "one.safetensors"), "is missing, but the index places it there"),
     "swapped": (
         lambda f: (place("a", "two.safetensors")(f), place("c", "one.safetensors")(f)),
         "the index does not place it there",
@@ -313,12 +316,12 @@ FOLDERS: dict[str, tuple[Any, str]] = {
     "indexed and lost": (more("two.safetensors", d=torch.ones(4)), "does not place it there"),
     "index twice": (
         text_of(INDEX, '{"weight_map": {"a": "x", "a": "y"}}'),
-        "a: stands there twice",
+        "a: appears twice",
     ),
-    "index a list": (text_of(INDEX, "[]"), "is not a mapping"),
+    "index a list": (text_of(INDEX, "[]"), "not a mapping"),
     "index empty": (text_of(INDEX, "{}"), "weight_map"),
     "index of nothing": (text_of(INDEX, '{"weight_map": {}}'), "weight_map"),
-    "index too deep": (text_of(INDEX, '{"weight_map":' * 50_000), "no JSON"),
+    "index too deep": (text_of(INDEX, '{"weight_map":' * 50_000), "not JSON"),
     "left over": (more(WEIGHTS, a=torch.ones(2)), "holds both"),
     "linked file": (linked("one.safetensors"), "symbolic link"),
     "linked index": (linked(INDEX), "symbolic link"),
@@ -333,7 +336,7 @@ FOLDERS: dict[str, tuple[Any, str]] = {
     ),
     "pickles in a FIFO": (fifo_of_pickles, "never opened"),
     "an adapter": (only("adapter_model.safetensors"), "merge that into its base model"),
-    "a lone shard": (only("model-00001-of-00002.safetensors"), "is not known to be all of it"),
+    "a lone shard": (only("model-00001-of-00002.safetensors"), "alone may not be the whole model"),
     "nothing": (only("README.md"), "has neither"),
     "no folder": (lambda f: shutil.rmtree(f), "cannot be opened as a folder"),
     "a file": (lambda f: (shutil.rmtree(f), f.write_bytes(b"")), "cannot be opened as a folder"),

@@ -1,9 +1,9 @@
 """`save_sharded` and `load_sharded`: training state, saved by all ranks, loaded on any others.
 
-One checkpoint is a folder `step-00000010` with a file of each rank that writes and a manifest. It
+One checkpoint is a folder `step-00000010` with a file of each rank that writes, and a manifest. It
 is there whole or not at all, and is read without unpickling anything. Tensors are kept as
-rectangles of the whole, so that another number of ranks, or another use of them, reads the same
-numbers bit for bit.
+rectangles of the whole, so that another number of ranks, or another layout, reads the same numbers
+bit for bit.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from moeify.checkpoint.sharded.describe import describe
 from moeify.checkpoint.sharded.load import Loaded, load
 from moeify.checkpoint.sharded.manifest import NAME
 from moeify.checkpoint.sharded.rng import Generators
-from moeify.checkpoint.sharded.state import ModelState, Optimized, json_data
+from moeify.checkpoint.sharded.state import NamedOptimizer, collect_state, json_data
 from moeify.checkpoint.sharded.storage_writer import Finish, PiecesToSave, PieceWriter
 from moeify.checkpoint.single import unwrapped
 from moeify.distributed.ranks import Ranks
@@ -48,7 +48,7 @@ MAX_STEP: Final = 10**18 - 1
 
 @dataclass(slots=True)
 class Saving:
-    """A save that is under way.
+    """A save in progress.
 
     Attributes:
         path: Where the checkpoint will be.
@@ -59,14 +59,14 @@ class Saving:
 
     @property
     def done(self) -> bool:
-        """Whether it has ended, well or not."""
+        """Whether it has ended, with or without success."""
         return self._future.done()
 
     def wait(self) -> Path:
         """Wait for its end and return the checkpoint.
 
         Raises:
-            CheckpointError: It failed; what was there before is as it was.
+            CheckpointError: It failed; what was there before is unchanged.
         """
         return self._future.result()
 
@@ -116,7 +116,7 @@ def save_sharded(
         model: A converted model, on any layout; also inside DDP or `torch.compile`.
         directory: Where the checkpoints of this training are; `step-00000010` is made in it.
         optimizer: A torch optimizer over the model's parameters, or one of `mf.optimizer`.
-        step: Number of the step; a checkpoint of the same step is replaced in one step.
+        step: Number of the step; a checkpoint of the same step is replaced atomically.
         extra: JSON data of your own, such as `scheduler.state_dict()`; that of rank 0 is kept.
         asynchronous: Copy all tensors to the CPU and return; a thread writes them. The next save
             or load waits for it, and so does the end of the process.
@@ -126,7 +126,7 @@ def save_sharded(
 
     Raises:
         CheckpointError: Something cannot be saved, the disk is full, or a rank died; on all ranks.
-            Checkpoints that were there are as they were.
+            Checkpoints that were there are unchanged.
         MoeifyError: The model has not been converted.
 
     Example:
@@ -174,14 +174,14 @@ def load_sharded(
 ) -> Loaded:
     """Load a checkpoint into a model, its optimizer and the random generators, on all ranks.
 
-    The layout may be any: number of ranks, expert and tensor parallelism, ZeRO stage. All is
-    checked first, every digest too; only then are the live tensors written to, in place.
+    The layout may be any: number of ranks, expert and tensor parallelism, ZeRO stage. Everything,
+    digests included, is checked first; only then are the live tensors written to, in place.
 
     Args:
-        model: Converted by the same plan but for `parallel:` and `zero:`.
+        model: Converted by the same plan except for `parallel:` and `zero:`.
         directory: What `save_sharded` was given, or one checkpoint in it.
-        optimizer: Gets states and hyperparameters, matched by the names of parameters; None leaves
-            those in the checkpoint alone.
+        optimizer: Gets states and hyperparameters, matched by the names of parameters; None
+            ignores those in the checkpoint.
         step: Which checkpoint; the newest if None.
         trust: Read a checkpoint of torch.distributed.checkpoint itself, of a state dict with the
             model's names; its metadata is a pickle, which can run any code.
@@ -193,7 +193,7 @@ def load_sharded(
 
     Raises:
         CheckpointError: There is none, it is damaged, or it does not fit; on all ranks. Model,
-            optimizer and generators are then as they were.
+            optimizer and generators are then unchanged.
         MoeifyError: The model has not been converted.
     """
     inner = unwrapped(model)
@@ -205,13 +205,13 @@ def load_sharded(
 
 
 def latest(directory: str | os.PathLike[str]) -> Path | None:
-    """Return the newest complete checkpoint of a folder, None if there is none."""
+    """Return the newest complete checkpoint of a folder, or None if there is none."""
     found = _checkpoints(Path(directory))
     return found[max(found)] if found else None
 
 
 def _log_failure(future: Future[Path]) -> None:
-    if (error := future.exception()) is not None:  # perhaps nobody waits
+    if (error := future.exception()) is not None:  # perhaps nobody calls `wait`
         log.error("an asynchronous save failed: %s", error)
 
 
@@ -238,15 +238,7 @@ def _is_file(path: Path) -> bool:
 
 
 def find_checkpoint(directory: str | os.PathLike[str], step: int | None) -> Path:
-    """Return the checkpoint that is meant.
-
-    Args:
-        directory: A folder of checkpoints, or one checkpoint in it.
-        step: Which one; the newest if None.
-
-    Raises:
-        CheckpointError: It is not there.
-    """
+    """Return the checkpoint of a step, or the newest, in a folder of them, or the folder itself."""
     root = Path(directory).absolute()
     if os.path.lexists(root / NAME) or os.path.lexists(root / ".metadata"):
         match = _STEP.fullmatch(root.name)
@@ -255,8 +247,8 @@ def find_checkpoint(directory: str | os.PathLike[str], step: int | None) -> Path
         return root
     if os.path.lexists(root / "moeify.json"):
         raise CheckpointError(
-            f"{root}: was written by mf.save: read it by mf.load, or turn it into a checkpoint by "
-            "moeify.checkpoint.sharded.convert.to_sharded"
+            f"{root}: was written by mf.save: read it with mf.load, or convert it with "
+            "mf.to_sharded"
         )
     found = _checkpoints(root)
     if not found:
@@ -265,12 +257,12 @@ def find_checkpoint(directory: str | os.PathLike[str], step: int | None) -> Path
         return found[max(found)]
     if step not in found:
         steps = ", ".join(map(str, sorted(found)[-8:]))
-        raise CheckpointError(f"{root}: has no checkpoint of step {step}, but of {steps}")
+        raise CheckpointError(f"{root}: has no checkpoint of step {step}, only of {steps}")
     return found[step]
 
 
 def _ranks() -> Ranks:
-    """Return the ranks; a save that is under way is waited for."""
+    """Return the ranks, once saves in progress have ended."""
     for saving in _under_way:
         saving._future.exception()  # only waits; `wait` raises it
     _under_way.clear()
@@ -285,29 +277,24 @@ def _collected(
     extra: dict[str, Any] | None,
     ranks: Ranks,
 ) -> tuple[dict[str, Pieces], Finish, Path]:
-    """Return this rank's tensors, what makes the manifest, and where it all goes.
-
-    Raises:
-        CheckpointError: A rank cannot, or ranks hold different things.
-    """
+    """Return this rank's tensors, what makes the manifest, and where it all goes."""
     tensors: dict[str, Pieces] = {}
     finish: list[Finish] = []
-
     shapes: dict[str, str] = {}
 
     def collect() -> Path:
         if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step <= MAX_STEP:
-            raise CheckpointError(f"step: {step!r:.40} is no number of a step")
+            raise CheckpointError(f"step: {step!r:.40} is not a step number")
         path = resolve_target(directory) / f"step-{step:08d}"
-        state = ModelState.of(model)
-        optimized = None if optimizer is None else Optimized(optimizer, state)
+        state = collect_state(model)
+        named = None if optimizer is None else NamedOptimizer(optimizer, state)
         masters = {}
-        if optimized is not None:
-            optimized.settle()
-            masters = optimized.weights()
+        if named is not None:
+            named.settle()
+            masters = named.weights()
         for name, tensor in state.tensors.items():
             tensors[f"model.{name}"] = Pieces.of(masters.get(name, tensor), name)
-        for name, key, value in () if optimized is None else optimized.states():
+        for name, key, value in () if named is None else named.states():
             if hasattr(value, "ndim"):
                 tensors[f"optimizer.{name}.{key}"] = Pieces.of(value, f"optimizer: {name}: {key}")
         shapes.update({key: f"{list(p.shape)} {p.dtype}" for key, p in tensors.items()})
@@ -315,8 +302,8 @@ def _collected(
             tensors[f"rng.{ranks.rank}.{kind}"] = Pieces.of(raw, f"rng: {kind}")
         data = json_data(extra or {}, "extra")
         if not isinstance(data, dict):
-            raise CheckpointError(f"extra: is a {type(extra).__name__} and no dict")
-        record = None if optimized is None else optimized.record()
+            raise CheckpointError(f"extra: is a {type(extra).__name__}, not a dict")
+        record = None if named is None else named.record()
         known = dict(tensors)
         finish.append(describe(model, state, record, known, step, data, ranks.size))
         return path
@@ -328,7 +315,7 @@ def _collected(
 
 
 def _write(tensors: dict[str, Pieces], path: Path, finish: Finish, ranks: Ranks) -> Path:
-    """Write what was collected; the first rank stages, names and cleans up."""
+    """Write what was collected; the first rank stages, renames and cleans up."""
     staging: Path | None = None
     try:
         staging = ranks.run_on_first(f"save {path}", lambda: _stage(path))
@@ -353,8 +340,7 @@ def _runner(
             tensors, storage_writer=writer, planner=planner, process_group=ranks.group
         )
 
-    def alone() -> None:
-        """Do what torch.distributed.checkpoint does, which warns of a world that is not there."""
+    def alone() -> None:  # as torch.distributed.checkpoint, which warns without a process group
         planner.set_up_planner(tensors, is_coordinator=True)
         plans, metadata = planner.create_global_plan([planner.create_local_plan()])
         results = writer.write_data(planner.finish_plan(plans[0]), planner).wait()
@@ -364,11 +350,7 @@ def _runner(
 
 
 def _stage(path: Path) -> Path:
-    """Remove the leftovers of processes that died, of any step, and make the staged folder.
-
-    Raises:
-        CheckpointError: There is something else in its place.
-    """
+    """Remove what dead processes left, of any step, and make the staged folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent, _STEP)
     if os.path.lexists(path) and (
@@ -376,5 +358,5 @@ def _stage(path: Path) -> Path:
         or not path.is_dir()
         or (any(path.iterdir()) and not _is_file(path / NAME))
     ):
-        raise CheckpointError(f"{path}: is no checkpoint; nothing was touched")
+        raise CheckpointError(f"{path}: is not a checkpoint; nothing was changed")
     return stage(path)

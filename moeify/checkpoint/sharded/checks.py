@@ -1,4 +1,4 @@
-"""Whether a sharded checkpoint fits a model: all of it is asked before anything is assigned."""
+"""Whether a sharded checkpoint fits a model; everything is checked before anything is assigned."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from moeify.checkpoint.sharded.manifest import ShardedManifest
-from moeify.checkpoint.sharded.state import ModelState
 from moeify.errors import CheckpointError
 from moeify.plan.layer_description import describe_layer
 from moeify.sites.record import require_conversion
+from moeify.storage.model_state import State
 from moeify.storage.strict_json import canonical_digest
 from moeify.units import dtype_name
 
@@ -19,8 +19,7 @@ __all__ = ["check_layers", "check_plan", "match"]
 
 log = logging.getLogger("moeify")
 
-_LAYOUT = ("parallel", "zero")
-"""What a plan says of ranks alone; a checkpoint is for any of them."""
+_LAYOUT = ("parallel", "zero")  # keys of a plan that a checkpoint does not depend on
 _KEYS = {
     "experts": "{} experts",
     "top_k": "top_k {}",
@@ -34,18 +33,14 @@ _KEYS = {
 
 
 def check_layers(model: nn.Module, manifest: ShardedManifest, where: str) -> None:
-    """Check that the same layers were converted in the same way.
-
-    Raises:
-        CheckpointError: They were not; names the layer.
-    """
+    """Check that the same layers were converted in the same way."""
     layers = [describe_layer(converted.layer) for converted in require_conversion(model).layers]
     now = {layer.name: layer for layer in layers}
     then = {record.plan.name: record.plan for record in manifest.layers}
     for name, plan in then.items():
         if name not in now:
             raise CheckpointError(
-                f"{where}: {name}: is a MoE layer in the checkpoint, and not in the model"
+                f"{where}: {name}: is a MoE layer in the checkpoint, but not in the model"
             )
         for key, text in _KEYS.items():
             saved, here = getattr(plan, key), getattr(now[name], key)
@@ -56,25 +51,21 @@ def check_layers(model: nn.Module, manifest: ShardedManifest, where: str) -> Non
     for name in now:
         if name not in then:
             raise CheckpointError(
-                f"{where}: {name}: is a MoE layer in the model, and not in the checkpoint"
+                f"{where}: {name}: is a MoE layer in the model, but not in the checkpoint"
             )
 
 
 def check_plan(model: nn.Module, manifest: ShardedManifest, where: str, *, strict: bool) -> None:
-    """Check that the plan is the same but for what it says of ranks.
-
-    Raises:
-        CheckpointError: It is another one, and `strict`.
-    """
-    here = _without_layout(require_conversion(model).plan.data())
-    there = _without_layout(manifest.plan)
-    if canonical_digest(here) == canonical_digest(there):
+    """Check that the plan is the same but for what it says of ranks."""
+    plan = _without_layout(require_conversion(model).plan.data())
+    saved_plan = _without_layout(manifest.plan)
+    if canonical_digest(plan) == canonical_digest(saved_plan):
         return
-    keys = [key for key in {**there, **here} if there.get(key) != here.get(key)]
-    key, saved, now = _first(keys[0], there.get(keys[0]), here.get(keys[0]))
+    keys = [key for key in {**saved_plan, **plan} if saved_plan.get(key) != plan.get(key)]
+    key, saved, now = _first(keys[0], saved_plan.get(keys[0]), plan.get(keys[0]))
     message = (
         f"{where}: was saved under another plan: {key} was {saved!r:.60} and is {now!r:.60}; "
-        "convert by the same plan, or pass strict=False to load it all the same"
+        "convert by the same plan, or pass strict=False to load it anyway"
     )
     if strict:
         raise CheckpointError(message)
@@ -86,7 +77,7 @@ def _without_layout(plan: dict[str, Any]) -> dict[str, Any]:
 
 
 def _first(path: str, one: Any, other: Any) -> tuple[str, Any, Any]:
-    """Return the first place where two values differ."""
+    """Return the first place where two values differ, and the two values there."""
     if isinstance(one, dict) and isinstance(other, dict):
         for key in {**one, **other}:
             if one.get(key) != other.get(key):
@@ -99,7 +90,7 @@ def _first(path: str, one: Any, other: Any) -> tuple[str, Any, Any]:
 
 
 def match(
-    state: ModelState,
+    state: State,
     masters: dict[str, Tensor],
     saved: dict[str, tuple[list[int], str, str]],
     names: dict[str, str],
@@ -107,21 +98,15 @@ def match(
     *,
     strict: bool,
 ) -> dict[str, Tensor]:
-    """Return what each saved tensor is loaded into.
+    """Return what each saved tensor is loaded into: live tensors by the name that is stored.
 
     Args:
         state: The model.
-        masters: Master weights, which stand for their parameters.
+        masters: Master weights, which replace their parameters.
         saved: Shape, dtype and role by name.
         names: Every saved name to the one its tensor is stored under.
         where: The checkpoint.
         strict: Refuse missing and unexpected tensors.
-
-    Returns:
-        Live tensors by the name that is stored.
-
-    Raises:
-        CheckpointError: They do not fit; names the tensor.
     """
     found: dict[str, Tensor] = {}
     for name, tensor in state.tensors.items():
@@ -132,7 +117,7 @@ def match(
             stored = next((names[alias] for alias in aliases if alias in names), None)
         if stored is None:
             if role != "scratch":
-                _odd(f"{where}: {name}: the model needs it, but it was not saved", strict)
+                _mismatch(f"{where}: {name}: the model needs it, but it was not saved", strict)
             continue
         shape, dtype, kind = saved[stored]
         live = masters.get(name, tensor)
@@ -142,7 +127,7 @@ def match(
                 found[stored] = live
             continue
         if (kind == "parameter") != (role == "parameter"):
-            raise CheckpointError(f"{where}: {name}: was saved as {kind}, and is a {role} here")
+            raise CheckpointError(f"{where}: {name}: was saved as {kind}, but is a {role} here")
         if shape != list(live.shape):
             raise CheckpointError(
                 f"{where}: {name}: was saved with shape {shape}, but the model has "
@@ -156,14 +141,14 @@ def match(
             )
         if found.setdefault(stored, live) is not live:
             raise CheckpointError(f"{where}: {name}: was tied to {stored} when it was saved")
-    here = state.names()
+    known = state.names()
     for name, stored in names.items():
-        if name not in here and stored not in found and saved[stored][2] != "scratch":
-            _odd(f"{where}: {name}: was saved, but the model has no place for it", strict)
+        if name not in known and stored not in found and saved[stored][2] != "scratch":
+            _mismatch(f"{where}: {name}: was saved, but the model has no place for it", strict)
     return found
 
 
-def _odd(message: str, strict: bool) -> None:
+def _mismatch(message: str, strict: bool) -> None:
     if strict:
         raise CheckpointError(message)
     log.warning("%s", message)

@@ -1,8 +1,8 @@
-"""A tensor that lies on several ranks, as rectangles of the whole.
+"""A tensor distributed over several ranks, as rectangles of the whole.
 
 Every layout of a DTensor is, along each dimension, a few runs of neighbouring indices; what a rank
-holds is their product. Worked out here because torch's own offsets know one run only, and are
-silently wrong where a dimension is cut twice (FSDP2 over slices) or in halves (gate and up).
+holds is their product. It is computed here because torch's own offsets support one run only, and
+are silently wrong where a dimension is cut twice (FSDP2 over slices) or in halves (gate and up).
 """
 
 from __future__ import annotations
@@ -26,21 +26,15 @@ from moeify.errors import CheckpointError
 
 __all__ = ["Piece", "Pieces", "runs_of"]
 
-Run = tuple[int, int]
-"""First index and length."""
+Run = tuple[int, int]  # first index and length
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One rectangle.
+    """One rectangle of a tensor."""
 
-    Attributes:
-        at: Where it begins in the whole tensor.
-        view: Its values, a view of what the rank holds.
-    """
-
-    at: tuple[int, ...]
-    view: Tensor
+    at: tuple[int, ...]  # where it begins in the whole tensor
+    view: Tensor  # of what the rank holds
 
     @property
     def chunk(self) -> ChunkStorageMetadata:
@@ -50,42 +44,26 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """What a rank holds of a tensor.
+    """What a rank holds of a tensor."""
 
-    Attributes:
-        shape: Of the whole tensor.
-        dtype: Its dtype.
-        parts: The rectangles, none of them empty.
-    """
-
-    shape: torch.Size
+    shape: torch.Size  # of the whole tensor
     dtype: torch.dtype
-    parts: tuple[Piece, ...]
+    parts: tuple[Piece, ...]  # none of them empty
 
     @classmethod
     def of(cls, tensor: Tensor, name: str) -> Pieces:
-        """Describe a tensor or DTensor; nothing is copied.
-
-        Args:
-            tensor: Of any layout.
-            name: For messages.
-
-        Raises:
-            CheckpointError: It is a sum that has not been taken, or its layout is unknown.
-        """
+        """Describe a tensor or DTensor, without copying it."""
         live: Any = tensor.detach()
         shape = torch.Size(live.shape)
         if live.is_sparse or live.is_quantized or live.layout != torch.strided:
             raise CheckpointError(f"{name}: is sparse or quantised, which cannot be saved")
+        local = live.to_local() if is_sharded(live) else live
+        if local.is_meta:
+            raise CheckpointError(f"{name}: is on meta and has no values; materialise it")
         if not is_sharded(live):
-            if live.is_meta:
-                raise CheckpointError(f"{name}: is on meta and has no values; materialise it")
             whole = (Piece((0,) * live.ndim, live),) if live.numel() else ()
             return cls(shape, live.dtype, whole)
         place = live.device_mesh.get_coordinate()
-        local = live.to_local()
-        if local.is_meta:
-            raise CheckpointError(f"{name}: is on meta and has no values; materialise it")
         if place is None or not local.numel():
             return cls(shape, live.dtype, ())
         cuts = list(zip(live.placements, live.device_mesh.shape, place, strict=True))
@@ -94,7 +72,7 @@ class Pieces:
         if held != tuple(local.shape):
             raise CheckpointError(
                 f"{name}: its placements {live.placements} say {held} on this rank, but it holds "
-                f"{tuple(local.shape)}: moeify does not know this layout"
+                f"{tuple(local.shape)}: moeify does not support this layout"
             )
         parts = []
         for rectangle in product(*(_placed(row) for row in runs)):
@@ -122,18 +100,14 @@ class Pieces:
         ]
 
     def at(self, offset: Sequence[int] | None) -> Tensor:
-        """Return the rectangle that begins there.
-
-        Raises:
-            KeyError: None does.
-        """
+        """Return the rectangle that begins at an offset."""
         for part in self.parts:
             if part.at == tuple(offset or ()):
                 return part.view
         raise KeyError(offset)
 
     def copied(self) -> Pieces:
-        """Return the same values in memory of their own, on the CPU."""
+        """Return the same values copied to the CPU."""
         parts = tuple(
             Piece(part.at, torch.empty_like(part.view, device="cpu").copy_(part.view))
             for part in self.parts
@@ -142,28 +116,23 @@ class Pieces:
 
 
 def runs_of(size: int, dim: int, cuts: Sequence[tuple[Any, int, int]], name: str) -> list[Run]:
-    """Return which indices along one dimension a rank holds.
+    """Return which indices along one dimension of `size` a rank holds.
 
-    Args:
-        size: Of the whole tensor along it.
-        dim: The dimension.
-        cuts: Placement, ranks and this rank's place along each dimension of the mesh.
-        name: For messages.
-
-    Raises:
-        CheckpointError: A placement is of an unknown kind.
+    `cuts` are placement, ranks and this rank's coordinate along each dimension of the mesh.
     """
-    mine = []
+    here = []
     for placement, ranks, place in cuts:
         if placement.is_partial():
-            raise CheckpointError(f"{name}: is a sum that has not been taken over its ranks")
+            raise CheckpointError(f"{name}: is a partial sum, which its ranks have not reduced")
         cut = getattr(placement, "dim", None)
         if cut is None and not placement.is_replicate():
-            raise CheckpointError(f"{name}: {placement!r} is a placement that moeify does not know")
+            raise CheckpointError(
+                f"{name}: {placement!r} is a placement that moeify does not support"
+            )
         if cut == dim:
-            mine.append((_factor(placement), ranks, place))
+            here.append((_factor(placement), ranks, place))
     runs: list[Run] = [(0, size)] if size else []
-    for factor, ranks, place in _in_order(mine, name):
+    for factor, ranks, place in _in_order(here, name):
         if factor == 1:
             runs = _chunk(runs, ranks, place)
         else:
@@ -182,9 +151,9 @@ def _factor(placement: Any) -> int:
 def _in_order(cuts: list[tuple[int, int, int]], name: str) -> list[tuple[int, int, int]]:
     """Return cuts of one dimension in the order in which they were made.
 
-    From left to right over the mesh, but for FSDP2, which comes first in the mesh and cuts last:
+    From left to right over the mesh, except for FSDP2, which comes first in the mesh and cuts last:
     its placement has the number of the others' shards as `split_factor`. A strided cut with no
-    other behind it is of halves; whatever stands before that one is FSDP2, too.
+    other after it is of halves; whatever is before that one is FSDP2, too.
     """
     if len(cuts) < 2:
         return cuts
@@ -197,14 +166,14 @@ def _in_order(cuts: list[tuple[int, int, int]], name: str) -> list[tuple[int, in
         shards *= ranks
     if not halves and first[0] != shards:
         raise CheckpointError(
-            f"{name}: is cut with the stride {first[0]} over {shards} shards: moeify does not know "
-            "this layout"
+            f"{name}: is cut with the stride {first[0]} over {shards} shards: moeify does not "
+            "support this layout"
         )
     return [*_in_order(rest, name), (1, first[1], first[2])]
 
 
 def _chunk(runs: Sequence[Run], count: int, index: int) -> list[Run]:
-    """Return one chunk of what the runs hold, as `torch.chunk` cuts it."""
+    """Return one chunk of the runs, as `torch.chunk` cuts it."""
     total = sum(length for _, length in runs)
     each = -(-total // count)
     begin, end = min(index * each, total), min((index + 1) * each, total)
@@ -218,7 +187,7 @@ def _chunk(runs: Sequence[Run], count: int, index: int) -> list[Run]:
 
 
 def _joined(runs: Any) -> list[Run]:
-    """Return the runs in their order, neighbours as one."""
+    """Join neighbouring runs."""
     found: list[Run] = []
     for first, length in runs:
         if found and found[-1][0] + found[-1][1] == first:
@@ -229,7 +198,7 @@ def _joined(runs: Any) -> list[Run]:
 
 
 def _placed(runs: Sequence[Run]) -> list[tuple[int, int, int]]:
-    """Return runs with the place of each in the local tensor."""
+    """Return runs with the offset of each in the local tensor."""
     found, passed = [], 0
     for first, length in runs:
         found.append((first, length, passed))

@@ -1,4 +1,4 @@
-"""Turns the single folder of `mf.save` into a sharded checkpoint, and back, tensor by tensor.
+"""Convert the single folder of `mf.save` into a sharded checkpoint, and back, tensor by tensor.
 
 Optimizer state and random generators exist in a sharded checkpoint only.
 """
@@ -6,14 +6,14 @@ Optimizer state and random generators exist in a sharded checkpoint only.
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import torch
 from torch import nn
 
-from moeify.atomic_file import HashedFile, write_new
 from moeify.capture.on_meta import default_device_cpu
 from moeify.checkpoint.rebuild import build, convert_again
 from moeify.checkpoint.sharded.api import find_checkpoint
@@ -26,47 +26,37 @@ from moeify.checkpoint.sharded.manifest import (
     read,
 )
 from moeify.checkpoint.sharded.storage_reader import PieceReader
-from moeify.checkpoint.sharded.storage_writer import PieceFile, put
+from moeify.checkpoint.sharded.storage_writer import PieceFile, entry_name, put
 from moeify.convert.replay import layer_records
 from moeify.errors import CheckpointError
 from moeify.plan import strict_yaml
 from moeify.plan.plan import Plan
-from moeify.storage.atomic_folder import (
-    MANIFEST,
-    Folder,
-    replace_folder,
-    resolve_target,
-    staged_folder,
-)
+from moeify.storage.atomic_folder import Folder, resolve_target, staged_folder
 from moeify.storage.manifest import (
     MAX_BYTES,
     VERSION,
-    FileRecord,
     LayerRecord,
     Manifest,
     TensorRecord,
-    encode,
     read_manifest,
 )
-from moeify.storage.safetensors_file import (
-    DTYPES,
-    bytes_of,
-    check_shard,
-    file_head,
-    read_shard,
-)
+from moeify.storage.safetensors_file import DTYPES, check_shard, read_shard
 from moeify.storage.strict_json import parse_json
+from moeify.storage.tensor_source import ModelFiles, Output, TensorSpec
+from moeify.storage.writer import manifest_writer, write_model_files
 from moeify.units import parse_bytes
 
 __all__ = ["to_sharded", "to_single"]
 
 log = logging.getLogger("moeify")
 
+_COMMON = ("versions", "plan", "plan_sha256", "layers", "model", "inputs", "ledger", "aliases")
+
 
 def to_sharded(
     folder: str | os.PathLike[str], directory: str | os.PathLike[str], *, step: int = 0
 ) -> Path:
-    """Turn what `mf.save` wrote into a sharded checkpoint, which any layout can load.
+    """Convert what `mf.save` wrote into a sharded checkpoint, which any layout can load.
 
     Args:
         folder: A folder of `mf.save`.
@@ -94,10 +84,9 @@ def to_sharded(
             for number, shard_record in enumerate(manifest.shards):
                 expected = manifest.of_shard(shard_record.file)
                 shard = check_shard(source, shard_record, expected)
-                where = ",".join
                 entries = [
                     (
-                        f"model.{name}@{where('0' for _ in expected[name].shape)}",
+                        entry_name(f"model.{name}", [0] * len(expected[name].shape)),
                         DTYPES[expected[name].dtype],
                         expected[name].shape,
                     )
@@ -134,30 +123,28 @@ def _sharded(
     made = ShardedManifest(
         format="moeify-sharded",
         version=1,
-        versions=manifest.versions,
         step=step,
         world=1,
         layout={"tensor": 1, "expert": 1, "experts_in_tp": "replicate"},
-        plan=manifest.plan,
-        plan_sha256=manifest.plan_sha256,
-        layers=manifest.layers,
-        model=manifest.model,
-        inputs=manifest.inputs,
-        ledger=manifest.ledger,
         texts=texts,
-        aliases=manifest.aliases,
         tensors=tensors,
         optimizer=None,
         extra={},
         files=files,
+        **_common(manifest),
     )
     check(made, "the new checkpoint")
     return made
 
 
+def _common(manifest: Manifest | ShardedManifest) -> dict[str, Any]:
+    """Return what both formats keep."""
+    return {key: getattr(manifest, key) for key in _COMMON}
+
+
 def _staged(path: Path, write: Callable[[Path], ShardedManifest]) -> None:
     if os.path.lexists(path):
-        raise CheckpointError(f"{path}: is there already; nothing was touched")
+        raise CheckpointError(f"{path}: exists already; nothing was changed")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with staged_folder(path) as staging:
@@ -173,14 +160,14 @@ def to_single(
     model: nn.Module | None = None,
     max_shard_size: int | str = "5GB",
 ) -> None:
-    """Turn a sharded checkpoint into the folder of `mf.save`, which one process loads.
+    """Convert a sharded checkpoint into the folder of `mf.save`, which one process loads.
 
     Args:
         checkpoint: The checkpoint, or a folder of them: the newest.
-        target: As of `mf.save`.
+        target: As for `mf.save`.
         model: Only for a checkpoint of several ranks of a model that is not of transformers: an
             instance of its dense class, which is converted. Its weights do not matter.
-        max_shard_size: As of `mf.save`.
+        max_shard_size: As for `mf.save`.
 
     Raises:
         CheckpointError: The checkpoint is damaged or not described well enough, or the folder
@@ -192,119 +179,68 @@ def to_single(
         where = source.path
         if manifest.optimizer is not None:
             log.info("%s: optimizer state and random generators are left out", where)
-        single = _single(manifest, limit)
+        draft = _draft(manifest)
         if manifest.world > 1 or "parallel" in manifest.plan or "zero" in manifest.plan:
-            single = _in_one_process(single, manifest, model, where)
+            draft = _in_one_process(draft, manifest, model, where)
         reader = PieceReader(source, manifest)
         try:
-            replace_folder(target, lambda folder: _write(folder, single, manifest, reader))
+            write_model_files(_files(draft, manifest, reader), target, max_shard_size=limit)
         finally:
             reader.close()
 
 
-def _single(manifest: ShardedManifest, limit: int) -> Manifest:
-    """Return the manifest of a single folder, without its files' digests."""
-    kept = {
-        key.removeprefix("model."): record
-        for key, record in manifest.tensors.items()
-        if record.role in ("parameter", "buffer", "scratch")
-    }
-    groups: list[list[str]] = [[]]
-    room = limit
-    for name in sorted(kept):
-        size = _size(kept[name])
-        if groups[-1] and size > room:
-            groups.append([])
-            room = limit
-        groups[-1].append(name)
-        room -= size
-    files = {
-        name: f"moeify-{number:05d}-of-{len(groups):05d}.safetensors"
-        for number, names in enumerate(groups, 1)
-        for name in names
-    }
+def _draft(manifest: ShardedManifest) -> Manifest:
+    """Return the manifest of a single folder, without its files."""
+    kept = manifest.of_model()
     counts: dict[str, int] = {}
     for record in kept.values():
         if record.role == "parameter":
-            elements = _size(record) // DTYPES[record.dtype].itemsize
-            counts[record.dtype] = counts.get(record.dtype, 0) + elements
+            counts[record.dtype] = counts.get(record.dtype, 0) + math.prod(record.shape)
     tensors = {
-        name: {
-            "shard": files[name],
-            "dtype": record.dtype,
-            "shape": record.shape,
-            "role": record.role,
-            "requires_grad": record.requires_grad,
-        }
-        for name, record in kept.items()
+        name: record.model_dump(exclude={"pieces"}) | {"shard": ""} for name, record in kept.items()
     }
     return Manifest.model_validate(
         {
             "format": "moeify",
             "version": VERSION,
-            "versions": manifest.versions,
-            "model": manifest.model,
-            "plan": manifest.plan,
-            "plan_sha256": manifest.plan_sha256,
-            "layers": manifest.layers,
-            "inputs": manifest.inputs,
-            "ledger": manifest.ledger,
             "dtype": max(counts, key=lambda dtype: counts[dtype], default="float32"),
             "parameters": sum(counts.values()),
             "tensors": tensors,
-            "aliases": manifest.aliases,
             "shards": [],
             "files": [],
+            **_common(manifest),
         }
     )
 
 
-def _size(record: StoredTensor) -> int:
-    return sum(piece.bytes for piece in record.pieces)
-
-
 def _in_one_process(
-    single: Manifest, manifest: ShardedManifest, model: nn.Module | None, where: str
+    draft: Manifest, manifest: ShardedManifest, model: nn.Module | None, where: str
 ) -> Manifest:
-    """Return the manifest with the plan and graphs of one process, found by converting on meta.
-
-    Raises:
-        CheckpointError: The model cannot be built.
-    """
+    """Return the manifest with the plan and graphs of one process, found by converting on meta."""
     plan = Plan.of({k: v for k, v in manifest.plan.items() if k not in ("parallel", "zero")})
-    single = single.model_copy(update={"plan": plan.data(), "plan_sha256": plan.digest()})
+    draft = draft.model_copy(update={"plan": plan.data(), "plan_sha256": plan.digest()})
     if manifest.world == 1:
-        return single
+        return draft
     texts = {name: parse_json(text.encode(), name) for name, text in manifest.texts.items()}
     if model is None:
         config = texts.get("source_config.json", {})
-        model = build(single.model, config, texts.get("generation_config.json"), where)
-    conversion = convert_again(model, single, where, prove=False)  # it was made for other ranks
+        model = build(draft.model, config, texts.get("generation_config.json"), where)
+    conversion = convert_again(model, draft, where, prove=False)
     layers: list[LayerRecord] = layer_records(model, conversion)
-    return single.model_copy(update={"layers": layers})
+    return draft.model_copy(update={"layers": layers})
 
 
-def _write(folder: Path, single: Manifest, manifest: ShardedManifest, reader: PieceReader) -> None:
-    shards = []
-    for name in sorted({record.shard for record in single.tensors.values()}):
-        shards.append(_write_shard(folder / name, single.of_shard(name), reader))
-    texts = {"plan.yaml": strict_yaml.dump(single.plan, "plan.yaml"), **manifest.texts}
-    files = []
-    for name, text in texts.items():
-        data = text.encode()
-        digest = write_new(folder / name, data)
-        files.append(FileRecord(file=name, sha256=digest, bytes=len(data)))
-    made = single.model_copy(update={"shards": shards, "files": files})
-    write_new(folder / MANIFEST, encode(made))
+def _files(draft: Manifest, manifest: ShardedManifest, reader: PieceReader) -> ModelFiles:
+    """Return the files of a single folder, whose tensors are read one at a time."""
 
+    def output(name: str, record: TensorRecord) -> Output:
+        spec = TensorSpec(tuple(record.shape), DTYPES[record.dtype])
+        return Output(name, spec, lambda: iter([reader.values(f"model.{name}")]))
 
-def _write_shard(path: Path, records: dict[str, TensorRecord], reader: PieceReader) -> FileRecord:
-    """Write one safetensors file, a tensor at a time."""
-    names = sorted(records, key=lambda n: (-DTYPES[records[n].dtype].itemsize, n))
-    entries = [(name, DTYPES[records[name].dtype], records[name].shape) for name in names]
-    with HashedFile(path) as file:
-        file.write(file_head(entries))
-        for name in names:
-            values: torch.Tensor = reader.values(f"model.{name}")
-            file.write(bytes_of(values))
-        return FileRecord(file=path.name, sha256=file.sha256(), bytes=file.size)
+    texts = {"plan.yaml": strict_yaml.dump(draft.plan, "plan.yaml"), **manifest.texts}
+    return ModelFiles(
+        kind="moeify",
+        tensors=tuple(output(name, record) for name, record in sorted(draft.tensors.items())),
+        texts={name: text.encode() for name, text in texts.items()},
+        manifest=manifest_writer(draft),
+    )

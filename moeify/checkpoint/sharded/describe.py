@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from moeify.capture.input_spec import describable
-from moeify.checkpoint.rebuild import config_texts, describe_model
+from moeify.checkpoint.rebuild import config_texts, describe_conversion, describe_model
 from moeify.checkpoint.sharded.chunks import Pieces
 from moeify.checkpoint.sharded.manifest import (
     VERSION,
@@ -18,12 +18,10 @@ from moeify.checkpoint.sharded.manifest import (
     StoredTensor,
     check,
 )
-from moeify.checkpoint.sharded.state import ModelState
 from moeify.checkpoint.sharded.storage_writer import Finish
-from moeify.convert.replay import layer_records, versions
 from moeify.sites.record import require_conversion
 from moeify.storage.manifest import ModelRecord
-from moeify.storage.model_state import describe_modes
+from moeify.storage.model_state import State
 from moeify.units import dtype_name
 
 __all__ = ["describe"]
@@ -31,7 +29,7 @@ __all__ = ["describe"]
 
 def describe(
     model: nn.Module,
-    state: ModelState,
+    state: State,
     optimizer: OptimizerRecord | None,
     tensors: dict[str, Pieces],
     step: int,
@@ -40,19 +38,11 @@ def describe(
 ) -> Finish:
     """Describe a model now; return what makes the manifest once the pieces are written.
 
-    Args:
-        model: The model.
-        state: Its tensors.
-        optimizer: What of the optimizer is in no tensor.
-        tensors: All tensors by key; their shapes and dtypes are kept, not their values.
-        step: Of training.
-        extra: The user's data.
-        world: Number of ranks.
+    Of `tensors`, all by key, only shapes and dtypes are kept.
     """
     common = _of_model(model) | {
         "format": "moeify-sharded",
         "version": VERSION,
-        "versions": versions(),
         "step": step,
         "world": world,
         "aliases": dict(state.aliases),
@@ -69,7 +59,7 @@ def describe(
         for key in dict.fromkeys([*known, *pieces]):
             is_rng = key.startswith("rng.")
             found = pieces.get(key, [])
-            # Those of other ranks are known from their pieces alone: one of bytes.
+            # The generators of other ranks are known from their pieces alone: one of bytes each.
             dtype, shape = kinds.get(key) or ("uint8", found[0].size)
             role = "rng" if is_rng else roles.get(key, "optimizer")
             stored[key] = StoredTensor(
@@ -91,23 +81,19 @@ def _of_model(model: nn.Module) -> dict[str, Any]:
     conversion = require_conversion(model)
     parallel = conversion.parallel
     layout = None if parallel is None else parallel.layout
-    return {
+    return describe_conversion(model) | {
         "layout": {
             "tensor": 1 if layout is None else layout.tensor,
             "expert": 1 if layout is None else layout.expert,
             "experts_in_tp": "replicate" if layout is None else layout.experts_in_tp,
         },
-        "plan": conversion.plan.data(),
-        "plan_sha256": conversion.plan.digest(),
-        "layers": layer_records(model, conversion),
         "model": _model_record(model),
         "inputs": conversion.inputs if describable(conversion.inputs) else None,
-        "ledger": {name: list(fate) for name, fate in conversion.ledger.items()},
         "texts": config_texts(model),
     }
 
 
 def _model_record(model: nn.Module) -> ModelRecord:
-    record = describe_model(model, describe_modes(model))
+    record = describe_model(model)
     cls = next(c for c in type(model).__mro__ if not c.__name__.startswith("FSDP"))
     return record.model_copy(update={"name": f"{cls.__module__}.{cls.__qualname__}"})

@@ -1,4 +1,4 @@
-"""Loads a sharded checkpoint: all is checked, then digests, then values are copied in place."""
+"""Load a sharded checkpoint: check everything, then the digests, then copy values in place."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from moeify.checkpoint.sharded.checks import check_layers, check_plan, match
 from moeify.checkpoint.sharded.chunks import Pieces
 from moeify.checkpoint.sharded.manifest import NAME, ShardedManifest, read
 from moeify.checkpoint.sharded.rng import Generators
-from moeify.checkpoint.sharded.state import ModelState, Optimized
+from moeify.checkpoint.sharded.state import NamedOptimizer, collect_state
 from moeify.checkpoint.sharded.storage_reader import PieceReader, PiecesToLoad
 from moeify.distributed.ranks import Ranks
 from moeify.errors import CheckpointError
@@ -48,9 +48,9 @@ class Loaded:
 
 @dataclass(slots=True)
 class _Ready:
-    """Everything that was checked on a rank and waits to be done."""
+    """A load that has been checked on a rank and can be carried out."""
 
-    state: dict[str, Pieces]
+    state: dict[str, Pieces]  # what to load into, by key
     reader: StorageReader
     finish: Callable[[], None]
     loaded: Loaded
@@ -67,7 +67,7 @@ def load(
     trust: bool,
     strict: bool,
 ) -> Loaded:
-    """Load one checkpoint, on all ranks; arguments as of `load_sharded`."""
+    """Load one checkpoint, on all ranks; arguments as for `load_sharded`."""
     with ExitStack() as stack:
 
         def prepare() -> _Ready:
@@ -75,18 +75,18 @@ def load(
                 return _foreign(model, path, optimizer, trust=trust, strict=strict)
             return _prepare(model, path, optimizer, ranks, stack, strict=strict)
 
-        done = ranks.run_on_all(f"check {path}", prepare)
-        held = {f"what {path} holds": done.digest[:12]}
-        ranks.assert_same(held, "it is being replaced: load again")
-        if isinstance(done.reader, PieceReader):
-            reader, wanted = done.reader, sorted(done.state)  # the same on all ranks
+        ready = ranks.run_on_all(f"check {path}", prepare)
+        content = {f"what {path} holds": ready.digest[:12]}
+        ranks.assert_same(content, "it is being replaced: load again")
+        if isinstance(ready.reader, PieceReader):
+            reader, wanted = ready.reader, sorted(ready.state)  # the same on all ranks
             ranks.run_on_all(
                 f"verify {path}", lambda: reader.verify(wanted, ranks.rank, ranks.size)
             )
-        ranks.run(f"load {path}", _runner(done, ranks))
-        ranks.run_on_all(f"finish loading {path}", done.finish)
-        done.publish()
-        return done.loaded
+        ranks.run(f"load {path}", _runner(ready, ranks))
+        ranks.run_on_all(f"finish loading {path}", ready.finish)
+        ready.publish()
+        return ready.loaded
 
 
 def _runner(ready: _Ready, ranks: Ranks) -> Callable[[], Any]:
@@ -96,8 +96,7 @@ def _runner(ready: _Ready, ranks: Ranks) -> Callable[[], Any]:
             ready.state, storage_reader=ready.reader, planner=planner, process_group=ranks.group
         )
 
-    def alone() -> None:
-        """Do what torch.distributed.checkpoint does, which warns of a world that is not there."""
+    def alone() -> None:  # as torch.distributed.checkpoint, which warns without a process group
         ready.reader.reset()
         metadata = ready.reader.read_metadata()
         planner.set_up_planner(ready.state, metadata, True)
@@ -117,30 +116,25 @@ def _prepare(
     *,
     strict: bool,
 ) -> _Ready:
-    """Check everything of this rank; nothing is changed.
-
-    Raises:
-        CheckpointError: Something does not fit.
-    """
+    """Check everything of this rank; nothing is changed."""
     folder = stack.enter_context(Folder(path))
     manifest = read(folder)
     where = str(path)
     check_layers(model, manifest, where)
     check_plan(model, manifest, where, strict=strict)
-    state = ModelState.of(model)
-    optimized = None if optimizer is None else Optimized(optimizer, state)
-    masters = {} if optimized is None else optimized.weights()
+    state = collect_state(model)
+    named = None if optimizer is None else NamedOptimizer(optimizer, state)
+    masters = {} if named is None else named.weights()
     saved: dict[str, tuple[list[int], str, str]] = {
-        key.removeprefix("model."): (record.shape, record.dtype, record.role)
-        for key, record in manifest.tensors.items()
-        if record.role in ("parameter", "buffer", "scratch") and key.startswith("model.")
+        name: (record.shape, record.dtype, record.role)
+        for name, record in manifest.of_model().items()
     }
     names = {name: name for name in saved} | manifest.aliases
     targets = match(state, masters, saved, names, where, strict=strict)
     into: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in targets.items()}
     assign: Callable[[], None] = lambda: None  # noqa: E731
-    if optimized is not None:
-        assign = _prepare_optimizer(optimized, manifest, into, where)
+    if named is not None:
+        assign = _prepare_optimizer(named, manifest, into, where)
     reader = PieceReader(folder, manifest)
     stack.callback(reader.close)
     pieces = {key: Pieces.of(tensor, key) for key, tensor in into.items()}
@@ -157,27 +151,27 @@ def _prepare(
             digest.update(piece.sha256.encode())
     loaded = Loaded(manifest.step, manifest.extra, path)
     ready = _Ready(pieces, reader, finish, loaded, digest=digest.hexdigest())
-    if optimized is not None and optimized.masters:
-        ready.publish = optimized.owner.publish  # collective: nothing may fail before it
+    if named is not None and named.masters:
+        ready.publish = named.owner.publish  # collective: nothing may fail before it
     return ready
 
 
 def _prepare_optimizer(
-    optimized: Optimized, manifest: ShardedManifest, into: dict[str, Tensor], where: str
+    named: NamedOptimizer, manifest: ShardedManifest, into: dict[str, Tensor], where: str
 ) -> Callable[[], None]:
-    """Add where state goes; return what puts it in place."""
+    """Add the optimizer's tensors to `into`; return what assigns them."""
     record = manifest.optimizer
     if record is None:
         raise CheckpointError(f"{where}: no optimizer was saved: load without optimizer=")
-    options = optimized.options(record, where)
-    optimized.check_states(manifest, where)
-    states = optimized.made(manifest)
+    options = named.options(record, where)
+    named.check_states(manifest, where)
+    states = named.made(manifest)
     for name, found in states.items():
         for key, tensor in found.items():
             into[f"optimizer.{name}.{key}"] = tensor
 
     def assign() -> None:
-        optimized.assign(options, states, record.values)
+        named.assign(options, states, record.values)
 
     return assign
 
@@ -185,7 +179,7 @@ def _prepare_optimizer(
 def _generators(
     reader: PieceReader, manifest: ShardedManifest, ranks: Ranks, where: str
 ) -> Callable[[], None]:
-    """Read this rank's generators; return what sets them."""
+    """Read this rank's generators; return what restores them."""
     first = manifest.tensors.get("rng.0.torch")
     if first is None or not first.pieces:
         return lambda: None
@@ -205,15 +199,11 @@ def _generators(
 def _foreign(
     model: nn.Module, path: Path, optimizer: Optimizer | None, *, trust: bool, strict: bool
 ) -> _Ready:
-    """Check a checkpoint of torch.distributed.checkpoint itself.
-
-    Raises:
-        CheckpointError: It is not trusted, or does not fit.
-    """
+    """Check a checkpoint of torch.distributed.checkpoint itself."""
     if not trust:
         raise CheckpointError(
             f"{path}: was written by torch.distributed.checkpoint alone; its .metadata is a "
-            "pickle, and reading it executes code that is in it: pass trust=True if you know who "
+            "pickle, and reading it runs any code in it: pass trust=True if you trust whoever "
             "wrote it"
         )
     if optimizer is not None:
@@ -229,7 +219,7 @@ def _foreign(
         if isinstance(record, TensorStorageMetadata)
     }
     prefix = "model." if any(key.startswith("model.") for key in found) else ""
-    state = ModelState.of(model)
+    state = collect_state(model)
     if prefix and any(key in found for key in state.tensors):
         prefix = ""  # the model has a child of that name
     saved = {

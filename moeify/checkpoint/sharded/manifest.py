@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import defaultdict
 from itertools import pairwise
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from moeify.errors import CheckpointError
 from moeify.plan.selection import Strict
-from moeify.plan.strict_yaml import path_text
 from moeify.storage.atomic_folder import Folder
-from moeify.storage.manifest import LayerRecord, ModelRecord
+from moeify.storage.manifest import Digest, LayerRecord, Ledger, ModelRecord, Natural
 from moeify.storage.safetensors_file import DTYPES
-from moeify.storage.strict_json import canonical_digest, parse_json
+from moeify.storage.strict_json import decode_manifest, parse_json
 
 __all__ = [
     "NAME",
@@ -28,7 +26,6 @@ __all__ = [
     "PieceRecord",
     "ShardedManifest",
     "StoredTensor",
-    "encode",
     "read",
 ]
 
@@ -36,137 +33,81 @@ NAME: Final = "moeify-sharded.json"
 VERSION: Final = 2
 MAX_BYTES: Final = 1 << 30
 _FILE = re.compile(r"moeify-rank-[0-9]{5,7}\.safetensors")
-_Natural = Annotated[int, Field(ge=0)]
-_Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class PieceRecord(Strict):
-    """One rectangle of a tensor.
+    """One rectangle of a tensor, whose bytes lie row by row in a file."""
 
-    Attributes:
-        file: Position of its file in `files`.
-        begin: Its first byte there.
-        bytes: Its length; the values lie row by row.
-        sha256: Of these bytes, in hex.
-        at: Where it begins in the tensor.
-        size: Its sizes.
-    """
-
-    file: _Natural
-    begin: _Natural
-    bytes: _Natural
-    sha256: _Digest
-    at: list[_Natural]
-    size: list[_Natural]
+    file: Natural  # its position in `files`
+    begin: Natural  # first byte in the file
+    bytes: Natural
+    sha256: Digest  # of these bytes
+    at: list[Natural]  # where it begins in the tensor
+    size: list[Natural]
 
 
 class StoredTensor(Strict):
-    """One tensor.
-
-    Attributes:
-        dtype: Such as `float32`.
-        shape: Of the whole.
-        role: What it is.
-        requires_grad: Whether it trains.
-        pieces: The rectangles that it is made of.
-    """
+    """One tensor."""
 
     dtype: str
-    shape: list[_Natural]
+    shape: list[Natural]
     role: Literal["parameter", "buffer", "scratch", "optimizer", "rng"]
     requires_grad: bool
     pieces: list[PieceRecord]
 
 
 class OptionGroup(Strict):
-    """Hyperparameters of some parameters.
+    """Hyperparameters of some parameters."""
 
-    Attributes:
-        options: By name, such as `lr`.
-        names: The parameters.
-    """
-
-    options: dict[str, Any]
-    names: list[str]
+    options: dict[str, Any]  # by name, such as `lr`
+    names: list[str]  # of the parameters
 
 
 class OptimizerRecord(Strict):
-    """An optimizer beside its tensors.
+    """An optimizer beside its tensors."""
 
-    Attributes:
-        name: Its class.
-        groups: Hyperparameters.
-        states: Names of the state tensors of each parameter; `optimizer.<name>.<key>` holds one.
-        values: State that is no tensor.
-    """
-
-    name: str
+    name: str  # its class
     groups: list[OptionGroup]
-    states: dict[str, list[str]]
-    values: dict[str, dict[str, Any]]
+    states: dict[str, list[str]]  # parameter: keys; a tensor is `optimizer.<parameter>.<key>`
+    values: dict[str, dict[str, Any]]  # parameter: state that is not a tensor, by key
 
 
 class DataFile(Strict):
-    """One file with tensors.
-
-    Attributes:
-        file: Its name.
-        bytes: Its size.
-    """
+    """One file with tensors."""
 
     file: str
-    bytes: _Natural
+    bytes: Natural
 
 
 class ShardedManifest(Strict):
-    """The content of `moeify-sharded.json`, without its own digest.
-
-    Attributes:
-        format: Always "moeify-sharded".
-        version: Of the format.
-        versions: Of the packages that wrote it.
-        step: The training step.
-        world: How many ranks wrote it.
-        layout: How they were cut: "tensor", "expert", "experts_in_tp".
-        plan: The plan's data.
-        plan_sha256: Its digest.
-        layers: What was converted.
-        model: What the model was; None where it was not described.
-        inputs: Description of the example inputs; None where they cannot be made again.
-        ledger: Where each dense parameter went.
-        texts: Config files of a Hugging Face model.
-        aliases: Further names of tied tensors.
-        tensors: All tensors by key.
-        optimizer: The optimizer, if one was saved.
-        extra: The user's own data.
-        files: The files.
-    """
+    """The content of `moeify-sharded.json`, without its own digest."""
 
     format: Literal["moeify-sharded"]
     version: Literal[2]
-    versions: dict[str, str]
-    step: _Natural
-    world: Annotated[int, Field(ge=1)]
-    layout: dict[str, Any]
+    versions: dict[str, str]  # of the packages that wrote it
+    step: Natural
+    world: Annotated[int, Field(ge=1)]  # number of ranks that wrote it
+    layout: dict[str, Any]  # their "tensor" and "expert" parallelism, and "experts_in_tp"
     plan: dict[str, Any]
-    plan_sha256: _Digest
+    plan_sha256: Digest
     layers: list[LayerRecord]
     model: ModelRecord
-    inputs: Any
-    ledger: dict[str, Annotated[list[str], Field(min_length=2, max_length=2)]]
-    texts: dict[str, str]
-    aliases: dict[str, str]
+    inputs: Any  # the example inputs; None where they cannot be made again
+    ledger: Ledger
+    texts: dict[str, str]  # config files of a Hugging Face model
+    aliases: dict[str, str]  # further name: name in `tensors`, without "model."
     tensors: dict[str, StoredTensor]
     optimizer: OptimizerRecord | None
-    extra: dict[str, Any]
+    extra: dict[str, Any]  # the user's own data
     files: list[DataFile]
 
-
-def encode(manifest: ShardedManifest) -> bytes:
-    """Return the file's content."""
-    data = manifest.model_dump(mode="json", by_alias=True)
-    data["sha256"] = canonical_digest(data)
-    return json.dumps(data, allow_nan=False).encode() + b"\n"
+    def of_model(self) -> dict[str, StoredTensor]:
+        """Return the model's tensors by the name in the model."""
+        return {
+            key.removeprefix("model."): tensor
+            for key, tensor in self.tensors.items()
+            if tensor.role in ("parameter", "buffer", "scratch") and key.startswith("model.")
+        }
 
 
 def read(folder: Folder) -> ShardedManifest:
@@ -178,35 +119,20 @@ def read(folder: Folder) -> ShardedManifest:
     where = folder.where(NAME)
     data = parse_json(folder.read(NAME, limit=MAX_BYTES), where)
     if not isinstance(data, dict) or data.get("format") != "moeify-sharded":
-        raise CheckpointError(f"{where}: format: is no sharded moeify checkpoint")
-    version = data.get("version")
-    if type(version) is not int or version != VERSION:
-        raise CheckpointError(
-            f"{where}: version: {version!r:.40} cannot be read, only {VERSION}; "
-            "use the moeify that wrote it"
-        )
-    digest = data.pop("sha256", None)
-    try:
-        manifest = ShardedManifest.model_validate(data)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise CheckpointError(f"{where}: {path_text(first['loc'])}: {first['msg']}") from None
-    if digest != canonical_digest(data):
-        raise CheckpointError(f"{where}: sha256: is not the digest of the rest: it was changed")
+        raise CheckpointError(f"{where}: format: is not a sharded moeify checkpoint")
+    manifest = decode_manifest(ShardedManifest, data, VERSION, where)
     check(manifest, where)
     return manifest
 
 
 def check(manifest: ShardedManifest, where: str) -> None:
-    """Hold the parts of a manifest against each other.
-
-    Raises:
-        CheckpointError: They do not fit; names the tensor.
-    """
+    """Check the parts of a manifest against each other."""
     seen = set()
     for record in manifest.files:
         if _FILE.fullmatch(record.file) is None or record.file in seen:
-            raise CheckpointError(f"{where}: files: {record.file!r:.80} is no name of a data file")
+            raise CheckpointError(
+                f"{where}: files: {record.file!r:.80} is not the name of a data file"
+            )
         seen.add(record.file)
     spans: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for key, tensor in manifest.tensors.items():
@@ -226,12 +152,12 @@ def check(manifest: ShardedManifest, where: str) -> None:
             raise CheckpointError(f"{where}: files: two pieces share bytes of {name}")
     for alias, name in manifest.aliases.items():
         if f"model.{name}" not in manifest.tensors:
-            raise CheckpointError(f"{where}: aliases.{alias}: {name!r:.80} is no tensor")
-    record_of = manifest.optimizer
-    for name, keys in ({} if record_of is None else record_of.states).items():
+            raise CheckpointError(f"{where}: aliases.{alias}: {name!r:.80} is not a tensor")
+    optimizer = manifest.optimizer
+    for name, keys in ({} if optimizer is None else optimizer.states).items():
         for key in keys:
             if f"optimizer.{name}.{key}" not in manifest.tensors:
-                raise CheckpointError(f"{where}: optimizer.states.{name}: {key} is no tensor")
+                raise CheckpointError(f"{where}: optimizer.states.{name}: {key} is not a tensor")
 
 
 def _check_piece(
@@ -250,7 +176,7 @@ def _check_piece(
     if piece.bytes != math.prod(piece.size) * DTYPES[tensor.dtype].itemsize:
         raise CheckpointError(f"{at}: pieces: {piece.bytes} bytes for {piece.size}")
     if piece.begin + piece.bytes > manifest.files[piece.file].bytes:
-        raise CheckpointError(f"{at}: pieces: one ends behind the end of its file")
+        raise CheckpointError(f"{at}: pieces: one ends after the end of its file")
 
 
 def _check_cover(tensor: StoredTensor, at: str) -> None:
@@ -258,7 +184,7 @@ def _check_cover(tensor: StoredTensor, at: str) -> None:
     volume = sum(math.prod(piece.size) for piece in tensor.pieces)
     if volume != math.prod(tensor.shape):
         raise CheckpointError(
-            f"{at}: pieces: {volume} elements of {math.prod(tensor.shape)} are there"
+            f"{at}: pieces: {volume} of {math.prod(tensor.shape)} elements are there"
         )
     if len(tensor.pieces) < 2:
         return

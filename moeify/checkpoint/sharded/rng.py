@@ -35,11 +35,7 @@ class Generators:
 
     @staticmethod
     def check(found: Mapping[str, Tensor], where: str) -> dict[str, Any]:
-        """Return states ready to be set.
-
-        Raises:
-            CheckpointError: One is none.
-        """
+        """Return states ready to be set; raise if one is not a state."""
         ready: dict[str, Any] = {}
         try:
             for kind, raw in found.items():
@@ -59,12 +55,12 @@ class Generators:
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
             if isinstance(error, CheckpointError):
                 raise
-            raise CheckpointError(f"{where}: rng: {kind}: is no state of a generator") from error
+            raise CheckpointError(f"{where}: rng: {kind}: is not a generator state") from error
         return ready
 
     @staticmethod
     def restore(ready: Mapping[str, Any]) -> None:
-        """Set what `check` returned."""
+        """Set the states that `check` returned."""
         if "torch" in ready:
             torch.set_rng_state(ready["torch"])
         if "cuda" in ready and torch.cuda.is_available():
@@ -77,12 +73,7 @@ class Generators:
 
     @staticmethod
     def derive(digest: str, rank: int) -> None:
-        """Seed all of them for a rank that was not there when the checkpoint was written.
-
-        Args:
-            digest: Of the state of rank 0 then.
-            rank: This rank.
-        """
+        """Seed all of them, for a rank that is new, from the digest of rank 0's saved state."""
         text = hashlib.sha256(f"{digest} {rank}".encode()).digest()
         torch.manual_seed(int.from_bytes(text[:8], "little") >> 1)
         random.seed(int.from_bytes(text[8:16], "little"))

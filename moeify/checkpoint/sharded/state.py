@@ -6,7 +6,6 @@ Tensors are `model.<name>` and `optimizer.<name>.<key>`; everything else is in t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,86 +16,44 @@ from moeify import compat
 from moeify.checkpoint.sharded.manifest import OptimizerRecord, OptionGroup, ShardedManifest
 from moeify.distributed.dtensor import is_sharded
 from moeify.errors import CheckpointError
-from moeify.storage.model_state import tensors_of
+from moeify.storage.model_state import State, check_state_dict, tensors_of
 from moeify.storage.safetensors_file import DTYPES
 from moeify.units import dtype_name
 from moeify.zero.stage1 import ShardedOptimizer
 
-__all__ = ["ModelState", "Optimized", "json_data"]
+__all__ = ["NamedOptimizer", "collect_state", "json_data"]
 
-
+# How an optimizer computes depends on the layout, which may be another one.
 _NOT_KEPT = ("params", "param_names", "foreach", "fused", "capturable", "differentiable")
-"""How an optimizer computes is a matter of the layout, which may be another one."""
 
 
-@dataclass(slots=True)
-class ModelState:
-    """The tensors of a model, tied ones once.
-
-    Attributes:
-        tensors: By name.
-        roles: "parameter", "buffer" or "scratch" (a buffer that is in no state dict).
-        aliases: Further names of tied tensors.
-    """
-
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    roles: dict[str, str] = field(default_factory=dict)
-    aliases: dict[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, model: nn.Module) -> ModelState:
-        """Collect them; what FSDP2 has gathered is let go first.
-
-        Raises:
-            CheckpointError: The state dict holds something that is no tensor.
-        """
-        for module in model.modules():
-            unit: Any = module
-            if hasattr(unit, "reshard") and hasattr(unit, "unshard"):
-                unit.reshard()
-        state = cls()
-        seen: dict[int, str] = {}
-        for item in tensors_of(model):
-            if item.role == "scratch" and not item.tensor.is_floating_point():
-                continue
-            if id(item.tensor) in seen:
-                state.aliases[item.name] = seen[id(item.tensor)]
-                continue
-            if dtype_name(item.tensor.dtype) not in DTYPES:
-                raise CheckpointError(f"{item.name}: {item.tensor.dtype} cannot be saved")
-            seen[id(item.tensor)] = item.name
-            state.tensors[item.name] = item.tensor
-            state.roles[item.name] = item.role
-        for name, value in model.state_dict(keep_vars=True).items():
-            if not isinstance(value, Tensor):
-                raise CheckpointError(
-                    f"{name}: the state dict holds a {type(value).__name__} there, which is no "
-                    "tensor; only tensors are saved"
-                )
-            if name not in state.tensors and name not in state.aliases:
-                raise CheckpointError(
-                    f"{name}: is in the state dict, but is no parameter or buffer of the model: a "
-                    "module renames what it saves, which cannot be loaded again"
-                )
-        return state
-
-    def names(self) -> dict[str, str]:
-        """Return every name with the one that its tensor is listed under."""
-        return {name: name for name in self.tensors} | self.aliases
+def collect_state(model: nn.Module) -> State:
+    """Collect a model's tensors, tied ones once; what FSDP2 has gathered is freed first."""
+    for module in model.modules():
+        unit: Any = module
+        if hasattr(unit, "reshard") and hasattr(unit, "unshard"):
+            unit.reshard()
+    state = State()
+    seen: dict[int, str] = {}
+    for item in tensors_of(model):
+        if item.role == "scratch" and not item.tensor.is_floating_point():
+            continue
+        if id(item.tensor) in seen:
+            state.aliases[item.name] = seen[id(item.tensor)]
+            continue
+        if dtype_name(item.tensor.dtype) not in DTYPES:
+            raise CheckpointError(f"{item.name}: {item.tensor.dtype} cannot be saved")
+        seen[id(item.tensor)] = item.name
+        state.tensors[item.name] = item.tensor
+        state.roles[item.name] = item.role
+    check_state_dict(model, state)
+    return state
 
 
-class Optimized:
-    """An optimizer seen by the names of the model's parameters.
+class NamedOptimizer:
+    """An optimizer (of torch, or a `ShardedOptimizer`) by the names of the model's parameters."""
 
-    Args:
-        optimizer: A torch optimizer over the model's parameters, or a `ShardedOptimizer`.
-        state: The model.
-
-    Raises:
-        CheckpointError: It holds a parameter that is not of this model.
-    """
-
-    def __init__(self, optimizer: Optimizer, state: ModelState) -> None:
+    def __init__(self, optimizer: Optimizer, state: State) -> None:
         whole: Any = optimizer
         self.owner = whole
         self.sharded = isinstance(optimizer, ShardedOptimizer)
@@ -126,20 +83,16 @@ class Optimized:
         return parameter if shard is None else shard
 
     def settle(self) -> None:
-        """Let master weights take over what was written into parameters since the last step."""
+        """Let master weights adopt what was written into parameters since the last step."""
         if isinstance(self.owner, ShardedOptimizer):
             self.owner.adopt_writes()
 
     def weights(self) -> dict[str, Tensor]:
-        """Return master weights by name, where there are any."""
+        """Return master weights by name, if there are any."""
         return {name: self.held(name) for name in self.parameters} if self.masters else {}
 
     def states(self) -> Iterator[tuple[str, str, Any]]:
-        """Yield (parameter, key, value) of all state.
-
-        Raises:
-            CheckpointError: A name or value cannot be kept.
-        """
+        """Yield (parameter, key, value) of all state."""
         for name in self.parameters:
             found: Mapping[str, Any] = self.inner.state.get(self.held(name), {})
             for key, value in found.items():
@@ -148,12 +101,12 @@ class Optimized:
                 if not isinstance(value, Tensor):
                     value = json_data(value, f"optimizer: {name}: {key}")
                 elif dtype_name(value.dtype) not in DTYPES:
-                    raise CheckpointError(f"optimizer: {name}: {key}: {value.dtype} is no dtype")
+                    raise CheckpointError(f"optimizer: {name}: {key}: cannot save {value.dtype}")
                 elif value.ndim and not is_sharded(value) and is_sharded(self.held(name)):
                     raise CheckpointError(
-                        f"optimizer: {name}: {key}: is no DTensor, and the parameter lies on "
-                        f"several ranks: what part of the whole it is, {type(self.inner).__name__} "
-                        "does not say, so it cannot be saved"
+                        f"optimizer: {name}: {key}: is not a DTensor, although the parameter is "
+                        f"distributed: {type(self.inner).__name__} does not say which part of the "
+                        "whole it is, so it cannot be saved"
                     )
                 yield name, key, value
 
@@ -182,14 +135,10 @@ class Optimized:
         )
 
     def options(self, record: OptimizerRecord, where: str) -> list[dict[str, Any]]:
-        """Return the saved hyperparameters of each running group.
-
-        Raises:
-            CheckpointError: A parameter was not saved, or those of a group disagree.
-        """
+        """Return the saved hyperparameters of each running group."""
         if record.name != type(self.inner).__name__:
             raise CheckpointError(
-                f"{where}: optimizer: was saved from {record.name}, and this is "
+                f"{where}: optimizer: was saved from {record.name}, but this is "
                 f"{type(self.inner).__name__}"
             )
         saved = {name: group.options for group in record.groups for name in group.names}
@@ -214,11 +163,7 @@ class Optimized:
         return found
 
     def check_states(self, manifest: ShardedManifest, where: str) -> None:
-        """Check that all saved state has a place.
-
-        Raises:
-            CheckpointError: It has not.
-        """
+        """Check that all saved state has a place."""
         assert manifest.optimizer is not None
         for name, keys in manifest.optimizer.states.items():
             for key in keys:
@@ -228,7 +173,7 @@ class Optimized:
                     continue
                 raise CheckpointError(
                     f"{where}: optimizer: {name}: {key} has shape {record.shape}, not that of the "
-                    "parameter, which lies on several ranks here: load it where it is whole"
+                    "parameter, which is distributed here: load it where the parameter is whole"
                 )
 
     def made(self, manifest: ShardedManifest) -> dict[str, dict[str, Tensor]]:
@@ -298,24 +243,20 @@ def _empty(like: Tensor, shape: list[int], dtype: torch.dtype, *, scalars_stay: 
 
 
 def json_data(value: Any, where: str) -> Any:
-    """Return data as JSON has it; tuples become lists.
-
-    Raises:
-        CheckpointError: It is none; names the key.
-    """
+    """Return data as JSON has it (tuples become lists); `where` names it in messages."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
         if value != value or value in (float("inf"), float("-inf")):
-            raise CheckpointError(f"{where}: {value} is no number that JSON can hold")
+            raise CheckpointError(f"{where}: {value} is not a number that JSON can hold")
         return value
     if isinstance(value, list | tuple):
         return [json_data(item, f"{where}[{i}]") for i, item in enumerate(value)]
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
-                raise CheckpointError(f"{where}: the key {key!r:.40} is no text")
+                raise CheckpointError(f"{where}: the key {key!r:.40} is not a string")
         return {key: json_data(item, f"{where}.{key}") for key, item in value.items()}
     raise CheckpointError(
-        f"{where}: a {type(value).__name__} is no JSON data: give numbers, texts, lists and dicts"
+        f"{where}: a {type(value).__name__} is not JSON data: use numbers, strings, lists, dicts"
     )

@@ -1,6 +1,6 @@
-"""Reads sharded checkpoints for torch.distributed.checkpoint, with suspicion.
+"""Read sharded checkpoints for torch.distributed.checkpoint, without trusting them.
 
-Nothing is unpickled, and nothing that a file merely claims is allocated. Files are opened once, so
+Nothing is unpickled, and nothing is allocated that a file merely claims. Files are opened once, so
 that a save that replaces the folder meanwhile cannot be mixed in.
 """
 
@@ -34,7 +34,7 @@ __all__ = ["PieceReader", "PiecesToLoad"]
 
 
 class PiecesToLoad(LoadPlanner):
-    """Plans a load into `Pieces`: which parts of which saved pieces each of them needs."""
+    """A planner for a load into `Pieces`: which parts of which saved pieces each of them needs."""
 
     state: dict[str, Pieces]
     metadata: Metadata
@@ -61,7 +61,7 @@ class PiecesToLoad(LoadPlanner):
         return central_plan
 
     def load_bytes(self, read_item: ReadItem, value: Any) -> None:
-        raise CheckpointError(f"{read_item.dest_index.fqn}: is no tensor in the checkpoint")
+        raise CheckpointError(f"{read_item.dest_index.fqn}: is not a tensor in the checkpoint")
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
         index = read_item.dest_index
@@ -77,12 +77,7 @@ class PiecesToLoad(LoadPlanner):
 
 
 class PieceReader(StorageReader):
-    """Reads pieces, in parts of a moderate size, from files that are opened once.
-
-    Args:
-        folder: The checkpoint, open.
-        manifest: What it holds.
-    """
+    """A storage reader for pieces, in parts of a moderate size, from files that are opened once."""
 
     def __init__(self, folder: Folder, manifest: ShardedManifest) -> None:
         self.folder, self.manifest = folder, manifest
@@ -97,7 +92,7 @@ class PieceReader(StorageReader):
         pass
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Return the manifest as torch.distributed.checkpoint wants it."""
+        """Return the manifest in the form of torch.distributed.checkpoint."""
         return Metadata(
             {
                 key: TensorStorageMetadata(
@@ -122,7 +117,7 @@ class PieceReader(StorageReader):
         return plans
 
     def open(self, state: Mapping[str, Pieces]) -> None:
-        """Open every file that is needed, so that none can be exchanged later."""
+        """Open every file that is needed, so that none can be replaced later."""
         planner = PiecesToLoad()
         planner.set_up_planner(state, self.read_metadata())
         for item in planner.create_local_plan().items:
@@ -130,11 +125,7 @@ class PieceReader(StorageReader):
             self._stream(self._pieces[index.fqn, tuple(index.offset or ())].file)
 
     def verify(self, keys: Sequence[str], rank: int = 0, ranks: int = 1) -> None:
-        """Hold this rank's share of the pieces of some tensors against their digests.
-
-        Raises:
-            CheckpointError: A file is missing, of another size, or damaged.
-        """
+        """Check the digests of this rank's share of the pieces of some tensors."""
         wanted = [(key, piece) for key in keys for piece in self.manifest.tensors[key].pieces]
         wanted.sort(key=lambda pair: (pair[1].file, pair[1].begin))
         total = max(1, sum(piece.bytes for _, piece in wanted))
@@ -150,7 +141,7 @@ class PieceReader(StorageReader):
         for part in self._read(piece, 0, piece.bytes):
             digest.update(part)
             if self.manifest.tensors[key].dtype == "bool" and part.strip(b"\0\1"):
-                raise CheckpointError(f"{where}: {key}: holds bytes that are no booleans")
+                raise CheckpointError(f"{where}: {key}: holds bytes that are not booleans")
         if digest.hexdigest() != piece.sha256:
             raise CheckpointError(
                 f"{where}: {key}: the SHA-256 of its piece at {piece.at} is not the one in {NAME}: "
@@ -183,7 +174,7 @@ class PieceReader(StorageReader):
         return done
 
     def _copy(self, piece: PieceRecord, dtype: str, at: Sequence[int], target: Tensor) -> None:
-        """Fill a tensor from a part of a piece."""
+        """Fill a tensor from the part of a piece that begins at `at`."""
         kind = DTYPES[dtype]
         first = at[0] if at else 0
         row = math.prod(piece.size[1:]) * kind.itemsize
@@ -225,7 +216,6 @@ class PieceReader(StorageReader):
         return self._streams[number]
 
     def close(self) -> None:
-        """Close all files."""
         for stream in self._streams.values():
             stream.close()
         self._streams.clear()

@@ -1,4 +1,4 @@
-"""Writes sharded checkpoints for torch.distributed.checkpoint: safetensors files and strict JSON.
+"""Write sharded checkpoints for torch.distributed.checkpoint: safetensors files and strict JSON.
 
 Every rank writes its pieces into one file of a staged folder; the first rank adds the manifest and
 renames the folder.
@@ -14,18 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from moeify.atomic_file import SyncedFile, write_new
 from moeify.checkpoint.sharded.chunks import Pieces
-from moeify.checkpoint.sharded.manifest import NAME, DataFile, PieceRecord, ShardedManifest, encode
+from moeify.checkpoint.sharded.manifest import NAME, DataFile, PieceRecord, ShardedManifest
 from moeify.storage.atomic_folder import CHUNK, publish
-from moeify.storage.safetensors_file import file_head
+from moeify.storage.safetensors_file import bytes_of, file_head
+from moeify.storage.strict_json import encode_manifest
 
-__all__ = ["PieceFile", "PieceWriter", "PiecesToSave", "put"]
+__all__ = ["PieceFile", "PieceWriter", "PiecesToSave", "entry_name", "put"]
 
 Finish = Callable[[dict[str, list[PieceRecord]], list[DataFile]], ShardedManifest]
 
@@ -35,7 +36,7 @@ class PieceFile:
 
     Args:
         path: Must not exist.
-        entries: Name, dtype and sizes of each piece, in the order in which they will be written.
+        entries: Name, dtype and shape of each piece, in the order in which they will be written.
     """
 
     def __init__(
@@ -62,17 +63,13 @@ class PieceFile:
         return self._file.size
 
     def write(self, number: int, at: Sequence[int], values: Tensor) -> PieceRecord:
-        """Append a piece.
+        """Append a piece of any strides and device to this file, the `number`-th of the checkpoint.
 
-        Args:
-            number: Position of this file among all.
-            at: Where the piece begins in its tensor.
-            values: Any strides and device; copied to the CPU a part at a time.
+        `at` is where the piece begins in its tensor.
         """
         begin, digest = self.size, hashlib.sha256()
         for part in _rows(values):
-            data = part.resolve_conj().resolve_neg().to("cpu").contiguous()
-            view = data.reshape(-1).view(torch.uint8).numpy().data
+            view = bytes_of(part)
             for start in range(0, len(view), CHUNK):
                 digest.update(view[start : start + CHUNK])
                 self._file.write(view[start : start + CHUNK])
@@ -87,7 +84,7 @@ class PieceFile:
 
 
 def _rows(values: Tensor) -> Iterator[Tensor]:
-    """Yield parts of a tensor, along its first dimension, of a moderate size."""
+    """Split a tensor along its first dimension into parts of at most `CHUNK` bytes or one row."""
     size = values.numel() * values.element_size()
     if values.ndim == 0 or size <= CHUNK:
         yield values
@@ -99,12 +96,12 @@ def _rows(values: Tensor) -> Iterator[Tensor]:
 
 def put(staging: Path, path: Path, manifest: ShardedManifest) -> None:
     """Add the manifest to a staged folder and put it in its place, all or nothing."""
-    write_new(staging / NAME, encode(manifest))
+    write_new(staging / NAME, encode_manifest(manifest, indent=None))
     publish(staging, path, exists=path.exists())
 
 
 class PiecesToSave(DefaultSavePlanner):
-    """Plans a save of `Pieces`: equal ones are written once, by the rank with the least to do."""
+    """A planner for `Pieces`: equal ones are written once, by the rank with the least to do."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -124,16 +121,9 @@ class PiecesToSave(DefaultSavePlanner):
 
 
 class PieceWriter(StorageWriter):
-    """Writes one rank's pieces.
+    """A storage writer for one rank's pieces; the first rank calls `finish` for the manifest."""
 
-    Args:
-        staging: The staged folder, which exists.
-        path: Where it goes.
-        rank: This rank.
-        finish: Makes the manifest, on the first rank, from the pieces of every key and the files.
-    """
-
-    def __init__(self, staging: Path, path: Path, rank: int, finish: Finish | None) -> None:
+    def __init__(self, staging: Path, path: Path, rank: int, finish: Finish) -> None:
         self.staging, self.path, self.rank, self._finish = staging, path, rank, finish
 
     def reset(self, checkpoint_id: Any = None) -> None:
@@ -157,9 +147,10 @@ class PieceWriter(StorageWriter):
     def _write(self, items: Sequence[WriteItem], planner: SavePlanner) -> list[WriteResult]:
         entries = []
         for item in items:
-            data = item.tensor_data
+            data, index = item.tensor_data, item.index
             assert data is not None
-            entries.append((_entry(item.index), data.properties.dtype, data.chunk.sizes, item))
+            name = entry_name(index.fqn, index.offset or ())
+            entries.append((name, data.properties.dtype, data.chunk.sizes, item))
         entries.sort(key=lambda entry: -entry[1].itemsize)  # so that all are aligned
         path = self.staging / f"moeify-rank-{self.rank:05d}.safetensors"
         results = []
@@ -188,7 +179,6 @@ class PieceWriter(StorageWriter):
                     files.append(DataFile(file=name, bytes=size))
                 piece = PieceRecord.model_validate(record | {"file": number})
                 pieces.setdefault(result.index.fqn, []).append(piece)
-        assert self._finish is not None
         put(self.staging, self.path, self._finish(pieces, files))
 
     @classmethod
@@ -196,5 +186,6 @@ class PieceWriter(StorageWriter):
         return True
 
 
-def _entry(index: MetadataIndex) -> str:
-    return f"{index.fqn}@{','.join(map(str, index.offset or ()))}"
+def entry_name(key: str, at: Sequence[int]) -> str:
+    """Return what a piece is called in its file."""
+    return f"{key}@{','.join(map(str, at))}"
