@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final, Literal
 
 from pydantic import ValidationError
@@ -22,36 +22,20 @@ VERSION: Final = 2
 
 
 class FormatManifest(Strict):
-    """The content of `moeify.json`, without its own digest.
-
-    Attributes:
-        format: Always "moeify-export".
-        version: Version of the format.
-        kind: Who reads the folder: "custom", "native" or "dense".
-        versions: Of the packages that wrote it.
-        architecture: Class that reads it, such as "MixtralForCausalLM".
-        plan: The plan's data.
-        plan_sha256: Its digest.
-        layers: The converted layers, in execution order.
-        source: Where the weights came from: folder name, files with sizes and digests; may be
-            empty for a model in memory.
-        details: What else the reader of this kind needs.
-        shards: The files with tensors.
-        files: The other files.
-    """
+    """The content of `moeify.json`, without its own digest."""
 
     format: Literal["moeify-export"]
     version: Literal[2]
-    kind: Literal["custom", "native", "dense"]
-    versions: dict[str, str]
-    architecture: str
+    kind: Literal["custom", "native", "dense"]  # who reads the folder
+    versions: dict[str, str]  # of the packages that wrote it
+    architecture: str  # the class that reads it, such as "MixtralForCausalLM"
     plan: dict[str, Any]
     plan_sha256: str
-    layers: list[LayerRecord]
-    source: dict[str, Any]
-    details: dict[str, Any]
-    shards: list[FileRecord]
-    files: list[FileRecord]
+    layers: list[LayerRecord]  # in execution order
+    source: dict[str, Any]  # where the weights came from; empty for a model in memory
+    details: dict[str, Any]  # what else the reader of this kind needs
+    shards: list[FileRecord]  # files with tensors
+    files: list[FileRecord]  # all others
 
 
 def format_manifest(
@@ -60,10 +44,10 @@ def format_manifest(
     architecture: str,
     plan: Plan,
     layers: list[LayerRecord],
-    source: dict[str, Any],
+    source: Mapping[str, Any] | None,
     details: dict[str, Any] | None = None,
 ) -> Callable[[Written], bytes]:
-    """Return what makes the manifest once the other files are written; see `FormatManifest`."""
+    """Return a function that makes the manifest once the other files are written."""
 
     def make(written: Written) -> bytes:
         manifest = FormatManifest.model_validate(
@@ -76,7 +60,7 @@ def format_manifest(
                 "plan": plan.data(),
                 "plan_sha256": plan.digest(),
                 "layers": layers,
-                "source": source,
+                "source": dict(source or {}),
                 "details": details or {},
                 "shards": written.shards,
                 "files": written.files,
@@ -90,11 +74,7 @@ def format_manifest(
 
 
 def read_format_manifest(folder: Folder) -> FormatManifest | None:
-    """Read `moeify.json` of an exported folder; None if it is of another format, or not there.
-
-    Raises:
-        CheckpointError: It is damaged; the message names the file and the key.
-    """
+    """Read `moeify.json` of an exported folder; None if it is missing or of another format."""
     where = folder.where(MANIFEST)
     try:
         text = folder.read(MANIFEST, limit=MAX_BYTES)
@@ -109,7 +89,7 @@ def read_format_manifest(folder: Folder) -> FormatManifest | None:
     if type(version) is not int or version != VERSION:
         raise CheckpointError(
             f"{where}: version: {version!r:.40} cannot be read, only {VERSION}; "
-            "use the moeify that wrote it"
+            "use the version of moeify that wrote it"
         )
     digest = data.pop("sha256", None)
     try:
