@@ -407,7 +407,7 @@ def test_cache(tmp_path, teacher):
     torch.testing.assert_close(all_logits(make([0, 1])), whole, rtol=1e-6, atol=0)
     torch.testing.assert_close(all_logits(make([0, 1])), whole, rtol=1e-6, atol=0)
     rival = TeacherCache(tmp_path / "few", top_k=8, temperature=2.0)
-    with pytest.raises(mf.CheckpointError, match="another one writes"):
+    with pytest.raises(mf.CheckpointError, match="another process writes"):
         mf.distill(student, teacher, temperature=2.0, cache=rival)(make([2]))
 
 
@@ -448,7 +448,7 @@ def test_cache_after_a_crash_and_damage(tmp_path, teacher, monkeypatch):
     raw[head + begin + 3] ^= 0x40
     shard.write_bytes(raw)
     damaged = TeacherCache(folder, top_k=8)
-    with pytest.raises(mf.CheckpointError, match="no probabilities"):
+    with pytest.raises(mf.CheckpointError, match="not hold probabilities"):
         mf.distill(student, None, cache=damaged)(make([0, 1]))
     with pytest.raises(mf.CheckpointError, match="SHA-256"):
         damaged.verify()

@@ -440,7 +440,7 @@ def test_why_a_class_does_not_fit(facts: Facts) -> None:
 
 
 def test_softmax_and_sigmoid_routers(facts: Facts) -> None:
-    """Two softmax weights are not two sigmoid weights; of one with weight 1 only the order counts."""
+    """Two softmax weights are not two sigmoid weights; of a single one only the order counts."""
     assert "by sigmoid scores" in why(facts, "Glm4Moe")
     assert "by softmax scores" in why(facts, "Mixtral", {"score": "sigmoid"})
     one = {"top_k": 1}
