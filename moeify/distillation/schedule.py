@@ -29,8 +29,8 @@ class AlphaSchedule:
     - `ahead`: alpha until the losses given to `observe` show that the teacher no longer helps, then
       0 for good. An observation counts against the teacher if the student's validation loss is not
       below that of a run without distillation (`baseline`) at the same step or, where the baseline
-      has no such step, not below the best one so far, each by more than `min_delta`. `patience` such
-      observations in a row stop it.
+      has no such step, not below the best one so far, each by more than `min_delta`. It stops after
+      `patience` such observations in a row.
 
     Args:
         kind: One of the above.

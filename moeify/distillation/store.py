@@ -101,7 +101,7 @@ class Store:
         return row
 
     def flush(self) -> None:
-        """Write all that waits as one shard, then the manifest; after an error the rows still wait."""
+        """Write all that waits as one shard, then the manifest; after an error rows still wait."""
         if not self.pending:
             return
         from safetensors.torch import save
@@ -152,8 +152,8 @@ class Store:
         except OSError:
             os.close(handle)
             raise CheckpointError(
-                f"{self.folder}: another process writes to it, or has since it was opened: give each "
-                "process its own folder, or open this one after the other process has closed it"
+                f"{self.folder}: another process writes to it, or has since it was opened: give "
+                "each process its own folder, or open this one after the other has closed it"
             ) from None
         self._lock = handle
 

@@ -1,9 +1,9 @@
 """`drop_layers` and `student`: a model with fewer of its layers, dense or converted.
 
 Layers are found on the recorded graph, taken out of it by a pass, and then out of the model. What
-comes out is a model like any other: its config states its depth, the record of its conversion is that
-of a dense model with fewer layers under a plan that names every MoE layer, and both are proven by
-building and converting that model once more, on `meta`.
+comes out is a model like any other: its config states its depth, the record of its conversion is
+that of a dense model with fewer layers under a plan that names every MoE layer, and both are proven
+by building and converting that model once more, on `meta`.
 
 Source: Mixture-of-Students, DeepSpeed-MoE (Rajbhandari et al. 2022), section 4.2.
 """

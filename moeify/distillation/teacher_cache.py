@@ -142,7 +142,7 @@ class TeacherCache:
             self._writer.put(keys[i], tuple(t[part].clone() for t in kept), flat.shape[1])
 
     def read(self, keys: Sequence[bytes]) -> Tensor | TopK:
-        """Return the rows of a batch, on the CPU: logits [N, V] in the teacher's dtype, or a `TopK`.
+        """Return rows on the CPU, flat: logits [N, V] in the teacher's dtype, or a `TopK`.
 
         Raises:
             CacheMissError: A row is missing.

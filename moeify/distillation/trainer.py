@@ -88,9 +88,7 @@ class DistillationTrainer(Trainer):
                 "distillation: take them out"
             )
         if self.args.n_gpu > 1:
-            raise MoeifyError(
-                "one process has several devices: start one process per device with torchrun"
-            )
+            raise MoeifyError("one process has several devices: start one per device with torchrun")
 
     def _warn_of_another_device(self) -> None:
         teacher = self.distiller.teacher
