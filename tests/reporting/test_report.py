@@ -176,7 +176,7 @@ def test_missing_parts_are_said(model, tmp_path):
     assert "training: no run was given" in page.text
     mf.RunLog(tmp_path / "run.jsonl").write(0, loss=1.0)
     page = sound(mf.report(None, tmp_path / "b.html", tmp_path / "run.jsonl"))
-    for part in ("layers, totals and graphs", "the plan", "tells nothing of routers"):
+    for part in ("layers, totals and graphs", "the plan", "nothing about routers"):
         assert part in page.text
     mf.save(model, tmp_path / "saved")  # no class of transformers: cannot be built from its name
     page = sound(mf.report(tmp_path / "saved", tmp_path / "c.html"))
