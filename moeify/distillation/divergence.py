@@ -49,24 +49,15 @@ def distillation(
     ignore_index: int = -100,
     chunk: int = CHUNK,
 ) -> Sums:
-    """Return the sums over the rows whose label counts.
+    """Return the sums over the rows whose label is not `ignore_index`.
 
-    With p and q the softmax of teacher and student at T over the first `vocab` words, KL is
-    sum p (log p - log q). Of a `TopK` it is sum_K p (log p - log q) + r (log r - log s), with r
-    and s what teacher and student give to all other words: the divergence of the distributions
-    with those words in one lump, which is never more than the whole one, and equals it for K = V.
+    With p and q the softmax of teacher and student at T over the first `vocab` words, KL is sum p
+    (log p - log q). Of a `TopK` it is sum_K p (log p - log q) + r (log r - log s), with r and s
+    what teacher and student give to all other words: the divergence of the distributions with those
+    words in one lump, which is never more than the whole one, and equals it for K = V.
 
-    Args:
-        student: [N, V] float.
-        teacher: [N, V'] float on any device, a `TopK` of N rows, or None for the cross-entropy
-            alone.
-        labels: [N] int64.
-        scale: Scalar, float.
-        alpha: Weight of the divergence.
-        temperature: T.
-        vocab: Words that both models share, the first ones.
-        ignore_index: The label of rows that do not count.
-        chunk: Most elements that are widened at once.
+    The student is [N, V], the labels are [N]; the teacher is [N, V'] on any device, a `TopK` of N
+    rows, or None for the cross-entropy alone. At most `chunk` elements are widened at once.
     """
     options = (float(alpha), float(temperature), vocab, ignore_index, chunk)
     parts = teacher[:3] if isinstance(teacher, TopK) else (teacher, None, None)

@@ -8,6 +8,7 @@ the student itself, and the student's record is taken from them.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -24,7 +25,7 @@ from moeify.hf.detect import is_hf
 from moeify.plan.layer_plan import LayerPlan
 from moeify.plan.plan import Plan
 from moeify.sites.install import skeleton
-from moeify.sites.record import Conversion, ConvertedLayer, Swap, conversion_of
+from moeify.sites.record import Conversion, Swap, conversion_of
 from moeify.storage.model_state import tensors_of
 
 _GLOB: Final = str.maketrans({"[": "[[]", "*": "[*]", "?": "[?]"})
@@ -118,15 +119,7 @@ def record_of_student(
     layers = []
     for converted in made.layers:
         swaps = [Swap(s.path, s.original, model.get_submodule(s.path)) for s in converted.swaps]
-        layers.append(
-            ConvertedLayer(
-                converted.layer,
-                converted.block,
-                swaps,
-                converted.swap_halves,
-                converted.program_params,
-            )
-        )
+        layers.append(dataclasses.replace(converted, swaps=swaps))
     return Conversion(plan, layers, made.ledger, made.fused, old.inputs)
 
 

@@ -27,15 +27,10 @@ def draw_again(
     *,
     name: str,
 ) -> dict[str, Tensor]:
-    """Draw all weights of a model, and return them by name, on the CPU.
+    """Draw all weights of a model from a seed, and return them by name, on the CPU.
 
-    Args:
-        model: On meta; converted if there is a plan.
-        built: The dense model built from its config; None if it has none.
-        plan: What to convert the dense weights by.
-        inputs: For the conversion.
-        seed: Of everything that is drawn; the global random state stays as it was.
-        name: Class of the model, for messages.
+    The model is on meta, and converted if there is a plan; `built` is its dense model as its config
+    builds it, None without a config. The global random state stays as it was.
     """
     if plan is not None and plan.init.experts == "models":
         raise UnsupportedModuleError(

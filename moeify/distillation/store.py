@@ -37,12 +37,9 @@ Row = tuple[Tensor, ...]
 
 
 class Store:
-    """The rows on disk, and those that wait for their shard.
+    """The rows on disk, and those that wait for a shard of `shard_bytes`.
 
-    Args:
-        folder: Made if it does not exist.
-        shard_bytes: A shard is written when so much waits.
-        options: What the manifest says of the rows; `top_k` among it.
+    The manifest holds `options`, among them `top_k`; a folder of other options is refused.
     """
 
     def __init__(self, folder: Path, shard_bytes: int, options: dict[str, Any]) -> None:

@@ -116,15 +116,7 @@ class TeacherCache:
         ]
 
     def add(self, keys: Sequence[bytes], logits: Tensor) -> None:
-        """Keep a teacher's logits.
-
-        Args:
-            keys: B keys, of `row_keys`.
-            logits: [B, ..., V] float.
-
-        Raises:
-            CheckpointError: The shard that was due cannot be written.
-        """
+        """Keep a teacher's logits [B, ..., V] under B keys, of `row_keys`."""
         new = self.missing(keys)
         if not new:
             return
@@ -157,11 +149,9 @@ class TeacherCache:
             )
         parts = [self._writer.get(key) for key in keys]
         joined = [torch.cat(each) for each in zip(*parts, strict=True)]
-        return (
-            joined[0]
-            if self.top_k is None
-            else TopK(joined[0], joined[1], joined[2], self._writer.vocab or 0)
-        )
+        if self.top_k is None:
+            return joined[0]
+        return TopK(joined[0], joined[1], joined[2], self._writer.vocab or 0)
 
     def flush(self) -> None:
         """Write what was gathered."""
@@ -189,8 +179,7 @@ class TeacherCache:
 def row_keys(inputs: Mapping[str, Any]) -> list[bytes]:
     """Return a key of 32 bytes for each row of a batch; integers of any width give the same.
 
-    Args:
-        inputs: Tensors [B, ...] of one B, and plain values that hold for all rows.
+    Inputs are tensors [B, ...] of one B, and plain values that hold for all rows.
     """
     tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
     others = {name: value for name, value in inputs.items() if name not in tensors}

@@ -18,8 +18,6 @@ from moeify.errors import MoeifyError
 
 log = logging.getLogger("moeify")
 
-__all__ = ["DistillationTrainer"]
-
 
 class DistillationTrainer(Trainer):
     """A `Trainer` whose training loss is a `Distiller`'s.

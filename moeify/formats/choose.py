@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Final, Literal, get_args
 
 from torch import nn
 
@@ -15,7 +15,7 @@ from moeify.formats.native.export import NotNative, native_files
 from moeify.storage.tensor_source import ModelFiles, TensorSource
 
 FormatChoice = Literal["auto", "native", "custom", "moeify"]
-CHOICES: tuple[FormatChoice, ...] = ("auto", "native", "custom", "moeify")
+_CHOICES: Final = get_args(FormatChoice)
 
 
 def choose_format(
@@ -36,8 +36,8 @@ def choose_format(
             the earlier ones do not.
         source: Where the weights came from; see `FormatManifest`.
     """
-    if kind not in CHOICES:
-        raise ValueError(f"export: {kind!r} is unknown; use one of {', '.join(CHOICES)}")
+    if kind not in _CHOICES:
+        raise ValueError(f"export: {kind!r} is unknown; use one of {', '.join(_CHOICES)}")
     if kind == "moeify":
         return moeify_files(model, tensor_source, source=source)
     if kind == "custom":

@@ -11,7 +11,7 @@ Source: https://huggingface.co/docs/transformers/custom_models
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 
 from torch import nn
@@ -139,11 +139,9 @@ def _names(model: nn.Module, tensor_source: TensorSource) -> dict[str, str]:
     for alias, name in tensor_source.aliases.items():
         groups[name].append(alias)
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    return {name: at for at, group in groups.items() for name in _written(group, tied)}
-
-
-def _written(group: list[str], tied: Mapping[str, str]) -> Iterator[str]:
-    for name in group:
-        source = tied.get(name)
-        if source is None or source not in group:
-            yield name
+    return {
+        alias: name
+        for name, group in groups.items()
+        for alias in group
+        if tied.get(alias) not in group
+    }

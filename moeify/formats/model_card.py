@@ -51,16 +51,9 @@ def model_card(
 ) -> bytes:
     """Return the card's text.
 
-    Args:
-        kind: "native", "custom" or "moeify".
-        plan: The plan's data.
-        layers: Each converted layer, and whether it computes what the dense one does.
-        source: Folder of the dense model, whose own card gives licence and name.
-        sha256: Hex digests of its tensor files, by name.
-        total: Parameters of the converted model.
-        active: Parameters that a token uses.
-        auto: Auto class that loads it.
-        notes: Further sentences.
+    `layers` says of each layer whether it computes what the dense one does, `source` is the folder
+    of the dense model, `sha256` has the digests of its tensor files by name; `total` and `active`
+    count parameters, and `auto` is the Auto class that loads the model.
     """
     exact = all(same for _, same in layers)
     lines = [

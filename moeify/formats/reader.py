@@ -41,11 +41,7 @@ class FolderTensors:
     """The tensors of a converted model in a folder that moeify wrote; a `TensorSource`.
 
     It reads what `moeify.save` wrote, and an export with custom code, where names that the model's
-    class ties are absent.
-
-    Args:
-        directory: The folder.
-        verify: Read all of it first, and compare every file with its SHA-256 in `moeify.json`.
+    class ties are absent. `verify` first compares every file with its SHA-256 in `moeify.json`.
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, verify: bool = False) -> None:

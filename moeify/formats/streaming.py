@@ -35,12 +35,8 @@ from moeify.storage.tensor_source import TensorSource, TensorSpec
 class StreamedTensors:
     """The tensors of a converted model on meta; a `TensorSource`.
 
-    Args:
-        model: Converted, its parameters on meta.
-        dense: The same model before the conversion, its parameters on meta, its buffers real.
-        source: The dense model's tensors, by its own names.
-        discovery: What was found in `dense`.
-        resolved: The plan resolved against `dense`.
+    `dense` is the same model before the conversion, its parameters on meta, its buffers real;
+    `source` has its tensors, `discovery` and `resolved` are of it.
     """
 
     def __init__(
@@ -211,13 +207,8 @@ def stream(
 ) -> tuple[nn.Module, StreamedTensors]:
     """Convert a dense Hugging Face folder without holding its weights.
 
-    Args:
-        folder: With `config.json` and safetensors.
-        plan: The plan.
-        dtype: Of the result; as the config or the files say if None.
-
-    Returns:
-        The converted model on meta, and its tensors.
+    Return the converted model on meta, and its tensors; a dtype of None is that of the config or
+    files.
     """
     place = model_folder(folder)
     dense = build_on_meta(place, dtype)

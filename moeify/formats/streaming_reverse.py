@@ -262,10 +262,7 @@ def _kept(
 class _Layers:
     """The dense tensors that come out of the blocks, made when they are asked for.
 
-    Args:
-        model: Converted, on meta, in the dtypes of its tensors.
-        tensor_source: Its tensors.
-        places: Their names there, by every name in the model.
+    `places` has the name in `tensor_source` of every name in the converted model, which is on meta.
     """
 
     def __init__(

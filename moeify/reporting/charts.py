@@ -45,15 +45,7 @@ def heat(
     left: tuple[str, str],
     bottom: tuple[str, str],
 ) -> Element:
-    """Draw a heat map, the first row on top; None is a cell without a value.
-
-    Args:
-        rows: Values.
-        edges: Numbers between the steps of the colour.
-        label: What it shows.
-        left: Names of the first and the last row.
-        bottom: Names of the first and the last column.
-    """
+    """Draw a heat map, the first row on top; `left` and `bottom` name its ends."""
     count, wide = len(rows), max(map(len, rows))
     cell = min(14.0, max(2.0, 200 / count))
     width, height = WIDTH - 34, max(cell * count, 14)
@@ -92,12 +84,9 @@ def curve(
     label: str,
     band: Sequence[tuple[float, float, float]] = (),
 ) -> Element:
-    """Draw a curve over steps; values that are not finite leave a gap.
+    """Draw a curve over steps, at least one value of it finite; the others leave a gap.
 
-    Args:
-        points: (step, value) in the order of the steps, at least one of them finite.
-        label: What it shows.
-        band: (step, least, most), drawn behind it.
+    The band is (step, least, most), drawn behind it.
     """
     shown = points if len(points) <= _MOST_POINTS else _thinned(points)
     values = [y for _, y in shown if math.isfinite(y)]

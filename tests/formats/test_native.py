@@ -134,7 +134,7 @@ CASES = {
 }
 
 
-def stir(model: torch.nn.Module, seed: int) -> None:
+def perturb(model: torch.nn.Module, seed: int) -> None:
     """Move every parameter, and every selection bias, off where it started."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -147,16 +147,16 @@ def stir(model: torch.nn.Module, seed: int) -> None:
 
 
 def convert(case: Case) -> Any:
-    """Build the dense model of a case, stir it, convert it, and stir what it has become."""
+    """Build the dense model of a case, perturb it, convert it, and perturb the result."""
     config = getattr(transformers, f"{case.family}Config")(**(SMALL | case.config))
     torch.manual_seed(1)
     model = getattr(transformers, f"{case.family}ForCausalLM")(config).eval()
     for parameter in model.parameters():  # not .to(), which would round the rotary frequencies
         parameter.data = parameter.data.to(case.dtype)
-    stir(model, 2)
+    perturb(model, 2)
     plan = {"layers": case.rules, "router": case.router}
     moeify(model, plan, example_inputs={"input_ids": IDS}, verify=False)
-    stir(model, 3)
+    perturb(model, 3)
     return model.eval()
 
 
@@ -235,7 +235,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_transformers_alone_gives_the_same_numbers(world: World, name: str) -> None:
+def test_transformers_alone_gives_the_same_logits(world: World, name: str) -> None:
     case, folder = CASES[name], world.folders[name]
     found, model = world.read[folder.name], world.models[name]
     assert found["class"] == f"{case.architecture}ForCausalLM"

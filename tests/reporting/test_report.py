@@ -1,4 +1,4 @@
-"""`moeify report` and `RunLog`: what the page says, what it must not hold, what is refused."""
+"""`moeify report` and `RunLog`: what the page says, what it must not contain, what is refused."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_nothing_hostile_gets_through(model, tmp_path):
     assert "<img onerror=x>" in page.text
 
 
-def test_missing_parts_are_said(model, tmp_path):
+def test_missing_parts_are_named(model, tmp_path):
     page = sound(mf.report(model, tmp_path / "a.html"))
     assert "training: no run was given" in page.text
     mf.RunLog(tmp_path / "run.jsonl").write(0, loss=1.0)
@@ -200,14 +200,14 @@ def test_folders(folders, tmp_path):
     done = call(folders["dense"], "--plan", folders["plan"], "--out", out)
     assert done.exit_code == 0, done.output
     assert "2 MoE layers of 4 experts, 1 other MLPs in place" in sound(out).text
-    for arguments, said in (
+    for arguments, message in (
         ([folders["dense"]], "--plan"),
         ([folders["native"], "--plan", folders["plan"]], "converted already"),
         ([tmp_path / "nowhere"], "no such folder or file"),
         ([tmp_path], "config.json"),
     ):
         done = call(*arguments, "--out", out)
-        assert (done.exit_code, said in done.output) == (1, True), done.output
+        assert (done.exit_code, message in done.output) == (1, True), done.output
     assert call(folders["native"], "--out", tmp_path).exit_code == 1
     assert call(folders["native"], "--out", tmp_path / "no" / "a.html").exit_code == 1
 
@@ -243,7 +243,7 @@ def test_trainer(folders, tmp_path):
     assert "Not on this page" not in page.text
 
 
-def test_run_log_goes_on(model, tmp_path):
+def test_run_log_continues(model, tmp_path):
     path = tmp_path / "run.jsonl"
     log = mf.RunLog(path)
     log.write(0, model, loss=torch.tensor(1.5))

@@ -160,9 +160,7 @@ def _attention(target: Target, facts: Facts) -> Iterator[str]:
         yield "its queries, keys and values have no biases"
     if facts.window == "mixed" or (facts.window is not None and not target.window):
         yield "the dense model has sliding windows"
-    if not target.head_dim and facts.head_dim * facts.config.num_attention_heads != (
-        facts.config.hidden_size
-    ):
+    if not target.head_dim and facts.free_head_dim:
         yield f"its readers take hidden_size / heads as the width of a head, not {facts.head_dim}"
 
 

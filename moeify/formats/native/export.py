@@ -85,8 +85,7 @@ def _differs(target: Target, facts: Facts) -> str:
         config = config_of(target, facts)
     except Exception as error:  # a config's own checks may raise anything
         return f"its config refuses: {error}"
-    if target.architecture == "Glm4MoeForCausalLM":
-        rope["partial_rotary_factor"] = 1.0
+    rope |= target.rope
     if dict(config.rope_parameters) != rope:
         return f"its rope_parameters become {dict(config.rope_parameters)} from {rope}"
     return ""
@@ -183,9 +182,7 @@ def _notes(
             f"routing: the class computes logits in {dtype_name(facts.dtype)}, moeify in float32: "
             "near ties may go to another expert"
         )
-    if target.window and facts.head_dim * facts.config.num_attention_heads != (
-        facts.config.hidden_size
-    ):
+    if target.window and facts.free_head_dim:
         notes.append("SGLang's Mixtral takes hidden_size / heads as head_dim: it cannot load this")
     chosen = f"written as {target.architecture}, which transformers loads without moeify"
     return [chosen, *notes, *(f"not {name}: {why}" for name, why in reasons.items())]

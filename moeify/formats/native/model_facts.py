@@ -140,6 +140,11 @@ class Facts:
     window: int | str | None  # sliding window of all layers, or "mixed"
     dtype: torch.dtype  # of every parameter
 
+    @property
+    def free_head_dim(self) -> bool:
+        """Whether the width of a head is not hidden_size / heads."""
+        return bool(self.head_dim * self.config.num_attention_heads != self.config.hidden_size)
+
 
 def facts_of(model: nn.Module, record: Conversion, tensor_source: TensorSource) -> Facts | str:
     """Return the facts of a converted model, or why no class of transformers fits."""

@@ -37,11 +37,7 @@ class _Layer:
 
 
 class NativeTensors:
-    """The tensors of a native folder, by the names of the converted model; a `TensorSource`.
-
-    Args:
-        directory: A folder written as `native_files`, or saved over it by transformers.
-    """
+    """The tensors of a native folder, by the names of the converted model; a `TensorSource`."""
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         with Folder(directory) as folder:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -27,14 +28,14 @@ class _Experts:
         self._tensor_source, self._name = tensor_source, name
         self._last: tuple[int, Tensor] | None = None
 
-    def read(self, expert: int, start: int, stop: int, *, keep: bool) -> Tensor:
-        """Return rows `[start, stop)` of one expert."""
+    def pieces(self, expert: int, start: int, stop: int, keep: bool) -> Iterator[Tensor]:
+        """Yield rows `[start, stop)` of one expert."""
         if self._last is None or self._last[0] != expert:
             self._last = (expert, self._tensor_source.read(self._name, expert, expert + 1)[0])
         rows = self._last[1][start:stop]
         if not keep:
             self._last = None
-        return rows.contiguous()
+        yield rows.contiguous()
 
 
 class NativeTensorList:
@@ -106,18 +107,9 @@ class NativeTensorList:
                 shape = (model, width) if rows is down else (width, model)
                 if expert >= layer.plan.experts:
                     self._zeros(name, shape, "experts that are never chosen")
-                    continue
-
-                def pieces(
-                    rows: _Experts = rows,
-                    expert: int = expert,
-                    start: int = start,
-                    stop: int = stop,
-                    keep: bool = keep,
-                ) -> Iterator[Tensor]:
-                    yield rows.read(expert, start, stop, keep=keep)
-
-                self.outputs.append(Output(name, TensorSpec(shape, facts.dtype), pieces))
+                else:
+                    pieces = partial(rows.pieces, expert, start, stop, keep)
+                    self.outputs.append(Output(name, TensorSpec(shape, facts.dtype), pieces))
         if target.shared:
             self._shared(layer, prefix)
 
