@@ -33,11 +33,7 @@ class Size:
 
 
 def describe(model: nn.Module, teacher: nn.Module | Size | None = None) -> Size:
-    """Count what a model of one process holds and what one token uses of it.
-
-    Args:
-        model: A dense or a converted model; it may be on meta.
-        teacher: What to compare with: a model, or its size.
+    """Count what a model of one process, maybe on meta, holds and what one token uses of it.
 
     Example:
         >>> print(describe(nn.Linear(4, 4)))

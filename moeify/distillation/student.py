@@ -32,12 +32,7 @@ from moeify.distillation.record import (
 )
 from moeify.distillation.reinitialise import draw_again
 from moeify.distillation.size import describe
-from moeify.errors import (
-    MoeifyError,
-    PlanError,
-    UnsupportedModuleError,
-    VerificationError,
-)
+from moeify.errors import MoeifyError, PlanError, UnsupportedModuleError, VerificationError
 from moeify.hf.detect import example_inputs_for, is_hf
 from moeify.passes.drop_layers import DropLayers
 from moeify.passes.infra.base import PlanContext
@@ -47,12 +42,8 @@ from moeify.passes.match.stacks import Miss, Stack, find_stacks
 from moeify.passes.rewrite.facts import CHECKS
 from moeify.plan.plan import Plan
 from moeify.plan.selection import shorten
-from moeify.plan.student import StudentSpec
-from moeify.sites.record import (
-    ATTRIBUTE,
-    Conversion,
-    conversion_of,
-)
+from moeify.plan.student import StudentSpec, read_section
+from moeify.sites.record import ATTRIBUTE, Conversion, conversion_of
 from moeify.sites.unsupported import refuse_adapters
 from moeify.storage.model_state import Rollback, tensors_of
 
@@ -200,10 +191,8 @@ def _spec(spec: Choice | None, record: Conversion | None) -> StudentSpec:
             )
         return plan.student
     if isinstance(spec, Mapping) and not {"layers", "version"} & spec.keys():
-        rules: list[Any] = [{"select": "all", "experts": 1}]
-        found = Plan.of({"layers": rules, "student": dict(spec)}).student
-    else:
-        found = Plan.of(spec).student
+        return read_section(StudentSpec, spec)
+    found = Plan.of(spec).student
     if found is None:
         raise PlanError("the plan has no `student:` section", path="student")
     return found
@@ -236,13 +225,12 @@ def _cuts(
         )
     cuts = []
     for stack in stacks:
-        if stack not in chosen:
-            cuts.append(Cut(stack.path, len(stack), tuple(range(len(stack))), stack.role))
-            continue
-        try:
-            kept = spec.positions(len(stack))
-        except ValueError as error:
-            raise PlanError(f"{stack.path}: {error}", path="student") from None
+        kept = tuple(range(len(stack)))
+        if stack in chosen:
+            try:
+                kept = spec.positions(len(stack))
+            except ValueError as error:
+                raise PlanError(f"{stack.path}: {error}", path="student") from None
         cuts.append(Cut(stack.path, len(stack), kept, stack.role))
     if all(len(cut.kept) == cut.count for cut in cuts):
         raise PlanError("keeps every layer: there is nothing to drop", path="student")

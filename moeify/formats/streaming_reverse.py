@@ -54,20 +54,12 @@ _KEYS: Final = {"name", "experts", "top_k", "residual", "expert", "init"}
 
 
 def dense_files(directory: str | os.PathLike[str]) -> ModelFiles:
-    """Describe the dense model that a folder of moeify's comes from.
+    """Describe the dense model that a save, or a custom or native export, comes from.
 
     Exact, bit for bit, where nothing has been trained and the experts are copies; see `demoeify`
     for other cases. Experts that differ are averaged, and a warning names them when they are
-    written.
-
-    Args:
-        directory: What `moeify.save` wrote, or an export (custom or native) of a Hugging Face
-            model.
-
-    Raises:
-        CheckpointError: The folder is damaged, or not of a Hugging Face model, or already dense.
-        UnsupportedModuleError: A block has learned something that the dense module has no place
-            for; raised when it is written.
+    written. An `UnsupportedModuleError` is raised then too, if a block has learned something that
+    the dense module has no place for.
     """
     with default_device_cpu():
         start = _start(directory)
@@ -178,14 +170,9 @@ def _exported(export: FormatManifest, where: str) -> nn.Module:
     if not isinstance(config, dict) or not (generation is None or isinstance(generation, dict)):
         raise CheckpointError(f"{where}/moeify.json: details: lack the dense config")
     try:
+        modes: dict[str, Any] = {"other_mode": [], "attention": {}, "experts": {}}
         record = ModelRecord.model_validate(
-            {
-                "name": details.get("class"),
-                "training": False,
-                "other_mode": [],
-                "attention": {},
-                "experts": {},
-            }
+            {"name": details.get("class"), "training": False, **modes}
         )
     except ValidationError as error:
         raise CheckpointError(f"{where}/moeify.json: details: class: {error}") from None

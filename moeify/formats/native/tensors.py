@@ -39,17 +39,12 @@ class _Experts:
 
 
 class NativeTensorList:
-    """The tensors of a folder of a class, in the order of the stored ones.
-
-    Attributes:
-        outputs: What is written.
-        padding: What is padding, with its number of elements.
-    """
+    """The tensors of a folder of a class, in the order of the stored ones."""
 
     def __init__(self, target: Target, facts: Facts, tensor_source: TensorSource) -> None:
         self._target, self._facts, self._tensor_source = target, facts, tensor_source
         self.outputs: list[Output] = []
-        self.padding: dict[str, int] = {}
+        self.padding: dict[str, int] = {}  # what it is, with its number of elements
         blocks = {layer.block: layer for layer in facts.layers}
         done = set()
         for name in tensor_source.specs:
