@@ -163,7 +163,7 @@ class DistillationLoss(nn.Module):
             vocab = _common_vocab(student.shape[-1], teacher.vocab, self.vocab)
             if vocab != teacher.vocab:
                 raise MoeifyError(
-                    f"the teacher's top words are of {teacher.vocab}, and the models share "
+                    f"the teacher's top words are of {teacher.vocab} words, but the models share "
                     f"{vocab}: keep them with vocab={vocab}"
                 )
             return teacher, vocab

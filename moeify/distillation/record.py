@@ -132,6 +132,6 @@ def check_tensors(model: nn.Module, expected: nn.Module) -> None:
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):
             raise VerificationError(
-                f"{name}: is {ours.get(name)}, and {theirs.get(name)} in a dense model of this "
+                f"{name}: is {ours.get(name)}, but {theirs.get(name)} in a dense model of this "
                 "depth under this plan"
             )

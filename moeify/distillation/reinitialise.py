@@ -35,7 +35,7 @@ def draw_again(
     if plan is not None and plan.init.experts == "models":
         raise UnsupportedModuleError(
             name,
-            "`weights: fresh` starts from nothing trained, and `init: {experts: models}` from "
+            "`weights: fresh` draws new weights, but `init: {experts: models}` takes them from "
             "checkpoints; use `weights: teacher`",
         )
     with quiet_random_state():

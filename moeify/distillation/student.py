@@ -149,7 +149,7 @@ def student(
     return drop_layers(copy.deepcopy(teacher), plan_or_spec, example_inputs=example_inputs)
 
 
-# -- what is asked, and of what
+# -- the model and the choice of layers
 
 
 def _refuse(model: nn.Module) -> Conversion | None:

@@ -97,6 +97,6 @@ def _build_again(model: nn.Module) -> None:
     assert isinstance(model, ConvertedModel)
     with parameters_on_meta():
         model.build_dense(model.config)
-    for module in model.modules():  # transformers loads nothing into what is marked so
+    for module in model.modules():  # what is marked as initialised is not loaded
         for part in (module, *module._parameters.values(), *module._buffers.values()):
             getattr(part, "__dict__", {}).pop("_is_hf_initialized", None)

@@ -211,7 +211,7 @@ def _fill(model: nn.Module, tensor_source: TensorSource, where: str) -> dict[str
         spec = tensor_source.specs[stored]
         if spec.shape != specs[name].shape:
             raise CheckpointError(
-                f"{where}: {name}: is {describe(spec)}, and {list(specs[name].shape)} in a "
+                f"{where}: {name}: is {describe(spec)}, but {list(specs[name].shape)} in a "
                 f"{type(model).__name__} of this plan"
             )
         tensor: Tensor = torch.empty(spec.shape, dtype=spec.dtype, device="meta")

@@ -195,7 +195,7 @@ def _layers(target: Target, facts: Facts) -> Iterator[str]:
     for layer in layers:
         if layer.plan.residual not in ("none", target.residual):
             has = f"`residual: {target.residual}`" if target.shared else "no residual"
-            yield f"`residual: {layer.plan.residual}`, where it has {has}"
+            yield f"the plan has `residual: {layer.plan.residual}`, but it has {has}"
             break
     counts = sorted({layer.plan.experts for layer in layers})
     if len(counts) > 1 and not target.selection_bias:
@@ -203,7 +203,7 @@ def _layers(target: Target, facts: Facts) -> Iterator[str]:
         yield f"layers of {text} experts, where it has one number for all"
     shared = any(layer.plan.residual != "none" for layer in layers)
     if target.residual == "add" and shared and facts.width % layers[0].width:
-        yield f"its shared experts are multiples of {layers[0].width}, and {facts.width} is none"
+        yield f"its shared width is a multiple of {layers[0].width}, and {facts.width} is not"
 
 
 def experts_of(target: Target, facts: Facts) -> int:

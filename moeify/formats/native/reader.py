@@ -52,7 +52,7 @@ class NativeTensors:
         found = config.get("architectures") if isinstance(config, dict) else None
         if found != [manifest.architecture]:
             raise CheckpointError(
-                f"{self._where}: config.json is of {found}, moeify.json of {manifest.architecture}"
+                f"{self._where}: config.json names {found}, moeify.json {manifest.architecture}"
             )
         self._reader = CheckpointReader(directory)
         details = manifest.details
