@@ -267,7 +267,7 @@ def test_run_log_continues(model, tmp_path):
         with pytest.raises(ValueError):
             log.write(5, **wrong)
     (tmp_path / "notes.txt").write_text("dear diary\n")
-    with pytest.raises(MoeifyError, match="no log"):
+    with pytest.raises(MoeifyError, match="not a log"):
         mf.RunLog(tmp_path / "notes.txt").write(0, loss=1.0)
     assert (tmp_path / "notes.txt").read_text() == "dear diary\n"
 
