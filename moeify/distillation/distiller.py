@@ -1,9 +1,9 @@
 """Distillation of a student from a teacher, in any loop: `loss = kd(batch)`.
 
 The student runs as it always does and its router losses enter once. The teacher runs in evaluation
-and without gradients, leaves no trace in its statistics, and does not run at all where alpha is 0:
-staged distillation also saves the teacher's time. It may live elsewhere, in another dtype, or on
-disk; see `moeify.distillation.teacher_cache`.
+and without gradients, its statistics stay as they were, and it does not run at all where alpha is
+0: staged distillation also saves the teacher's time. It may be on another device, in another dtype,
+or on disk; see `moeify.distillation.teacher_cache`.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from moeify.distillation.divergence import TopK
 from moeify.distillation.loss import DistillationLoss, Parts
 from moeify.distillation.models import (
-    asked,
+    evaluating,
+    inputs_by_name,
+    labels_are_shifted,
     logits_of,
-    moved,
-    named,
     router_losses,
-    same_words,
-    shifts,
+    shared_vocab,
+    to_device,
     unwrapped,
 )
 from moeify.distillation.schedule import AlphaSchedule, Kind
@@ -56,25 +56,26 @@ def distill(
     tokenizers: tuple[Any, Any] | None = None,
     accumulate: int = 1,
 ) -> Distiller:
-    """Teach a student what a teacher thinks of each word, beside the words themselves.
+    """Train a student on the word probabilities of a teacher, besides the labels.
 
     Args:
         student: Any model that returns logits: dense, converted, compiled, or wrapped in DDP.
         teacher: Any model with the same vocabulary, on any device and in any dtype; None to read
-            all from `cache`.
+            everything from `cache`.
         alpha: Weight of the divergence; 1.0 if neither it nor `spec` is given.
         temperature: T; 1.0.
         schedule: alpha over the run: the name of a schedule or one of your own; `constant`.
         stop: Where the schedule ends: a step (int) or a share of `steps` (float); 0.5.
         steps: Optimizer steps of the run; `Trainer` knows them.
-        cache: Teacher logits on disk: a `TeacherCache`, or a folder for one. What is not there is
+        cache: Teacher logits on disk: a `TeacherCache`, or a folder for one. Missing rows are
             computed by the teacher and added.
-        top_k: Of a `cache` that is a folder: words kept per position; None keeps all.
-        spec: Where what is not given comes from: a plan (also as data or as a file), its
-            `student:` section, or that section's `distill:`.
+        top_k: Words kept per position by a `cache` that is a folder; None keeps all.
+        spec: Defaults of the options above: a plan (also as data or as a file), its `student:`
+            section, or that section's `distill:`.
         shift: Position t predicts label t + 1. None takes it from a Hugging Face model's kind of
-            loss; any other model is taken to have labels that fit its logits.
-        vocab: Words that both models share, the first ones; found from their sizes if None.
+            loss; the labels of any other model are taken to fit its logits.
+        vocab: Number of words, the first ones, that both models share; None finds it from their
+            sizes.
         tokenizers: The student's and the teacher's, to check that they give the same words the
             same ids.
         accumulate: Calls per optimizer step, by which a plain loop's steps are counted.
@@ -83,7 +84,7 @@ def distill(
         A `Distiller`.
 
     Raises:
-        MoeifyError: The models are one and the same, the tokenizers differ, or there is neither a
+        MoeifyError: The models are the same object, the tokenizers differ, or there is neither a
             teacher nor a cache.
         PlanError: An option is out of range.
 
@@ -96,28 +97,32 @@ def distill(
         >>> loss = kd((torch.tensor([1, 2]), torch.tensor([2, 3])))
         >>> loss.backward()
     """
-    known = _spec_of(spec)
+    defaults = _spec_of(spec)
     if isinstance(schedule, AlphaSchedule):
         if alpha is not None or stop is not None:
-            raise PlanError("alpha and stop are the schedule's own here", path="distill.schedule")
-        plan = schedule
-        plan.total = plan.total if steps is None else steps
+            raise PlanError(
+                "alpha and stop belong to the given schedule: set them there",
+                path="distill.schedule",
+            )
+        if steps is not None:
+            schedule.total = steps
     else:
-        plan = AlphaSchedule(
-            schedule or known.schedule,
-            alpha=known.alpha if alpha is None else alpha,
-            stop=known.stop if stop is None else stop,
+        schedule = AlphaSchedule(
+            schedule or defaults.schedule,
+            alpha=defaults.alpha if alpha is None else alpha,
+            stop=defaults.stop if stop is None else stop,
             total=steps,
         )
-    heat = known.temperature if temperature is None else temperature
+    if temperature is None:
+        temperature = defaults.temperature
     if tokenizers is not None:
-        vocab = same_words(*tokenizers) if vocab is None else vocab
+        vocab = shared_vocab(*tokenizers) if vocab is None else vocab
     if shift is None:
-        shift = shifts(student)
-    loss = DistillationLoss(temperature=heat, schedule=plan, shift=shift, vocab=vocab)
+        shift = labels_are_shifted(student)
+    loss = DistillationLoss(temperature=temperature, schedule=schedule, shift=shift, vocab=vocab)
     if cache is not None and not isinstance(cache, TeacherCache):
-        kept = known.top_k if top_k is None else top_k
-        cache = TeacherCache(cache, top_k=kept, temperature=heat, vocab=vocab)
+        top_k = defaults.top_k if top_k is None else top_k
+        cache = TeacherCache(cache, top_k=top_k, temperature=temperature, vocab=vocab)
     return Distiller(student, teacher, loss, cache=cache, accumulate=accumulate)
 
 
@@ -126,13 +131,12 @@ class Distiller:
 
     Args:
         student: The model that learns.
-        teacher: The model that is asked, or None.
+        teacher: The model to learn from, or None.
         loss: What is computed of their logits.
         cache: Teacher logits on disk, or None.
         accumulate: Calls per optimizer step.
 
     Attributes:
-        student, teacher, loss, cache: As given.
         schedule: The loss's, whose `observe` takes validation losses.
         calls: Training calls so far; one optimizer step is `accumulate` of them.
     """
@@ -149,9 +153,7 @@ class Distiller:
         if teacher is not None and unwrapped(teacher) is unwrapped(student):
             raise MoeifyError("teacher and student are one model: copy it first (copy.deepcopy)")
         if teacher is None and cache is None:
-            raise MoeifyError(
-                "there is neither a teacher nor a cache of one: give teacher= or cache="
-            )
+            raise MoeifyError("there is neither a teacher nor a cache: give teacher= or cache=")
         if accumulate < 1:
             raise MoeifyError(f"accumulate: {accumulate} is not at least 1")
         if cache is not None:
@@ -176,7 +178,7 @@ class Distiller:
         Args:
             batch: Keyword arguments of the models with `labels` among them, or a sequence of
                 positional ones with the labels last.
-            step: Optimizer steps done; counted by itself if None.
+            step: Optimizer steps done; counted from the calls if None.
             num_items: Labels that count in all micro-batches of the step, so that their losses add
                 up to the mean; this batch's own if None.
 
@@ -185,7 +187,7 @@ class Distiller:
 
         Raises:
             MoeifyError: The batch has no labels, or the two models do not fit.
-            CacheMissError: A row is neither in the cache nor is there a teacher.
+            CacheMissError: A row is not in the cache and there is no teacher.
         """
         if step is None:
             step = self.calls // self.accumulate
@@ -239,10 +241,7 @@ class Distiller:
         return {"ce": float(parts.ce) / items, "kd": float(parts.kd) / items, "alpha": parts.alpha}
 
     def fill(self, batches: Any) -> int:
-        """Ask the teacher ahead: put all rows of some batches into the cache.
-
-        Returns:
-            Bytes of the cache on the disk.
+        """Put all rows of some batches into the cache ahead, and return the cache's bytes on disk.
 
         Raises:
             MoeifyError: There is no cache or no teacher.
@@ -251,9 +250,9 @@ class Distiller:
             raise MoeifyError("filling a cache needs both teacher= and cache=")
         for batch in batches:
             args, kwargs, _, _ = self._split(batch)
-            keys = row_keys(named(args, kwargs))
+            keys = row_keys(inputs_by_name(args, kwargs))
             if self.cache.missing(keys):
-                self.cache.add(keys, self._ask(args, kwargs))
+                self.cache.add(keys, self._run_teacher(args, kwargs))
         self.cache.flush()
         return self.cache.nbytes
 
@@ -262,7 +261,7 @@ class Distiller:
         return {"calls": self.calls, "schedule": self.schedule.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`.
+        """Continue from a `state_dict`.
 
         Raises:
             CheckpointError: It is damaged, or of another schedule.
@@ -288,32 +287,32 @@ class Distiller:
         found = labels if shifted is None else shifted
         if not isinstance(found, Tensor):
             raise MoeifyError(f"the batch has no labels, only {', '.join(batch)}: add labels")
-        own: Any = unwrapped(self.student)
-        pairs = is_hf(own) and getattr(own.config, "is_encoder_decoder", False)
-        if pairs and "decoder_input_ids" not in kwargs and "decoder_inputs_embeds" not in kwargs:
-            kwargs["decoder_input_ids"] = own.prepare_decoder_input_ids_from_labels(labels=found)
+        model: Any = unwrapped(self.student)
+        seq2seq = is_hf(model) and getattr(model.config, "is_encoder_decoder", False)
+        if seq2seq and "decoder_input_ids" not in kwargs and "decoder_inputs_embeds" not in kwargs:
+            kwargs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=found)
         return (), kwargs, found, None if shifted is None else False
 
     def _target(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | TopK:
         if self.cache is None:
-            return self._ask(args, kwargs)
-        keys = row_keys(named(args, kwargs))
+            return self._run_teacher(args, kwargs)
+        keys = row_keys(inputs_by_name(args, kwargs))
         if self.teacher is not None and self.cache.missing(keys):
-            self.cache.add(keys, self._ask(args, kwargs))
+            self.cache.add(keys, self._run_teacher(args, kwargs))
         return self.cache.read(keys)
 
-    def _ask(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Return the teacher's logits, as if it had never run."""
+    def _run_teacher(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Return the teacher's logits, and leave it as if it had never run."""
         teacher = self.teacher
         assert teacher is not None
         device = next((p.device for p in teacher.parameters()), None)
-        with asked(teacher):
-            inputs = moved(args, device)
-            return logits_of(teacher(*inputs, **moved(kwargs, device)), "teacher").detach()
+        with evaluating(teacher):
+            inputs, named = to_device(args, device), to_device(kwargs, device)
+            return logits_of(teacher(*inputs, **named), "teacher").detach()
 
 
 def _spec_of(spec: Any) -> DistillSpec:
-    """Return the distillation of a plan, of a student, or itself."""
+    """Return the distillation section of a plan or of a part of one."""
     if spec is None:
         return DistillSpec()
     if isinstance(spec, Mapping):
@@ -332,12 +331,9 @@ def _spec_of(spec: Any) -> DistillSpec:
 
 
 def _section_of(data: Mapping[str, Any]) -> Plan | StudentSpec | DistillSpec:
-    """Return the part of a plan that `data` is, told by its keys."""
+    """Return the part of a plan that `data` is, by its keys."""
     if {"layers", "version"} & data.keys():
         return Plan.of(data)
     if {"drop", "keep", "depth", "distill"} & data.keys():
         return read_section(StudentSpec, data)
     return read_section(DistillSpec, data)
-
-
-__all__ = ["AlphaSchedule", "DistillationLoss", "Distiller", "TeacherCache", "distill"]

@@ -1,8 +1,8 @@
 """Cross-entropy and teacher-student divergence over a large vocabulary, a few rows at a time.
 
 Logits of 128k words in float32 are gigabytes. Here rows are widened, turned into probabilities and
-summed in chunks, forward and backward; what is kept between them is the logits as they came, and
-the only whole matrix that is made is the gradient, in the dtype of the student's logits.
+summed in chunks, forward and backward. Only the given logits are kept in between, and the gradient,
+in the dtype of the student's logits, is the only whole matrix that is made.
 
 Shapes: N rows, V words, K words kept of a teacher.
 """
@@ -17,38 +17,24 @@ from torch.autograd.function import once_differentiable
 
 from moeify.kernels.precision import accumulation_dtype, without_autocast
 
-CHUNK: Final = 1 << 22
-"""Most elements of a chunk: 16 MiB in float32."""
+CHUNK: Final = 1 << 22  # most elements of a chunk: 16 MiB in float32
 
 
 class TopK(NamedTuple):
-    """A teacher's distribution at some temperature, all but its K likeliest words in one lump.
+    """A teacher's distribution, with all but its K likeliest words in one lump."""
 
-    Attributes:
-        ids: [N, K] integers, words.
-        log_probs: [N, K] float, log p of each, of the softmax over the whole vocabulary.
-        log_rest: [N] float, log of the probability of all other words; -inf for none.
-        vocab: V.
-    """
-
-    ids: Tensor
-    log_probs: Tensor
-    log_rest: Tensor
-    vocab: int
+    ids: Tensor  # [N, K] integers, words
+    log_probs: Tensor  # [N, K] log p of each, of the softmax over the whole vocabulary
+    log_rest: Tensor  # [N] log of the probability of all other words; -inf for none
+    vocab: int  # V
 
 
 class Sums(NamedTuple):
-    """What a call of `distillation` returns.
+    """What `distillation` returns; only the loss has a gradient."""
 
-    Attributes:
-        loss: (sum CE + alpha T^2 sum KL) * scale; a scalar with a gradient.
-        ce: Sum of the cross-entropies, without a gradient.
-        kl: Sum of the divergences KL(teacher || student) at T, without a gradient.
-    """
-
-    loss: Tensor
-    ce: Tensor
-    kl: Tensor
+    loss: Tensor  # (sum CE + alpha T^2 sum KL) * scale
+    ce: Tensor  # sum of the cross-entropies
+    kl: Tensor  # sum of the divergences KL(teacher || student) at T
 
 
 def distillation(
@@ -63,24 +49,15 @@ def distillation(
     ignore_index: int = -100,
     chunk: int = CHUNK,
 ) -> Sums:
-    """Return the sums over the rows whose label counts.
+    """Return the sums over the rows whose label is not `ignore_index`.
 
-    With p and q the softmax of teacher and student at T over the first `vocab` words, KL is
-    sum p (log p - log q). Of a `TopK` it is sum_K p (log p - log q) + r (log r - log s), with r
-    and s what teacher and student give to all other words: the divergence of the distributions
-    with those words in one lump, which is never more than the whole one, and equals it for K = V.
+    With p and q the softmax of teacher and student at T over the first `vocab` words, KL is sum p
+    (log p - log q). Of a `TopK` it is sum_K p (log p - log q) + r (log r - log s), with r and s
+    what teacher and student give to all other words: the divergence of the distributions with those
+    words in one lump, which is never more than the whole one, and equals it for K = V.
 
-    Args:
-        student: [N, V] float.
-        teacher: [N, V'] float on any device, a `TopK` of N rows, or None for the cross-entropy
-            alone.
-        labels: [N] int64.
-        scale: Scalar, float.
-        alpha: Weight of the divergence.
-        temperature: T.
-        vocab: Words that both models share, the first ones.
-        ignore_index: The label of rows that do not count.
-        chunk: Most elements that are widened at once.
+    The student is [N, V], the labels are [N]; the teacher is [N, V'] on any device, a `TopK` of N
+    rows, or None for the cross-entropy alone. At most `chunk` elements are widened at once.
     """
     options = (float(alpha), float(temperature), vocab, ignore_index, chunk)
     parts = teacher[:3] if isinstance(teacher, TopK) else (teacher, None, None)
@@ -90,17 +67,7 @@ def distillation(
 
 
 def top_k(logits: Tensor, k: int, temperature: float, *, chunk: int = CHUNK) -> TopK:
-    """Return the K likeliest words of a softmax at a temperature, and what is left.
-
-    Args:
-        logits: [N, V] float.
-        k: K, at most V.
-        temperature: T.
-        chunk: Most elements that are widened at once.
-
-    Returns:
-        ids int32, the others float32 (float64 of float64 logits).
-    """
+    """Return the K likeliest words of softmax(logits / temperature), the rest in one lump."""
     found = []
     with torch.no_grad(), without_autocast(logits):
         for part in torch.split(logits, _rows(logits, chunk)):
@@ -147,8 +114,8 @@ class _Distillation(torch.autograd.Function):
         with without_autocast(student):
             chunks = _chunks(student, labels, tuple(teacher), ctx.options)
             for rows, part, chunk_labels, target in chunks:
-                own = _gradient(part.to(dtype), chunk_labels, target, ctx.options)
-                gradient[rows] = own.mul_(factor).to(gradient.dtype)
+                chunk = _gradient(part.to(dtype), chunk_labels, target, ctx.options)
+                gradient[rows] = chunk.mul_(factor).to(gradient.dtype)
         return gradient, None, None, None, None, None, None
 
 
@@ -164,7 +131,7 @@ def _rows(logits: Tensor, chunk: int) -> int:
 def _chunks(
     student: Tensor, labels: Tensor, teacher: tuple[Tensor | None, ...], options: Any
 ) -> Any:
-    """Yield (rows, student, labels, teacher) of each chunk, the teacher's on our device."""
+    """Yield (rows, student, labels, teacher) of each chunk, on the student's device."""
     size = _rows(student, options[4])
     for start in range(0, student.shape[0], size):
         rows = slice(start, start + size)
@@ -219,13 +186,10 @@ def _gradient(student: Tensor, labels: Tensor, target: list[Tensor | None], opti
         log_q = _log_student(student, temperature, vocab)
         if log_top is None or log_rest is None:
             p = (first[:, :vocab].to(student.dtype) / temperature).softmax(1)
-        else:  # within the lump the student's own proportions are as good as any
+        else:  # within the lump, keep the student's proportions
             ids, log_r = first.long(), log_rest.to(log_q)
             log_left = log_q.scatter(1, ids, -torch.inf).logsumexp(1)
             ratio = torch.where(log_r > -torch.inf, log_r - log_left, -torch.inf)
             p = (log_q + ratio[:, None]).exp_().scatter_(1, ids, log_top.to(log_q).exp())
         gradient[:, :vocab].add_(log_q.exp_().sub_(p), alpha=alpha * temperature)
     return gradient.masked_fill_(~counts[:, None], 0)
-
-
-__all__ = ["CHUNK", "Sums", "TopK", "distillation", "top_k"]

@@ -1,8 +1,8 @@
-"""What says how deep a model is beside its layers: configs, and plain attributes of its modules.
+"""Where a model states its depth besides its layers: configs, and plain attributes of its modules.
 
-Configs are replaced by changed copies, because several models may share one. Which fields count
-layers is told by their name and value; `same_tree` then holds the shortened model against one that
-is built from the new config, so that a field that was missed is an error and no wrong model.
+Configs are replaced by changed copies, because several models may share one. Fields that count
+layers are recognised by name and value; `same_tree` then compares the shortened model with one
+built from the new config, so that a field that was missed is an error and not a wrong model.
 """
 
 from __future__ import annotations
@@ -28,28 +28,16 @@ _PLAIN: Final = (bool, int, float, str, type(None))
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """What happens to one stack; all of a model's are listed, those that stay whole too.
+    """Which layers of a stack stay; every stack of a model has one, whole ones too."""
 
-    Attributes:
-        path: Its container.
-        count: Layers before.
-        kept: Positions that stay, ascending.
-        role: "encoder", "decoder" or "".
-    """
-
-    path: str
-    count: int
-    kept: tuple[int, ...]
-    role: str = ""
+    path: str  # of the container
+    count: int  # layers before
+    kept: tuple[int, ...]  # ascending positions
+    role: str = ""  # "encoder" or "decoder"
 
 
 def shorten_modules(model: nn.Module, cuts: Sequence[Cut]) -> None:
-    """Take layers out of their containers and renumber what counts them.
-
-    Args:
-        model: Changed in place: containers, integer attributes, configs.
-        cuts: What to keep of each stack.
-    """
+    """Take layers out of their containers, in place, and renumber what counts them."""
     _configs(model, cuts)
     for cut in cuts:
         container = model.get_submodule(cut.path)
@@ -58,7 +46,7 @@ def shorten_modules(model: nn.Module, cuts: Sequence[Cut]) -> None:
         old = list(layers)
         names = [str(i) for i in range(len(cut.kept))]
         if old != [str(i) for i in range(cut.count)]:
-            names = [old[i] for i in cut.kept]  # a Sequential with names of its own
+            names = [old[i] for i in cut.kept]  # a Sequential with custom names
         container._modules.clear()
         for now, (name, at) in enumerate(zip(names, cut.kept, strict=True)):
             layer = layers[old[at]]
@@ -100,7 +88,7 @@ def _is_config(value: object) -> bool:
 
 
 def _configs(model: nn.Module, cuts: Sequence[Cut]) -> None:
-    """Replace the configs of a model by copies that say the new depths."""
+    """Replace the configs of a model by copies with the new depths."""
     holders: dict[int, tuple[Any, list[tuple[str, nn.Module, str]]]] = {}
     for path, module in model.named_modules():
         for key, value in module.__dict__.items():
@@ -109,20 +97,19 @@ def _configs(model: nn.Module, cuts: Sequence[Cut]) -> None:
     if not holders:
         return
     old = [value for value, _ in holders.values()]
-    new = copy.deepcopy(old)  # in one go: parts of one config stay parts of its copy
+    new = copy.deepcopy(old)  # at once: parts of one config stay parts of its copy
     for config, (_, places) in zip(new, holders.values(), strict=True):
         top = min((path for path, _, _ in places), key=len)
         below = [c for c in cuts if not top or c.path == top or c.path.startswith(f"{top}.")]
         for cut in below:
             fields = config.__dict__
-            for key, value in _changes(fields, cut, alone=len(below) == 1).items():
-                fields[key] = value
+            fields.update(_changes(fields, cut, alone=len(below) == 1))
         for _, module, key in places:
             module.__dict__[key] = config
 
 
 def _changes(fields: Mapping[str, Any], cut: Cut, *, alone: bool) -> dict[str, Any]:
-    """Return the fields of a config that say how deep a stack is, with their new values."""
+    """Return the fields of a config that state the depth of a stack, with their new values."""
     found: dict[str, Any] = {}
     other = {"encoder": "decoder", "decoder": "encoder"}.get(cut.role)
     for key, value in fields.items():
@@ -130,7 +117,7 @@ def _changes(fields: Mapping[str, Any], cut: Cut, *, alone: bool) -> dict[str, A
         if other is not None and other in key:
             continue
         if not named and not alone and cut.role == "decoder":
-            continue  # a number without a name is the encoder's
+            continue  # an unnamed number is the encoder's
         if type(value) is int and value == cut.count and _DEPTH.fullmatch(key):
             found[key] = len(cut.kept)
         elif isinstance(value, list | tuple) and value and _PER_LAYER.search(key):
@@ -156,38 +143,33 @@ def _are_positions(value: Sequence[Any], count: int) -> bool:
 def same_tree(model: nn.Module, built: nn.Module, cuts: Sequence[Cut]) -> None:
     """Check that a shortened dense model is what its new config builds.
 
-    Args:
-        model: The dense model, shortened; it may be on meta.
-        built: From the new config.
-        cuts: What was kept.
-
     Raises:
         UnsupportedModuleError: A module, a tensor's shape, or what makes a layer unlike the others
-            differs: the config cannot say what this choice of layers is.
+            differs: a config cannot express this choice of layers.
     """
     ours, theirs = dict(model.named_modules()), dict(built.named_modules())
     for path in sorted(ours.keys() ^ theirs.keys()):
         raise _differs(path, "is" if path in ours else "is not", "there in this choice of layers")
     for path, module in ours.items():
-        twin = theirs[path]
+        other = theirs[path]
         # By name: a parametrized module has a class of its own.
-        if type(module).__qualname__ != type(twin).__qualname__:
-            raise _differs(path, f"is a {type(module).__name__}, not", type(twin).__name__)
+        if type(module).__qualname__ != type(other).__qualname__:
+            raise _differs(path, f"is a {type(module).__name__}, not", type(other).__name__)
         shapes = [
             {key: tuple(p.shape) for key, p in m._parameters.items() if p is not None}
-            for m in (module, twin)
+            for m in (module, other)
         ]
         if shapes[0] != shapes[1]:
             raise _differs(path, f"has parameters of {shapes[0]}, not", str(shapes[1]))
     for cut in cuts:
-        for path, key, mine, other in _unlike(model, built, cut):
-            raise _differs(path, f"has {key} = {mine!r}, not", repr(other))
+        for path, key, now, expected in _unlike(model, built, cut):
+            raise _differs(path, f"has {key} = {now!r}, not", repr(expected))
 
 
 def _unlike(
     model: nn.Module, built: nn.Module, cut: Cut
 ) -> Iterator[tuple[str, str, object, object]]:
-    """Yield attributes that tell the layers of a stack from one another, and differ."""
+    """Yield attributes that distinguish the layers of a stack and differ between the models."""
     rows = [list(m.get_submodule(cut.path).named_children()) for m in (model, built)]
     tables: list[dict[tuple[str, str], list[object]]] = [{}, {}]
     for row, table in zip(rows, tables, strict=True):
@@ -197,12 +179,13 @@ def _unlike(
                     if isinstance(value, _PLAIN) and key != "training" and key[:1] != "_":
                         table.setdefault((path, key), [_MISSING] * len(row))[at] = value
     for place in tables[0].keys() & tables[1].keys():
-        mine, other = tables[0][place], tables[1][place]
-        if mine != other and (len(set(mine)) > 1 or len(set(other)) > 1):
-            at = next(i for i, pair in enumerate(zip(mine, other, strict=True)) if len({*pair}) > 1)
+        ours, theirs = tables[0][place], tables[1][place]
+        if ours != theirs and (len(set(ours)) > 1 or len(set(theirs)) > 1):
+            pairs = enumerate(zip(ours, theirs, strict=True))
+            at = next(i for i, pair in pairs if len({*pair}) > 1)
             path, key = place
             where = f"{cut.path}.{rows[0][at][0]}"
-            yield f"{where}.{path}" if path else where, key, mine[at], other[at]
+            yield f"{where}.{path}" if path else where, key, ours[at], theirs[at]
 
 
 _MISSING: Final = "nothing"
@@ -211,9 +194,6 @@ _MISSING: Final = "nothing"
 def _differs(path: str, verb: str, rest: str) -> UnsupportedModuleError:
     return UnsupportedModuleError(
         path or "the model",
-        f"{verb} {rest}, as the config with fewer layers has it: keep other layers, of which a "
-        "config can say what they are",
+        f"{verb} {rest}, as the config with fewer layers has it: keep other layers, which a config "
+        "can express",
     )
-
-
-__all__ = ["Cut", "same_tree", "shorten_modules"]

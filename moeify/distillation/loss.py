@@ -16,23 +16,15 @@ from moeify.distillation.divergence import TopK, distillation
 from moeify.distillation.schedule import AlphaSchedule, Kind
 from moeify.errors import MoeifyError, PlanError
 
-MOST_PADDING: Final = 1024
-"""Words by which two sizes of one vocabulary may differ; and at most a twentieth."""
+_MOST_PADDING: Final = 1024  # words by which two sizes of a vocabulary may differ, or 5 % if less
 
 
 class Parts(NamedTuple):
-    """What the last loss was made of, without gradients.
+    """What the last loss was made of, without gradients."""
 
-    Attributes:
-        ce: Sum of the cross-entropies over the labels that count.
-        kd: T^2 times the sum of the divergences over them, before alpha; 0 where alpha is 0.
-        items: How many labels count.
-        alpha: alpha.
-    """
-
-    ce: Tensor
-    kd: Tensor
-    items: Tensor
+    ce: Tensor  # sum of the cross-entropies over the labels that count
+    kd: Tensor  # T^2 times the sum of the divergences over them, before alpha; 0 where alpha is 0
+    items: Tensor  # how many labels count
     alpha: float
 
 
@@ -43,9 +35,9 @@ class DistillationLoss(nn.Module):
     made a few rows at a time; see `moeify.distillation.divergence`. Only the student has a
     gradient.
 
-    Two models of one vocabulary may have padded it to different sizes: the divergence is then over
-    the words of both, each model's probabilities renormalised over these. The cross-entropy is
-    over the student's own.
+    Two models may have padded one vocabulary to different sizes: the divergence is then over the
+    words of both, with each model's probabilities renormalised over them. The cross-entropy is over
+    the student's own words.
 
     Args:
         alpha: Weight of the divergence, if `schedule` is a name.
@@ -54,7 +46,8 @@ class DistillationLoss(nn.Module):
         ignore_index: The label that does not count.
         shift: Position t predicts label t + 1, as in a causal language model whose labels are its
             inputs. Logits [N, V] without a dimension of positions are never shifted.
-        vocab: Words that both models share, the first ones; found from the sizes if None.
+        vocab: Number of words, the first ones, that both models share; None finds it from the
+            sizes.
 
     Attributes:
         last: `Parts` of the last call, or None.
@@ -158,19 +151,19 @@ class DistillationLoss(nn.Module):
         return f"{schedule}, temperature={self.temperature}, shift={self.shift}"
 
     def _teacher(self, teacher: Tensor | TopK | None, student: Tensor) -> tuple[Tensor | TopK, int]:
-        """Return the teacher's rows and the size of the common vocabulary."""
+        """Return the teacher's rows and the size of the shared vocabulary."""
         if teacher is None:
-            raise MoeifyError("alpha is not 0 here: the teacher's logits are needed")
+            raise MoeifyError("alpha is not 0 at this step: give the teacher's logits")
         if isinstance(teacher, TopK):
             rows = student[..., 0].numel()
             if teacher.ids.shape[0] != rows:
                 raise MoeifyError(
                     f"the teacher's {teacher.ids.shape[0]} rows are not the student's {rows}"
                 )
-            vocab = common_vocab(student.shape[-1], teacher.vocab, self.vocab)
+            vocab = _common_vocab(student.shape[-1], teacher.vocab, self.vocab)
             if vocab != teacher.vocab:
                 raise MoeifyError(
-                    f"the teacher's top words are of {teacher.vocab}, and the models share "
+                    f"the teacher's top words are of {teacher.vocab} words, but the models share "
                     f"{vocab}: keep them with vocab={vocab}"
                 )
             return teacher, vocab
@@ -179,21 +172,12 @@ class DistillationLoss(nn.Module):
                 f"the teacher's logits {list(teacher.shape)} are of other positions than the "
                 f"student's {list(student.shape)}: both must read the same input"
             )
-        vocab = common_vocab(student.shape[-1], teacher.shape[-1], self.vocab)
+        vocab = _common_vocab(student.shape[-1], teacher.shape[-1], self.vocab)
         return teacher.detach().flatten(0, -2), vocab
 
 
-def common_vocab(student: int, teacher: int, vocab: int | None = None) -> int:
-    """Return how many words two models share, by the sizes of their logits.
-
-    Args:
-        student: Words of the student, padding included.
-        teacher: The same of the teacher.
-        vocab: What the caller knows.
-
-    Raises:
-        MoeifyError: The sizes differ by more than padding does, or `vocab` is more than either has.
-    """
+def _common_vocab(student: int, teacher: int, vocab: int | None = None) -> int:
+    """Return how many words two models share, by the sizes of their logits or by `vocab`."""
     least, most = sorted((student, teacher))
     if vocab is not None:
         if not 1 <= vocab <= least:
@@ -202,13 +186,10 @@ def common_vocab(student: int, teacher: int, vocab: int | None = None) -> int:
                 f"number from 1 to {least}"
             )
         return vocab
-    if most - least > min(MOST_PADDING, least // 20):
+    if most - least > min(_MOST_PADDING, least // 20):
         raise MoeifyError(
             f"the student has {student} words and the teacher {teacher}, which is more than "
-            "padding: the two need one tokenizer; if they have one, say how many words it has: "
+            "padding: the two need one tokenizer; if they have one, give its number of words as "
             "vocab="
         )
     return least
-
-
-__all__ = ["DistillationLoss", "Parts", "common_vocab"]

@@ -1,4 +1,4 @@
-"""What distillation has to know of a model: its logits, its router losses, how to ask it.
+"""What distillation needs of a model: its logits, its router losses, and running it as a teacher.
 
 Shapes: V words.
 """
@@ -20,8 +20,8 @@ from moeify.train.losses import aux_loss, shifts_labels
 
 
 @contextmanager
-def asked(teacher: nn.Module) -> Iterator[None]:
-    """Put a teacher in evaluation, without gradients; then all is as it was."""
+def evaluating(teacher: nn.Module) -> Iterator[None]:
+    """Put a teacher in evaluation, without gradients and statistics, for a while."""
     modes = [module for module in teacher.modules() if module.training]
     for module in modes:
         module.training = False
@@ -47,35 +47,28 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def shifts(student: nn.Module) -> bool:
-    """Tell whether a model's labels are its inputs, one position later.
-
-    Raises:
-        MoeifyError: A Hugging Face model does not say what kind of loss it has.
-    """
-    own = unwrapped(student)
-    own = own.get_base_model() if hasattr(own, "peft_config") else own  # type: ignore[operator]
-    if not is_hf(own):
+def labels_are_shifted(student: nn.Module) -> bool:
+    """Return whether a model's labels are its inputs, one position later."""
+    model = unwrapped(student)
+    if hasattr(model, "peft_config"):
+        model = model.get_base_model()  # type: ignore[operator]
+    if not is_hf(model):
         return False
-    if getattr(own, "loss_type", None) is None:
-        # GPT-2's name says nothing; where a model asks for its loss, transformers then gives it
-        # that of a causal language model.
-        code = getattr(inspect.unwrap(type(own).forward), "__code__", None)
+    if getattr(model, "loss_type", None) is None:
+        # A name such as GPT-2's does not say; a model that calls its loss_function then gets that
+        # of a causal language model from transformers.
+        code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
         if "loss_function" in getattr(code, "co_names", ()):
-            return not getattr(own.config, "is_encoder_decoder", False)
+            return not getattr(model.config, "is_encoder_decoder", False)
         raise MoeifyError(
-            f"{type(own).__name__} does not say what kind of loss it has: give shift=True if "
+            f"{type(model).__name__} does not say what kind of loss it has: give shift=True if "
             "position t predicts label t + 1, as in a causal language model, else shift=False"
         )
-    return shifts_labels(own)
+    return shifts_labels(model)
 
 
 def logits_of(output: Any, who: str) -> Tensor:
-    """Return the logits [..., V] in a model's output.
-
-    Raises:
-        MoeifyError: There are none.
-    """
+    """Return the logits [..., V] in a model's output; `who` returned it, for messages."""
     found = output
     if isinstance(output, Mapping):
         found = output.get("logits")
@@ -89,33 +82,29 @@ def logits_of(output: Any, who: str) -> Tensor:
 
 
 def router_losses(model: nn.Module, output: Any) -> Tensor | None:
-    """Return the student's weighted router losses: ours, or those of a model with routers."""
+    """Return the student's weighted router losses: moeify's, or those of its own routers."""
     if any(isinstance(module, Router) for module in model.modules()):
         return aux_loss(model)
-    own: Any = unwrapped(model)
+    config = getattr(unwrapped(model), "config", None)
     found = output.get("aux_loss") if isinstance(output, Mapping) else None
-    weight = getattr(getattr(own, "config", None), "router_aux_loss_coef", None)
+    weight = getattr(config, "router_aux_loss_coef", None)
     return found * weight if isinstance(found, Tensor) and weight is not None else None
 
 
-def named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return a model's inputs by name, the positional ones by their place."""
+def inputs_by_name(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return a model's inputs by name, positional ones by their position."""
     return {**{str(i): value for i, value in enumerate(args)}, **kwargs}
 
 
-def moved(inputs: Any, device: torch.device | None) -> Any:
-    """Return inputs with their tensors on a device."""
+def to_device(inputs: Any, device: torch.device | None) -> Any:
+    """Return inputs with their tensors on a device; None leaves them where they are."""
     from torch.utils._pytree import tree_map_only
 
     return inputs if device is None else tree_map_only(Tensor, lambda t: t.to(device), inputs)
 
 
-def same_words(student: Any, teacher: Any) -> int:
-    """Return how many words two tokenizers share.
-
-    Raises:
-        MoeifyError: They give a word different ids.
-    """
+def shared_vocab(student: Any, teacher: Any) -> int:
+    """Return how many words two tokenizers share; refuse different ids for a word."""
     ours, theirs = ({i: w for w, i in t.get_vocab().items()} for t in (student, teacher))
     size: int = min(max(ours), max(theirs)) + 1
     for i in range(size):
@@ -125,15 +114,3 @@ def same_words(student: Any, teacher: Any) -> int:
                 f"{theirs.get(i)!r}: distillation needs one vocabulary"
             )
     return size
-
-
-__all__ = [
-    "asked",
-    "logits_of",
-    "moved",
-    "named",
-    "router_losses",
-    "same_words",
-    "shifts",
-    "unwrapped",
-]

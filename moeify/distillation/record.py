@@ -1,13 +1,14 @@
 """The dense model behind a student, on meta, and the record of converting it.
 
-What a student is must not depend on the teacher: it is a dense model with fewer layers under a plan
-that names every MoE layer. Both are made here on `meta`, compared with what the config builds and
-with the student itself, and the student's record is taken from them.
+A student must not depend on its teacher: it is a dense model with fewer layers under a plan that
+names every MoE layer. Both are made here on `meta`, compared with what the config builds and with
+the student itself, and the student's record is taken from them.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -24,27 +25,23 @@ from moeify.hf.detect import is_hf
 from moeify.plan.layer_plan import LayerPlan
 from moeify.plan.plan import Plan
 from moeify.sites.install import skeleton
-from moeify.sites.record import Conversion, ConvertedLayer, Swap, conversion_of
+from moeify.sites.record import Conversion, Swap, conversion_of
 from moeify.storage.model_state import tensors_of
 
 _GLOB: Final = str.maketrans({"[": "[[]", "*": "[*]", "?": "[?]"})
 
 
-def dense_twin(model: nn.Module, record: Conversion | None, cuts: list[Cut]) -> nn.Module:
+def shortened_dense(model: nn.Module, record: Conversion | None, cuts: list[Cut]) -> nn.Module:
     """Return the dense model behind a model, on meta and shortened."""
-    twin = skeleton(model)
+    dense = skeleton(model)
     if record is not None:
-        revert(twin)
-    shorten_modules(twin, cuts)
-    return twin
+        revert(dense)
+    shorten_modules(dense, cuts)
+    return dense
 
 
-def built_twin(model: nn.Module, dense: nn.Module, cuts: list[Cut]) -> nn.Module | None:
-    """Build the dense model from its new config and compare; None without a config.
-
-    Raises:
-        UnsupportedModuleError: The config cannot say what this choice of layers is.
-    """
+def built_from_config(model: nn.Module, dense: nn.Module, cuts: list[Cut]) -> nn.Module | None:
+    """Build the shortened dense model from its config and compare; None without a config."""
     if not is_hf(dense):
         return None
     cls = dense_class(dense)
@@ -60,23 +57,15 @@ def built_twin(model: nn.Module, dense: nn.Module, cuts: list[Cut]) -> nn.Module
     return built
 
 
-def converted_twin(dense: nn.Module, plan: Plan, inputs: ExampleInputs) -> nn.Module:
+def converted_copy(dense: nn.Module, plan: Plan, inputs: ExampleInputs) -> nn.Module:
     """Return a copy of a dense model on meta, converted by a plan."""
-    twin = skeleton(dense)
-    convert_without_values(twin, plan, inputs)
-    return twin
+    model = skeleton(dense)
+    convert_without_values(model, plan, inputs)
+    return model
 
 
 def explicit_plan(record: Conversion, cuts: Sequence[Cut]) -> Plan:
-    """Return a plan that gives the kept layers of a conversion, each named; without `student`.
-
-    Args:
-        record: The conversion.
-        cuts: What is kept of each stack.
-
-    Raises:
-        UnsupportedModuleError: No MoE layer is kept.
-    """
+    """Return a plan, without `student`, that names each kept layer of a conversion."""
     rules: list[dict[str, Any]] = []
     for converted in record.layers:
         name = _renamed(converted.layer.name, cuts)
@@ -98,19 +87,19 @@ def explicit_plan(record: Conversion, cuts: Sequence[Cut]) -> Plan:
 def _rule(layer: LayerPlan, plan: Plan) -> dict[str, Any]:
     rule: dict[str, Any] = {"experts": layer.experts, "top_k": layer.top_k, "kernel": layer.kernel}
     rule |= {"residual": layer.residual, "expert": layer.expert}
-    for key, own, common in (
+    for key, of_layer, of_plan in (
         ("router", layer.router, plan.router),
         ("init", layer.init, plan.init),
     ):
-        said, default = (x.model_dump(mode="json", by_alias=True) for x in (own, common))
-        differs = {k: v for k, v in said.items() if v != default[k]}
+        values, default = (x.model_dump(mode="json", by_alias=True) for x in (of_layer, of_plan))
+        differs = {k: v for k, v in values.items() if v != default[k]}
         if differs:
             rule[key] = differs
     return rule
 
 
 def _renamed(name: str, cuts: Sequence[Cut]) -> str | None:
-    """Return what a name becomes; None if it is of a dropped layer."""
+    """Return the name of a layer's part after the cut; None if its layer is dropped."""
     for cut in cuts:
         prefix = f"{cut.path}." if cut.path else ""
         if name.startswith(prefix):
@@ -121,48 +110,28 @@ def _renamed(name: str, cuts: Sequence[Cut]) -> str | None:
     return name
 
 
-def record_of_student(model: nn.Module, old: Conversion, twin: nn.Module, plan: Plan) -> Conversion:
-    """Return the record of the twin's conversion, about the model's own modules."""
-    made = conversion_of(twin)
+def record_of_student(
+    model: nn.Module, old: Conversion, copied: nn.Module, plan: Plan
+) -> Conversion:
+    """Return the record of the copy's conversion, about the model's own modules."""
+    made = conversion_of(copied)
     assert made is not None
     layers = []
     for converted in made.layers:
         swaps = [Swap(s.path, s.original, model.get_submodule(s.path)) for s in converted.swaps]
-        layers.append(
-            ConvertedLayer(
-                converted.layer,
-                converted.block,
-                swaps,
-                converted.swap_halves,
-                converted.program_params,
-            )
-        )
+        layers.append(dataclasses.replace(converted, swaps=swaps))
     return Conversion(plan, layers, made.ledger, made.fused, old.inputs)
 
 
-def check_tensors(model: nn.Module, twin: nn.Module) -> None:
-    """Check that the model has the tensors of its twin.
-
-    Raises:
-        VerificationError: It has not; names one.
-    """
+def check_tensors(model: nn.Module, expected: nn.Module) -> None:
+    """Check that the model has the tensors, by name and shape, of the expected one."""
     ours, theirs = (
         {i.name: tuple(i.tensor.shape) for i in tensors_of(m) if i.role != "scratch"}
-        for m in (model, twin)
+        for m in (model, expected)
     )
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):
             raise VerificationError(
-                f"{name}: is {ours.get(name)}, and {theirs.get(name)} in a dense model of this "
+                f"{name}: is {ours.get(name)}, but {theirs.get(name)} in a dense model of this "
                 "depth under this plan"
             )
-
-
-__all__ = [
-    "built_twin",
-    "check_tensors",
-    "converted_twin",
-    "dense_twin",
-    "explicit_plan",
-    "record_of_student",
-]

@@ -19,44 +19,33 @@ from moeify.storage.model_state import tensors_of
 
 
 def draw_again(
-    twin: nn.Module,
+    model: nn.Module,
     built: nn.Module | None,
     plan: Plan | None,
     inputs: ExampleInputs,
     seed: int,
     *,
-    like: nn.Module,
+    name: str,
 ) -> dict[str, Tensor]:
-    """Draw all weights of a model.
+    """Draw all weights of a model from a seed, and return them by name, on the CPU.
 
-    Args:
-        twin: The model on meta; converted if there is a plan.
-        built: A dense one that was built from its config; None if it has none.
-        plan: What to convert the dense weights by.
-        inputs: For the conversion.
-        seed: Of everything that is drawn; the global random state stays as it was.
-        like: A model that has the dtypes to give, by their main one.
-
-    Returns:
-        Every tensor by name, on the CPU. On meta there is nothing to draw: none then.
-
-    Raises:
-        UnsupportedModuleError: A parameter is of no module that can reset it, or the plan takes
-            experts from trained checkpoints.
+    The model is on meta, and converted if there is a plan; `built` is its dense model as its config
+    builds it, None without a config. The global random state stays as it was.
     """
     if plan is not None and plan.init.experts == "models":
         raise UnsupportedModuleError(
-            type(like).__name__,
-            "`weights: fresh` starts from nothing trained, and `init: {experts: models}` from "
+            name,
+            "`weights: fresh` draws new weights, but `init: {experts: models}` takes them from "
             "checkpoints; use `weights: teacher`",
         )
     with quiet_random_state():
         torch.manual_seed(seed)
-        dense = _drawn(twin) if built is None else type(built)(copy.deepcopy(built.config))
-    # A dtype for each parameter, as the twin has it: a model may keep norms in float32.
-    dtypes = {item.name: item.tensor.dtype for item in tensors_of(twin)}
+        dense = _drawn(model) if built is None else type(built)(copy.deepcopy(built.config))
+    # Each parameter has a dtype of its own: a model may keep norms in float32.
+    dtypes = {item.name: item.tensor.dtype for item in tensors_of(model)}
+    main = next(model.parameters()).dtype
     for item in list(tensors_of(dense)):
-        dtype = dtypes.get(item.name, next(iter(twin.parameters())).dtype)
+        dtype = dtypes.get(item.name, main)
         if item.role == "parameter" and item.tensor.dtype != dtype:
             item.tensor.data = item.tensor.data.to(dtype)
     dense.eval()
@@ -65,9 +54,9 @@ def draw_again(
     return {item.name: item.tensor.detach() for item in tensors_of(dense)}
 
 
-def _drawn(twin: nn.Module) -> nn.Module:
+def _drawn(model: nn.Module) -> nn.Module:
     """Return the dense model behind a model on meta, with weights drawn by its own modules."""
-    dense = skeleton(twin)
+    dense = skeleton(model)
     if ATTRIBUTE in dense.__dict__:
         revert(dense)
     _reset(dense)
@@ -75,13 +64,13 @@ def _drawn(twin: nn.Module) -> nn.Module:
 
 
 def _reset(model: nn.Module) -> None:
-    twins: dict[int, nn.Parameter] = {}
+    made: dict[int, nn.Parameter] = {}  # tied ones stay tied
     for item in list(tensors_of(model)):
         if item.role == "parameter" and item.tensor.is_meta:
             empty = torch.full_like(item.tensor, torch.nan, device="cpu")
-            twin = twins.setdefault(id(item.tensor), nn.Parameter(empty, item.tensor.requires_grad))
-            setattr(item.module, item.key, twin)
-    for module in reversed(list(model.modules())):  # from the inside: containers have the last word
+            new = made.setdefault(id(item.tensor), nn.Parameter(empty, item.tensor.requires_grad))
+            setattr(item.module, item.key, new)
+    for module in reversed(list(model.modules())):  # from the inside: containers come last
         for name in ("reset_parameters", "_reset_parameters"):
             if callable(reset := getattr(module, name, None)):
                 reset()
@@ -91,6 +80,3 @@ def _reset(model: nn.Module) -> None:
             raise UnsupportedModuleError(
                 name, "no module's reset_parameters fills it; use `weights: teacher`"
             )
-
-
-__all__ = ["draw_again"]

@@ -26,23 +26,22 @@ class AlphaSchedule:
     - `staged`: alpha before `stop`, 0 from `stop` on.
     - `linear`: alpha * (1 - step / stop), 0 from `stop` on.
     - `cosine`: alpha * (1 + cos(pi * step / stop)) / 2, 0 from `stop` on.
-    - `ahead`: alpha until what `observe` was told says that the teacher no longer helps, 0 for good
-      after that. An observation counts against the teacher if the student's validation loss is no
-      better than that of a run without distillation (`baseline`) at the same step; where there is
-      no baseline, or the curve does not reach, if it is not below the best one so far by more than
-      `min_delta`. `patience` such observations in a row stop it.
+    - `ahead`: alpha until the losses given to `observe` show that the teacher no longer helps, then
+      0 for good. An observation counts against the teacher if the student's validation loss is not
+      below that of a run without distillation (`baseline`) at the same step or, where the baseline
+      has no such step, not below the best one so far, each by more than `min_delta`. It stops after
+      `patience` such observations in a row.
 
     Args:
         kind: One of the above.
         alpha: Weight of the term while it is on.
         stop: A step (int), or a share of `total` (float in (0, 1]).
-        total: Optimizer steps of the run, which a share needs; can be set later, as `total`.
+        total: Optimizer steps of the run, which a share needs; can be set later.
         patience: Observations in a row that end `ahead`.
         min_delta: How much a loss must be lower to count as lower.
-        baseline: Validation loss by step of a run without distillation; in between on a line.
+        baseline: Validation loss by step of a run without distillation; interpolated linearly.
 
     Attributes:
-        total: As given.
         stopped_at: The step at which `ahead` stopped, or None.
 
     Raises:
@@ -111,17 +110,14 @@ class AlphaSchedule:
         return self.stopped_at is not None
 
     def observe(self, step: int, val_loss: float) -> bool:
-        """Tell a validation loss of the student; only `ahead` listens.
+        """Record a validation loss of the student, and return whether distillation goes on.
 
-        A loss that is not finite counts against the teacher. A step that was told already is left
-        out, so that a log can be replayed.
+        Only `ahead` uses it. A loss that is not finite counts against the teacher. A step that was
+        recorded already is ignored, so that a log can be replayed.
 
         Args:
             step: Optimizer steps done when it was measured.
             val_loss: The student's loss on held-out text, without the distillation term.
-
-        Returns:
-            Whether distillation goes on.
         """
         if self.kind != "ahead" or step <= self._last:
             return not self.done
@@ -149,7 +145,7 @@ class AlphaSchedule:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`.
+        """Continue from a `state_dict`.
 
         Raises:
             CheckpointError: It is of another kind of schedule, or damaged.
@@ -172,7 +168,7 @@ class AlphaSchedule:
         self._best, self._against, self._last = best, against, last
 
     def _end(self) -> Fraction:
-        """Return the step at which alpha becomes 0, exactly: 0.1 of 30 is 3."""
+        """Return the step at which alpha becomes 0, as a fraction: 0.1 of 30 is exactly 3."""
         if not isinstance(self.stop, float):
             return Fraction(self.stop)
         if self.total is None or self.total < 1:
@@ -184,7 +180,7 @@ class AlphaSchedule:
         return Fraction(str(self.stop)) * self.total
 
     def _reference(self, step: int) -> float | None:
-        """Return the baseline's loss at a step, or None outside of its curve."""
+        """Return the baseline's loss at a step, or None outside its curve."""
         curve = self._curve
         if not curve or not curve[0][0] <= step <= curve[-1][0]:
             return None
@@ -199,6 +195,3 @@ class AlphaSchedule:
 def _check_number(name: str, value: float) -> None:
     if isinstance(value, bool) or not (value >= 0 and math.isfinite(value)):
         raise PlanError(f"{value!r} is not a number of at least 0", path=f"distill.{name}")
-
-
-__all__ = ["KINDS", "AlphaSchedule", "Kind"]

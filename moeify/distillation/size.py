@@ -11,19 +11,12 @@ from moeify.sites.record import conversion_of
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """How large a model is; prints as a table, with another one beside it if there is one.
+    """How large a model is; prints as a table, beside its teacher's size if given."""
 
-    Attributes:
-        parameters: Elements of all parameters, tied ones counted once.
-        active: Those of them that one token uses.
-        bytes: Bytes of all parameters.
-        of: The size of the teacher.
-    """
-
-    parameters: int
-    active: int
-    bytes: int
-    of: Size | None = None
+    parameters: int  # tied ones counted once
+    active: int  # used by one token
+    bytes: int  # of all parameters
+    of: Size | None = None  # the teacher's
 
     def __str__(self) -> str:
         head, rows = "", []
@@ -40,14 +33,7 @@ class Size:
 
 
 def describe(model: nn.Module, teacher: nn.Module | Size | None = None) -> Size:
-    """Count what a model holds and what one token uses of it.
-
-    Args:
-        model: A dense or a converted model of one process; it may be on meta.
-        teacher: What to compare with: a model, or its size.
-
-    Returns:
-        The size; `print` shows a table.
+    """Count what a model of one process, maybe on meta, holds and what one token uses of it.
 
     Example:
         >>> print(describe(nn.Linear(4, 4)))
@@ -63,6 +49,3 @@ def describe(model: nn.Module, teacher: nn.Module | Size | None = None) -> Size:
     other = describe(teacher) if isinstance(teacher, nn.Module) else teacher
     nbytes = sum(p.numel() * p.element_size() for p in parameters)
     return Size(count, count - idle, nbytes, other)
-
-
-__all__ = ["Size", "describe"]

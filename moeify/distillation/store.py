@@ -1,4 +1,4 @@
-"""The folder of a teacher's logits: whole shards, a manifest that knows them, and what waits.
+"""The folder of a teacher's logits: whole shards, a manifest that lists them, and pending rows.
 
 A shard is written beside its name, synced and renamed, and only then entered into the manifest,
 which is replaced in one step. Each shard holds the keys of its rows.
@@ -25,7 +25,6 @@ MANIFEST: Final = "teacher_cache.json"
 FORMAT: Final = "moeify-teacher-cache-1"
 _LOCK: Final = "teacher_cache.lock"
 _LIMIT: Final = 1 << 26
-_NAMES: Final = ("ids", "log_probs", "log_rest")
 
 
 class _Place(NamedTuple):
@@ -38,19 +37,14 @@ Row = tuple[Tensor, ...]
 
 
 class Store:
-    """What is on disk, and what waits for its shard.
+    """The rows on disk, and those that wait for a shard of `shard_bytes`.
 
-    Args:
-        folder: Made if it does not exist.
-        shard_bytes: A shard is written when so much waits.
-        options: What the manifest says of the rows; `top_k` among it.
-
-    Raises:
-        CheckpointError: The folder holds something else, or is of other options.
+    The manifest holds `options`, among them `top_k`; a folder of other options is refused.
     """
 
     def __init__(self, folder: Path, shard_bytes: int, options: dict[str, Any]) -> None:
         self.folder, self.shard_bytes, self.options = folder, shard_bytes, options
+        self._names = ("logits",) if options["top_k"] is None else ("ids", "log_probs", "log_rest")
         self.teacher: str | None = None
         self.vocab: int | None = None
         self.shards: list[dict[str, Any]] = []
@@ -76,7 +70,9 @@ class Store:
         """Keep a row, and write a shard if one is full."""
         self._claim()
         if self.vocab not in (None, vocab):
-            raise CheckpointError(f"{self.folder}: is of {self.vocab} words, not of {vocab}")
+            raise CheckpointError(
+                f"{self.folder}: holds logits of {self.vocab} words, not of {vocab}"
+            )
         self.vocab = vocab
         if key not in self.pending:
             self.pending[key] = row
@@ -89,25 +85,20 @@ class Store:
         if key in self.pending:
             return self.pending[key]
         shard, start, stop = self.places[key]
-        names = _NAMES if self.options["top_k"] is not None else ("logits",)
-        row = tuple(self.files.read(f"{shard}.{name}", start, stop) for name in names)
+        row = tuple(self.files.read(f"{shard}.{name}", start, stop) for name in self._names)
         if len(row) == 3:
             ids, log_probs, log_rest = row
             total = log_probs.double().exp().sum(1) + log_rest.double().exp()
             inside = (ids >= 0) & (ids < (self.vocab or 0))
             if not bool(inside.all()) or not bool(((total - 1).abs() < 1e-3).all()):
                 raise CheckpointError(
-                    f"{self.folder / _file(shard)}: holds what are no probabilities of "
+                    f"{self.folder / _file(shard)}: does not hold probabilities of "
                     f"{self.vocab} words: it was damaged; delete the folder and fill it again"
                 )
         return row
 
     def flush(self) -> None:
-        """Write all that waits as one shard, then the manifest.
-
-        Raises:
-            CheckpointError: It cannot be written; the rows still wait.
-        """
+        """Write all that waits as one shard, then the manifest; after an error rows still wait."""
         if not self.pending:
             return
         from safetensors.torch import save
@@ -115,10 +106,9 @@ class Store:
         number = f"{len(self.shards) + 1:05d}"
         keys, rows = list(self.pending), list(self.pending.values())
         ends = torch.tensor([0, *(row[0].shape[0] for row in rows)]).cumsum(0)
-        names = _NAMES if self.options["top_k"] is not None else ("logits",)
         tensors = {
             f"{number}.{name}": torch.cat(each)
-            for name, each in zip(names, zip(*rows, strict=True), strict=True)
+            for name, each in zip(self._names, zip(*rows, strict=True), strict=True)
         }
         tensors[f"{number}.keys"] = torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8)
         tensors[f"{number}.ends"] = ends
@@ -137,7 +127,7 @@ class Store:
         self.waiting = 0
 
     def close(self) -> None:
-        """Write what waits and let others write."""
+        """Write what waits, and release the lock."""
         try:
             self.flush()
         finally:
@@ -147,7 +137,7 @@ class Store:
             self.files.close()
 
     def _claim(self) -> None:
-        """Become the only one who writes here."""
+        """Take the lock, so that nobody else writes here."""
         if self._lock is not None:
             return
         handle = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
@@ -159,8 +149,8 @@ class Store:
         except OSError:
             os.close(handle)
             raise CheckpointError(
-                f"{self.folder}: another one writes to it, or has since it was opened: give each "
-                "process a folder of its own, or open it when the other one has closed it"
+                f"{self.folder}: another process writes to it, or has since it was opened: give "
+                "each process its own folder, or open this one after the other has closed it"
             ) from None
         self._lock = handle
 
@@ -203,12 +193,11 @@ class Store:
         with Folder(self.folder) as folder:
             entries = self.files.add(folder, record["file"], record["bytes"])
         number = f"{len(self.shards) + 1:05d}"
-        names = _NAMES if self.options["top_k"] is not None else ("logits",)
-        if set(entries) != {f"{number}.{name}" for name in (*names, "keys", "ends")}:
+        if set(entries) != {f"{number}.{name}" for name in (*self._names, "keys", "ends")}:
             raise CheckpointError(f"{where}: holds other tensors than a shard")
         keys = self.files.read(f"{number}.keys").numpy().tobytes()
         ends = self.files.read(f"{number}.ends").tolist()
-        lengths = {entries[f"{number}.{name}"].spec.shape[:1] for name in names}
+        lengths = {entries[f"{number}.{name}"].spec.shape[:1] for name in self._names}
         fits = len(keys) == 32 * record["rows"] and len(ends) == record["rows"] + 1
         if not fits or ends != sorted(ends) or ends[0] != 0 or lengths != {(ends[-1],)}:
             raise CheckpointError(f"{where}: its rows do not fit its tensors")
@@ -227,6 +216,3 @@ def _ours(name: str) -> bool:
     return name in (MANIFEST, _LOCK) or (
         name.startswith("teacher-") and name.endswith(".safetensors")
     )
-
-
-__all__ = ["MANIFEST", "Row", "Store"]

@@ -1,9 +1,9 @@
 """`drop_layers` and `student`: a model with fewer of its layers, dense or converted.
 
 Layers are found on the recorded graph, taken out of it by a pass, and then out of the model. What
-comes out is a model like any other: its config says its depth, the record of its conversion is that
-of a dense model with fewer layers under a plan that names every MoE layer, and both are proven by
-building and converting that model once more, on `meta`.
+comes out is a model like any other: its config states its depth, the record of its conversion is
+that of a dense model with fewer layers under a plan that names every MoE layer, and both are proven
+by building and converting that model once more, on `meta`.
 
 Source: Mixture-of-Students, DeepSpeed-MoE (Rajbhandari et al. 2022), section 4.2.
 """
@@ -23,21 +23,16 @@ from moeify.capture.capture import Capture, ExampleInputs, capture
 from moeify.capture.input_spec import make_inputs
 from moeify.distillation.drop_config import Cut, shorten_modules
 from moeify.distillation.record import (
-    built_twin,
+    built_from_config,
     check_tensors,
-    converted_twin,
-    dense_twin,
+    converted_copy,
     explicit_plan,
     record_of_student,
+    shortened_dense,
 )
 from moeify.distillation.reinitialise import draw_again
 from moeify.distillation.size import describe
-from moeify.errors import (
-    MoeifyError,
-    PlanError,
-    UnsupportedModuleError,
-    VerificationError,
-)
+from moeify.errors import MoeifyError, PlanError, UnsupportedModuleError, VerificationError
 from moeify.hf.detect import example_inputs_for, is_hf
 from moeify.passes.drop_layers import DropLayers
 from moeify.passes.infra.base import PlanContext
@@ -47,12 +42,8 @@ from moeify.passes.match.stacks import Miss, Stack, find_stacks
 from moeify.passes.rewrite.facts import CHECKS
 from moeify.plan.plan import Plan
 from moeify.plan.selection import shorten
-from moeify.plan.student import StudentSpec
-from moeify.sites.record import (
-    ATTRIBUTE,
-    Conversion,
-    conversion_of,
-)
+from moeify.plan.student import StudentSpec, read_section
+from moeify.sites.record import ATTRIBUTE, Conversion, conversion_of
 from moeify.sites.unsupported import refuse_adapters
 from moeify.storage.model_state import Rollback, tensors_of
 
@@ -110,21 +101,21 @@ def drop_layers(
     cuts = _cuts(model, chosen, stacks, misses)
     _on_graph(model, found, stacks, cuts)
     size = describe(model)
-    dense = dense_twin(model, record, cuts)
-    built = built_twin(model, dense, cuts)
-    twin, plan = dense, None
+    dense = shortened_dense(model, record, cuts)
+    built = built_from_config(model, dense, cuts)
+    expected, plan = dense, None
     if record is not None:
         plan = explicit_plan(record, cuts)
-        twin = converted_twin(dense, plan, inputs)
+        expected = converted_copy(dense, plan, inputs)
     fresh = None
     if chosen.weights == "fresh":
-        fresh = draw_again(dense if plan is None else twin, built, plan, inputs, seed, like=model)
+        fresh = draw_again(expected, built, plan, inputs, seed, name=type(model).__name__)
     rollback = Rollback(model)
     try:
         shorten_modules(model, cuts)
         if record is not None and plan is not None:
-            model.__dict__[ATTRIBUTE] = record_of_student(model, record, twin, plan)
-        check_tensors(model, twin)
+            model.__dict__[ATTRIBUTE] = record_of_student(model, record, expected, plan)
+        check_tensors(model, expected)
         _same_nodes(stacks, cuts, find_stacks(model, capture(model, inputs))[0])
     except BaseException:
         rollback.restore()
@@ -147,12 +138,9 @@ def student(
     """Make a student of a model: a copy with fewer layers. The teacher stays as it is.
 
     Args:
-        teacher: See `drop_layers`.
-        plan_or_spec: Likewise.
-        example_inputs: Likewise.
-
-    Returns:
-        The student.
+        teacher: The model; see `drop_layers`.
+        plan_or_spec: Which layers; see `drop_layers`.
+        example_inputs: See `drop_layers`.
 
     Raises:
         PlanError, UnsupportedModuleError, CaptureError, MoeifyError: As `drop_layers`.
@@ -161,11 +149,11 @@ def student(
     return drop_layers(copy.deepcopy(teacher), plan_or_spec, example_inputs=example_inputs)
 
 
-# -- what is asked, and of what
+# -- the model and the choice of layers
 
 
 def _refuse(model: nn.Module) -> Conversion | None:
-    """Refuse what cannot be shortened; return the record of a conversion."""
+    """Refuse a model that cannot be shortened; return the record of its conversion."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     name = type(model).__name__
@@ -182,11 +170,11 @@ def _refuse(model: nn.Module) -> Conversion | None:
             )
     record = conversion_of(model)
     if record is not None and ATTRIBUTE not in model.__dict__:
-        raise UnsupportedModuleError(name, "a part of it was converted: give that part")
+        raise UnsupportedModuleError(name, "only a part of it was converted: give that part")
     if record is not None and record.parallel is not None:
         raise MoeifyError(
-            "drop_layers needs the whole model, and it was converted for several ranks: make the "
-            "student in one process, save it, and load it there"
+            "drop_layers needs the whole model, but this one was converted for several ranks: make "
+            "the student in one process, save it, and load it on the ranks"
         )
     return record
 
@@ -198,15 +186,13 @@ def _spec(spec: Choice | None, record: Conversion | None) -> StudentSpec:
         plan = None if record is None else record.plan
         if plan is None or plan.student is None:
             raise PlanError(
-                "say which layers the student keeps: a `student:` section in the plan, or "
-                'such as {"drop": {"every": 8}}'
+                "say which layers the student keeps: in a `student:` section of the plan, or with "
+                'a spec such as {"drop": {"every": 8}}'
             )
         return plan.student
     if isinstance(spec, Mapping) and not {"layers", "version"} & spec.keys():
-        rules: list[Any] = [{"select": "all", "experts": 1}]
-        found = Plan.of({"layers": rules, "student": dict(spec)}).student
-    else:
-        found = Plan.of(spec).student
+        return read_section(StudentSpec, spec)
+    found = Plan.of(spec).student
     if found is None:
         raise PlanError("the plan has no `student:` section", path="student")
     return found
@@ -229,23 +215,22 @@ def _cuts(
     if not stacks:
         reasons = f": {shorten([str(miss) for miss in misses], 4)}" if misses else ""
         raise UnsupportedModuleError(
-            type(model).__name__, f"has no stack of like layers that can be shortened{reasons}"
+            type(model).__name__, f"has no stack of similar layers that can be shortened{reasons}"
         )
     chosen = [stack for stack in stacks if spec.stack in ("all", stack.role)]
     if not chosen:
-        there = ", ".join(f"{s.path} ({len(s)} layers)" for s in stacks)
+        known = ", ".join(f"{s.path} ({len(s)} layers)" for s in stacks)
         raise PlanError(
-            f"the model has no {spec.stack}, but {there}; use `stack: all`", path="student.stack"
+            f"the model has no {spec.stack}, but {known}; use `stack: all`", path="student.stack"
         )
     cuts = []
     for stack in stacks:
-        if stack not in chosen:
-            cuts.append(Cut(stack.path, len(stack), tuple(range(len(stack))), stack.role))
-            continue
-        try:
-            kept = spec.positions(len(stack))
-        except ValueError as error:
-            raise PlanError(f"{stack.path}: {error}", path="student") from None
+        kept = tuple(range(len(stack)))
+        if stack in chosen:
+            try:
+                kept = spec.positions(len(stack))
+            except ValueError as error:
+                raise PlanError(f"{stack.path}: {error}", path="student") from None
         cuts.append(Cut(stack.path, len(stack), kept, stack.role))
     if all(len(cut.kept) == cut.count for cut in cuts):
         raise PlanError("keeps every layer: there is nothing to drop", path="student")
@@ -270,14 +255,12 @@ def _refuse_shared(model: nn.Module, cut: Cut) -> None:
 
 def _on_graph(model: nn.Module, found: Capture, stacks: list[Stack], cuts: list[Cut]) -> None:
     drop = DropLayers(stacks, {cut.path: cut.kept for cut in cuts})
-    context = PlanContext(model=model)
-    PassManager([drop], observers=observers_from_env(), checks=CHECKS).run(
-        found.graph_module, context
-    )
+    manager = PassManager([drop], observers=observers_from_env(), checks=CHECKS)
+    manager.run(found.graph_module, PlanContext(model=model))
 
 
 def _same_nodes(before: list[Stack], cuts: list[Cut], after: list[Stack]) -> None:
-    """Check that every kept layer does in the shortened model what it did."""
+    """Check that every kept layer runs the same ops in the shortened model."""
     now = {stack.path: stack for stack in after}
     for cut in cuts:
         old = next(stack for stack in before if stack.path == cut.path)
@@ -292,8 +275,5 @@ def _same_nodes(before: list[Stack], cuts: list[Cut], after: list[Stack]) -> Non
             is_ = [str(n.target) for n in block.nodes if n.op != "get_attr"]
             if was != is_:
                 raise VerificationError(
-                    f"{block.path}: does not do what it did as layer {at}: keep other layers"
+                    f"{block.path}: does not compute what it did as layer {at}: keep other layers"
                 )
-
-
-__all__ = ["drop_layers", "student"]

@@ -1,8 +1,8 @@
 """A teacher's logits on disk, so that it runs once per row of data and not once per epoch.
 
-A folder of safetensors shards and one JSON manifest; see `moeify.distillation.store`. Each row of a
-batch is found by the SHA-256 of all that the teacher was given for it, so that batches may be made
-up anew. After a crash the folder holds whole shards, and what was in none is computed again.
+A folder of safetensors shards and one JSON manifest; see `moeify.distillation.store`. The key of a
+row is the SHA-256 of all inputs of the teacher for it, so that rows may be batched in another way.
+After a crash the folder holds whole shards, and rows that are in none are computed again.
 
 Shapes: N positions, V words, K words kept.
 """
@@ -43,8 +43,8 @@ class TeacherCache:
         top_k: K, the likeliest words kept per position, the rest in one lump; None keeps all
             logits as the teacher gave them.
         temperature: T of the probabilities that are kept with `top_k`.
-        vocab: Words that are kept at all, the first ones; the student's size, if its vocabulary is
-            the teacher's with less padding. None keeps all.
+        vocab: Number of words, the first ones, that are kept; the student's size, if its vocabulary
+            is the teacher's with less padding. None keeps all.
         shard_bytes: A shard is written when so much has been gathered.
 
     Attributes:
@@ -89,7 +89,7 @@ class TeacherCache:
         return len(self._writer.places) + len(self._writer.pending)
 
     def close(self) -> None:
-        """Write what was gathered and let go; the end of the program does so too. Reading ends."""
+        """Write what was gathered and end reading; the end of the program does so too."""
         if self._finalizer.alive:
             self._finalizer()
             log.info("%s: %d rows in %d bytes", self._writer.folder, self.rows, self.nbytes)
@@ -109,22 +109,14 @@ class TeacherCache:
         self._writer.teacher = own
 
     def missing(self, keys: Sequence[bytes]) -> list[int]:
-        """Return which of these rows cannot be read."""
+        """Return the positions of keys whose rows cannot be read."""
         known = self._writer
         return [
             i for i, key in enumerate(keys) if key not in known.places and key not in known.pending
         ]
 
     def add(self, keys: Sequence[bytes], logits: Tensor) -> None:
-        """Keep a teacher's logits.
-
-        Args:
-            keys: B keys, of `row_keys`.
-            logits: [B, ..., V] float.
-
-        Raises:
-            CheckpointError: The shard that was due cannot be written.
-        """
+        """Keep a teacher's logits [B, ..., V] under B keys, of `row_keys`."""
         new = self.missing(keys)
         if not new:
             return
@@ -142,17 +134,11 @@ class TeacherCache:
             self._writer.put(keys[i], tuple(t[part].clone() for t in kept), flat.shape[1])
 
     def read(self, keys: Sequence[bytes]) -> Tensor | TopK:
-        """Return the rows of a batch, flat.
-
-        Args:
-            keys: Of `row_keys`.
-
-        Returns:
-            Logits [N, V] in the teacher's dtype, or a `TopK` of N rows, on the CPU.
+        """Return rows on the CPU, flat: logits [N, V] in the teacher's dtype, or a `TopK`.
 
         Raises:
-            CacheMissError: A row is not there.
-            CheckpointError: What is there is damaged.
+            CacheMissError: A row is missing.
+            CheckpointError: A row is damaged.
         """
         missing = self.missing(keys)
         if missing:
@@ -163,22 +149,16 @@ class TeacherCache:
             )
         parts = [self._writer.get(key) for key in keys]
         joined = [torch.cat(each) for each in zip(*parts, strict=True)]
-        return (
-            joined[0]
-            if self.top_k is None
-            else TopK(joined[0], joined[1], joined[2], self._writer.vocab or 0)
-        )
+        if self.top_k is None:
+            return joined[0]
+        return TopK(joined[0], joined[1], joined[2], self._writer.vocab or 0)
 
     def flush(self) -> None:
-        """Write what was gathered.
-
-        Raises:
-            CheckpointError: It cannot be written.
-        """
+        """Write what was gathered."""
         self._writer.flush()
 
     def verify(self) -> None:
-        """Hold every shard against its SHA-256 in the manifest.
+        """Compare every shard with its SHA-256 in the manifest.
 
         Raises:
             CheckpointError: One was changed.
@@ -197,16 +177,9 @@ class TeacherCache:
 
 
 def row_keys(inputs: Mapping[str, Any]) -> list[bytes]:
-    """Return a key for each row of a batch: the SHA-256 of all that a model is given for it.
+    """Return a key of 32 bytes for each row of a batch; integers of any width give the same.
 
-    Args:
-        inputs: Tensors [B, ...] of one B, and plain values that hold for all rows.
-
-    Returns:
-        B digests of 32 bytes. Integers of any width give the same.
-
-    Raises:
-        MoeifyError: There is no tensor, or something that belongs to no single row.
+    Inputs are tensors [B, ...] of one B, and plain values that hold for all rows.
     """
     tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
     others = {name: value for name, value in inputs.items() if name not in tensors}
@@ -244,6 +217,3 @@ def fingerprint(model: nn.Module) -> str:
         some = flat[:: max(1, flat.numel() // _SAMPLE)].cpu().contiguous()
         digest.update(some.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-__all__ = ["CacheMissError", "TeacherCache", "fingerprint", "row_keys"]

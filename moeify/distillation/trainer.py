@@ -18,8 +18,6 @@ from moeify.errors import MoeifyError
 
 log = logging.getLogger("moeify")
 
-__all__ = ["DistillationTrainer"]
-
 
 class DistillationTrainer(Trainer):
     """A `Trainer` whose training loss is a `Distiller`'s.
@@ -29,10 +27,10 @@ class DistillationTrainer(Trainer):
     the step. Evaluation is the model's own, so that `eval_loss` compares with any other run's;
     an `ahead` schedule reads it. Logs of the loss have `ce`, `kd` (T^2 KL, before alpha) and
     `alpha`, means over the labels since the last log. The teacher stays where it is: put it on
-    the device that it shall run on.
+    the device that it should run on.
 
     Args:
-        distiller: Of this very model.
+        distiller: Made of this same model.
 
     Raises:
         MoeifyError: The distiller is another model's, or an option is set that replaces the
@@ -68,28 +66,27 @@ class DistillationTrainer(Trainer):
         return (loss, output) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the parts of the loss since the last log."""
         if "loss" in logs and self._sums is not None:
             sums = self._sums
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 torch.distributed.all_reduce(sums)
-            ce, items, kd, on = sums.tolist()
+            ce, items, kd, kd_items = sums.tolist()
             parts = self.distiller.loss.last
-            logs["ce"], logs["kd"] = ce / max(items, 1), kd / max(on, 1)
+            logs["ce"], logs["kd"] = ce / max(items, 1), kd / max(kd_items, 1)
             logs["alpha"] = 0.0 if parts is None else parts.alpha
             self._sums = None
         super().log(logs, *args, **kwargs)
 
     def _refuse_conflicts(self) -> None:
         if self.distiller.student is not self.model:
-            raise MoeifyError("the distiller has another student: make it of this very model")
+            raise MoeifyError("the distiller has another student: make it of this same model")
         if self.label_smoother is not None or self.compute_loss_func is not None:
             raise MoeifyError(
                 "label smoothing and compute_loss_func replace the loss, and so does "
                 "distillation: take them out"
             )
         if self.args.n_gpu > 1:
-            raise MoeifyError("one process has several devices: start one per device, torchrun")
+            raise MoeifyError("one process has several devices: start one per device with torchrun")
 
     def _warn_of_another_device(self) -> None:
         teacher = self.distiller.teacher
@@ -98,16 +95,17 @@ class DistillationTrainer(Trainer):
             log.warning("the teacher runs on %s, the student on %s", where, self.args.device)
 
     def _add_parts(self) -> None:
-        """Sum up the parts of the loss on the device, until a log is due."""
+        """Sum up the parts of the loss, on its device, until they are logged."""
         parts = self.distiller.loss.last
         assert parts is not None
-        on = parts.items if parts.alpha else torch.zeros_like(parts.items)
-        sums = torch.stack([x.to(torch.float64) for x in (parts.ce, parts.items, parts.kd, on)])
+        kd_items = parts.items if parts.alpha else torch.zeros_like(parts.items)
+        new = (parts.ce, parts.items, parts.kd, kd_items)
+        sums = torch.stack([part.to(torch.float64) for part in new])
         self._sums = sums if self._sums is None else self._sums + sums
 
 
 class _ScheduleObserver(TrainerCallback):
-    """Tells the schedule how long the run is, and the validation losses as they come."""
+    """Gives the schedule the length of the run, and validation losses as they come."""
 
     def __init__(self, kd: Distiller) -> None:
         self.kd = kd
@@ -115,7 +113,7 @@ class _ScheduleObserver(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.kd.schedule.total is None:
             self.kd.schedule.total = state.max_steps
-        for entry in state.log_history:  # of the run that goes on
+        for entry in state.log_history:  # of the run that is resumed
             if "eval_loss" in entry:
                 self.kd.schedule.observe(entry["step"], entry["eval_loss"])
 

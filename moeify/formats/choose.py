@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Final, Literal, get_args
 
 from torch import nn
 
@@ -15,7 +15,7 @@ from moeify.formats.native.export import NotNative, native_files
 from moeify.storage.tensor_source import ModelFiles, TensorSource
 
 FormatChoice = Literal["auto", "native", "custom", "moeify"]
-CHOICES: tuple[FormatChoice, ...] = ("auto", "native", "custom", "moeify")
+_CHOICES: Final = get_args(FormatChoice)
 
 
 def choose_format(
@@ -32,40 +32,34 @@ def choose_format(
         tensor_source: Its tensors.
         kind: "native": a class of transformers that computes the same, so that nothing else is
             needed. "custom": code that needs moeify, for any class of transformers. "moeify": what
-            `moeify.load` reads, for any model. "auto": the first of them that fits.
+            `moeify.load` reads, for any model. "auto": the first of these that fits; notes say why
+            the earlier ones do not.
         source: Where the weights came from; see `FormatManifest`.
-
-    Returns:
-        The files; their notes say why what comes earlier in "auto" does not fit.
-
-    Raises:
-        NotNative: "native" does not fit; says why for each class.
-        CheckpointError: Another kind does not fit.
-        MoeifyError: The model has not been converted.
-        ValueError: The kind is unknown.
     """
-    given = dict(source or {})
-    if kind not in CHOICES:
-        raise ValueError(f"export: {kind!r} is unknown; use one of {', '.join(CHOICES)}")
+    if kind not in _CHOICES:
+        raise ValueError(f"export: {kind!r} is unknown; use one of {', '.join(_CHOICES)}")
     if kind == "moeify":
-        return moeify_files(model, tensor_source, source=given)
+        return moeify_files(model, tensor_source, source=source)
     if kind == "custom":
-        return custom_files(model, tensor_source, source=given)
-    notes: list[str] = []
+        return custom_files(model, tensor_source, source=source)
     try:
-        return native_files(model, tensor_source, source=given)
+        return native_files(model, tensor_source, source=source)
     except NotNative as error:
         if kind == "native":
             raise
-        reasons: dict[str, list[str]] = {}
-        for name, reason in error.reasons.items():
-            reasons.setdefault(reason, []).append(name)
-        every = len(reasons) == 1
-        for reason, names in reasons.items():
-            notes.append(f"not {'native' if every else ', '.join(names)}: {reason}")
+        notes = _why_not(error)
     try:
-        model_files = custom_files(model, tensor_source, source=given)
+        model_files = custom_files(model, tensor_source, source=source)
     except CheckpointError as error:
         notes.append(f"not custom: {error}")
-        model_files = moeify_files(model, tensor_source, source=given)
+        model_files = moeify_files(model, tensor_source, source=source)
     return dataclasses.replace(model_files, notes=(*model_files.notes, *notes))
+
+
+def _why_not(error: NotNative) -> list[str]:
+    classes: dict[str, list[str]] = {}
+    for name, reason in error.reasons.items():
+        classes.setdefault(reason, []).append(name)
+    if len(classes) == 1:
+        return [f"not native: {reason}" for reason in classes]
+    return [f"not {', '.join(names)}: {reason}" for reason, names in classes.items()]

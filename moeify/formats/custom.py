@@ -3,7 +3,7 @@
 The generated code is two classes that put `moeify.formats.remote_code` before the dense ones; all
 else is data in `config.json`. `trust_remote_code=True` loads it with the Auto classes that know
 the dense class. Without it nothing loads: the folder's `model_type` is unknown to transformers,
-and a dense class called by name is led to a file that is not there.
+and a dense class called by name is pointed to a file that does not exist.
 
 Source: https://huggingface.co/docs/transformers/custom_models
 """
@@ -11,27 +11,18 @@ Source: https://huggingface.co/docs/transformers/custom_models
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 
 from torch import nn
 
-from moeify.capture.input_spec import describable
 from moeify.convert.replay import layer_records
-from moeify.errors import CheckpointError
+from moeify.formats.dense_details import config_files, dense_details, main_dtype
 from moeify.formats.manifest import format_manifest
 from moeify.formats.recipe import recipe_of
-from moeify.hf.dense_class import (
-    KEY,
-    dense_class,
-    dense_classes,
-    dense_config,
-    generation_config,
-    with_decoys,
-)
+from moeify.hf.dense_class import KEY, dense_classes, with_decoys
 from moeify.sites.record import require_conversion
 from moeify.storage.tensor_source import ModelFiles, TensorSource, copied
-from moeify.units import dtype_name
 
 _CONFIGURATION: Final = '''\
 """The config of a Mixture-of-Experts model made by moeify, which must be installed."""
@@ -62,68 +53,48 @@ class {name}(ConvertedModel, {dense}):
 def custom_files(
     model: nn.Module, tensor_source: TensorSource, *, source: Mapping[str, Any] | None = None
 ) -> ModelFiles:
-    """Return what is to be in a folder that transformers loads with moeify's help.
-
-    Args:
-        model: A converted Hugging Face model; may be on meta.
-        tensor_source: Its tensors.
-        source: Where the weights came from; see `FormatManifest`.
-
-    Raises:
-        CheckpointError: The model's class is not transformers' own, or was converted with inputs
-            that cannot be made again.
-        MoeifyError: The model has not been converted.
-    """
+    """Return the files of a folder that transformers loads with moeify's help."""
     conversion = require_conversion(model)
     layers = layer_records(model, conversion)
     cls, config_class = dense_classes(model)
-    dense, generation = dense_config(model), generation_config(model)
-    inputs = conversion.inputs if describable(conversion.inputs) else None
+    details = dense_details(model, conversion)
     name, config_name = _made_name(cls), _made_name(config_class)
     saved_as = f"moeify_{config_class.model_type}"  # type: ignore[attr-defined]
     config = with_decoys(
-        dense
+        details["config"]
         | {
             "model_type": saved_as,
             "architectures": [name],
-            "auto_map": auto_map(cls, config_name, name),
-            "dtype": main_dtype(tensor_source),
+            "auto_map": _auto_map(cls, config_name, name),
+            "dtype": main_dtype(tensor_source.specs.values()),
             KEY: recipe_of(conversion, layers),
         }
     )
-    texts = {"config.json": _json(config), **_code_of(cls, config_class, saved_as)}
-    if generation is not None:
-        texts["generation_config.json"] = _json(generation)
+    code = _code_of(cls, config_class, saved_as)
     return ModelFiles(
         kind="custom",
         tensors=tuple(
             copied(tensor_source, at, name) for name, at in _names(model, tensor_source).items()
         ),
-        texts=texts,
+        texts=config_files(config, details["generation"]) | code,
         manifest=format_manifest(
             "custom",
             architecture=name,
             plan=conversion.plan,
             layers=layers,
-            source=dict(source or {}),
-            details={
-                "class": f"{cls.__module__}.{cls.__name__}",
-                "config": dense,
-                "inputs": inputs,
-                "generation": generation,
-            },
+            source=source,
+            details=details,
         ),
         notes=(f"loading {name} needs moeify and trust_remote_code=True",),
     )
 
 
 def _made_name(dense: type) -> str:
-    """Return the name of the class that stands in for a dense one."""
     return f"Moeify{dense.__name__}"
 
 
 def _code_of(cls: type, config_class: type, saved_as: str) -> dict[str, bytes]:
-    """Return the code of the folder: the classes of the config and of the model."""
+    """Return the Python files of the folder, by name."""
     config_name = _made_name(config_class)
     configuration = _CONFIGURATION.format(
         module=config_class.__module__,
@@ -140,8 +111,8 @@ def _code_of(cls: type, config_class: type, saved_as: str) -> dict[str, bytes]:
     }
 
 
-def auto_map(cls: type, config_name: str, name: str) -> dict[str, str]:
-    """Return which Auto classes load a generated class: those that know its dense one."""
+def _auto_map(cls: type, config_name: str, name: str) -> dict[str, str]:
+    """Name the Auto classes that load a generated class: those that know its dense one."""
     from transformers.models.auto import modeling_auto
 
     found = {"AutoConfig": f"configuration_moeify.{config_name}"}
@@ -158,45 +129,19 @@ def _each(value: object) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value)  # type: ignore[arg-type]
 
 
-def main_dtype(tensor_source: TensorSource) -> str:
-    """Return the dtype of most floating-point elements."""
-    counts: dict[str, int] = {}
-    for spec in tensor_source.specs.values():
-        if spec.dtype.is_floating_point:
-            name = dtype_name(spec.dtype)
-            size = 1
-            for length in spec.shape:
-                size *= length
-            counts[name] = counts.get(name, 0) + size
-    return max(counts, key=lambda name: counts[name], default="float32")
-
-
 def _names(model: nn.Module, tensor_source: TensorSource) -> dict[str, str]:
     """Return every name to write with the name that it is stored under.
 
-    Names that transformers ties when it loads are left out, as it does; other further names of a
-    tensor are written in full.
+    A name that transformers ties when it loads is left out, as transformers does; other aliases of
+    a tensor are written in full.
     """
     groups: dict[str, list[str]] = {name: [name] for name in tensor_source.specs}
     for alias, name in tensor_source.aliases.items():
         groups[name].append(alias)
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    return {name: at for at, group in groups.items() for name in _written(group, tied)}
-
-
-def _written(group: list[str], tied: Mapping[str, str]) -> Iterator[str]:
-    for name in group:
-        source = tied.get(name)
-        if source is None or source not in group:
-            yield name
-
-
-def _json(data: Any) -> bytes:
-    try:
-        text = json.dumps(data, indent=2, sort_keys=True, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"config.json: cannot be written: {error}") from error
-    return text.encode() + b"\n"
-
-
-__all__ = ["auto_map", "custom_files", "dense_class", "main_dtype"]
+    return {
+        alias: name
+        for name, group in groups.items()
+        for alias in group
+        if tied.get(alias) not in group
+    }

@@ -4,54 +4,45 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any, Final, Literal
-
-from pydantic import ValidationError
-
+from collections.abc import Mapping
 from moeify.convert.replay import versions
 from moeify.errors import CheckpointError
 from moeify.plan.plan import Plan
 from moeify.plan.selection import Strict
 from moeify.plan.strict_yaml import path_text
-from moeify.storage.atomic_folder import MANIFEST, Folder
-from moeify.storage.manifest import MAX_BYTES, FileRecord, LayerRecord
-from moeify.storage.strict_json import canonical_digest, parse_json
-from moeify.storage.tensor_source import Kind, Written
+from moeify.storage.atomic_folder import Folder
+from moeify.storage.atomic_folder import MANIFEST
+from moeify.storage.manifest import FileRecord
+from moeify.storage.manifest import LayerRecord
+from moeify.storage.manifest import MAX_BYTES
+from moeify.storage.strict_json import canonical_digest
+from moeify.storage.strict_json import parse_json
+from moeify.storage.tensor_source import Kind
+from moeify.storage.tensor_source import Written
+from pydantic import ValidationError
+from typing import Any
+from typing import Final
+from typing import Literal
+
 
 VERSION: Final = 3
 
 
 class FormatManifest(Strict):
-    """The content of `moeify.json`, without its own digest.
-
-    Attributes:
-        format: Always "moeify-export".
-        version: Version of the format.
-        kind: Who reads the folder: "custom", "native" or "dense".
-        versions: Of the packages that wrote it.
-        architecture: Class that reads it, such as "MixtralForCausalLM".
-        plan: The plan's data.
-        plan_sha256: Its digest.
-        layers: The converted layers, in execution order.
-        source: Where the weights came from: folder name, files with sizes and digests; may be
-            empty for a model in memory.
-        details: What else the reader of this kind needs.
-        shards: The files with tensors.
-        files: The other files.
-    """
+    """The content of `moeify.json`, without its own digest."""
 
     format: Literal["moeify-export"]
     version: Literal[3]
-    kind: Literal["custom", "native", "dense"]
-    versions: dict[str, str]
-    architecture: str
+    kind: Literal["custom", "native", "dense"]  # who reads the folder
+    versions: dict[str, str]  # of the packages that wrote it
+    architecture: str  # the class that reads it, such as "MixtralForCausalLM"
     plan: dict[str, Any]
     plan_sha256: str
-    layers: list[LayerRecord]
-    source: dict[str, Any]
-    details: dict[str, Any]
-    shards: list[FileRecord]
-    files: list[FileRecord]
+    layers: list[LayerRecord]  # in execution order
+    source: dict[str, Any]  # where the weights came from; empty for a model in memory
+    details: dict[str, Any]  # what else the reader of this kind needs
+    shards: list[FileRecord]  # files with tensors
+    files: list[FileRecord]  # all others
 
 
 def format_manifest(
@@ -60,10 +51,10 @@ def format_manifest(
     architecture: str,
     plan: Plan,
     layers: list[LayerRecord],
-    source: dict[str, Any],
+    source: Mapping[str, Any] | None,
     details: dict[str, Any] | None = None,
 ) -> Callable[[Written], bytes]:
-    """Return what makes the manifest once the other files are written; see `FormatManifest`."""
+    """Return a function that makes the manifest once the other files are written."""
 
     def make(written: Written) -> bytes:
         manifest = FormatManifest.model_validate(
@@ -76,7 +67,7 @@ def format_manifest(
                 "plan": plan.data(),
                 "plan_sha256": plan.digest(),
                 "layers": layers,
-                "source": source,
+                "source": dict(source or {}),
                 "details": details or {},
                 "shards": written.shards,
                 "files": written.files,
@@ -90,11 +81,7 @@ def format_manifest(
 
 
 def read_format_manifest(folder: Folder) -> FormatManifest | None:
-    """Read `moeify.json` of an exported folder; None if it is of another format, or not there.
-
-    Raises:
-        CheckpointError: It is damaged; the message names the file and the key.
-    """
+    """Read `moeify.json` of an exported folder; None if it is missing or of another format."""
     where = folder.where(MANIFEST)
     try:
         text = folder.read(MANIFEST, limit=MAX_BYTES)
@@ -109,7 +96,7 @@ def read_format_manifest(folder: Folder) -> FormatManifest | None:
     if type(version) is not int or version != VERSION:
         raise CheckpointError(
             f"{where}: version: {version!r:.40} cannot be read, only {VERSION}; "
-            "use the moeify that wrote it"
+            "use the version of moeify that wrote it"
         )
     digest = data.pop("sha256", None)
     try:

@@ -1,7 +1,7 @@
 """`README.md` of a converted folder: what it is made of, how it was made, how it is loaded.
 
-Whatever comes from outside (names, the plan, the source's card) is data here: it goes into YAML and
-JSON through their writers, and into Markdown inside fences that are longer than any in it.
+Names, the plan and the source's card are untrusted: they are written to YAML and JSON by their
+writers, and to Markdown inside fences that are longer than any fence in them.
 """
 
 from __future__ import annotations
@@ -51,16 +51,9 @@ def model_card(
 ) -> bytes:
     """Return the card's text.
 
-    Args:
-        kind: "native", "custom" or "moeify".
-        plan: The plan's data.
-        layers: Each converted layer, and whether it computes what the dense one does.
-        source: Folder of the dense model, whose own card gives licence and name.
-        sha256: Digests of its files with tensors, in hex, by name.
-        total: Parameters of the converted model.
-        active: Those that a token uses.
-        auto: Auto class that loads it.
-        notes: Further sentences.
+    `layers` says of each layer whether it computes what the dense one does, `source` is the folder
+    of the dense model, `sha256` has the digests of its tensor files by name; `total` and `active`
+    count parameters, and `auto` is the Auto class that loads the model.
     """
     exact = all(same for _, same in layers)
     lines = [
@@ -92,7 +85,7 @@ def model_card(
         "",
         "## Plan",
         "",
-        *_fenced(_yaml(plan), "yaml"),
+        *_fenced(strict_yaml.dump(dict(plan), "plan.yaml"), "yaml"),
     ]
     if notes:
         lines += ["", "## Notes", "", *_fenced("\n".join(notes), "text")]
@@ -113,8 +106,8 @@ def _layer_table(layers: Sequence[tuple[LayerDescription, bool]]) -> list[str]:
 
 
 def _front_matter(source: Path, kind: str) -> list[str]:
-    """Return the lines between the dashes; licence and name are the source's, if it states them."""
-    stated = source_front_matter(source)
+    """Return the lines between the dashes, with licence and name if the source states them."""
+    stated = _source_front_matter(source)
     library = "moeify" if kind == "moeify" else "transformers"
     data: dict[str, Any] = {"library_name": library, "tags": ["moe", "moeify"]}
     for key in ("license", "license_name", "license_link"):
@@ -137,8 +130,8 @@ def _scalar(value: Any) -> str:
     return json.dumps(value)
 
 
-def source_front_matter(source: Path) -> dict[str, Any]:
-    """Return the front matter of a folder's card; empty if there is none that can be read."""
+def _source_front_matter(source: Path) -> dict[str, Any]:
+    """Return the front matter of a folder's card; empty if none can be read."""
     try:
         with (source / "README.md").open("rb") as stream:
             text = stream.read(_MAX_CARD).decode("utf-8")
@@ -154,10 +147,6 @@ def source_front_matter(source: Path) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-def _yaml(plan: Mapping[str, Any]) -> str:
-    return strict_yaml.dump(dict(plan), "plan.yaml")
-
-
 def _fenced(text: str, language: str) -> list[str]:
     """Return lines in a fence that nothing in them can close."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
@@ -166,7 +155,7 @@ def _fenced(text: str, language: str) -> list[str]:
 
 
 def _code(text: str) -> str:
-    """Return a name as inline code in a cell of a table."""
+    """Return a name as inline code for a table cell."""
     plain = "".join(c if c.isprintable() else "?" for c in text).replace("|", "\\|")
     longest = max((len(run) for run in re.findall(r"`+", plain)), default=0)
     ticks = "`" * (longest + 1)

@@ -1,4 +1,4 @@
-"""A folder that moeify wrote: what it holds, and its tensors, read where they lie."""
+"""What a folder written by moeify holds, and its tensors, read in place."""
 
 from __future__ import annotations
 
@@ -24,11 +24,7 @@ def is_save(folder: Path) -> bool:
 
 
 def is_converted(folder: Path) -> bool:
-    """Return whether moeify wrote a folder with a converted model, not with a dense one.
-
-    Raises:
-        CheckpointError: What it wrote there is damaged.
-    """
+    """Return whether moeify wrote a folder with a converted model, not with a dense one."""
     if not is_save(folder):
         return False
     with Folder(folder) as opened:
@@ -37,31 +33,15 @@ def is_converted(folder: Path) -> bool:
 
 
 def read_any_manifest(folder: Folder) -> Manifest | FormatManifest:
-    """Read `moeify.json` of a folder that moeify wrote in any format.
-
-    Raises:
-        CheckpointError: It is missing or damaged.
-    """
+    """Read `moeify.json` of a folder that moeify wrote in any format."""
     return read_format_manifest(folder) or read_manifest(folder)
 
 
 class FolderTensors:
     """The tensors of a converted model in a folder that moeify wrote; a `TensorSource`.
 
-    It reads what `moeify.save` wrote, and an export with custom code. In the latter, names that the
-    model's class ties are not there at all.
-
-    Args:
-        directory: The folder.
-        verify: Read all of it first, and compare every file with its SHA-256 in `moeify.json`.
-
-    Attributes:
-        manifest: The content of `moeify.json`.
-        specs: See `TensorSource`.
-        aliases: See `TensorSource`.
-
-    Raises:
-        CheckpointError: It is not such a folder, or is incomplete or damaged.
+    It reads what `moeify.save` wrote, and an export with custom code, where names that the model's
+    class ties are absent. `verify` first compares every file with its SHA-256 in `moeify.json`.
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, verify: bool = False) -> None:
@@ -86,19 +66,13 @@ class FolderTensors:
             self._verify(self.manifest.shards)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """See `TensorSource.read`."""
         return self._files.read(name, start, stop)
 
     def unchanged(self) -> None:
-        """Check, after reading, that no file was written to in the meantime.
-
-        Raises:
-            CheckpointError: One was.
-        """
+        """Raise a `CheckpointError` if a file was written to since it was opened."""
         self._files.unchanged()
 
     def close(self) -> None:
-        """Close all files."""
         self._files.close()
 
     def _verify(self, shards: list[FileRecord]) -> None:
@@ -111,7 +85,7 @@ class FolderTensors:
 
 
 def _saved(folder: Folder, manifest: Manifest) -> TensorFiles:
-    """Open the shards of a save, and hold them against its manifest."""
+    """Open the shards of a save and check them against its manifest."""
     files = TensorFiles(folder.path)
     for record in manifest.shards:
         where = folder.where(record.file)

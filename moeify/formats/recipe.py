@@ -1,4 +1,4 @@
-"""The recipe in the config of a custom export: the plan, and what its conversion must give."""
+"""The recipe in the config of a custom export: the plan, and the layers that it must produce."""
 
 from __future__ import annotations
 
@@ -14,34 +14,23 @@ from moeify.plan.strict_yaml import path_text
 from moeify.sites.record import Conversion
 from moeify.storage.manifest import LayerRecord
 
-_OF_DTYPE: Final = frozenset({"dtype", "bytes_after"})
-"""What follows from the dtype, which a caller of `from_pretrained` may choose."""
-
+_OF_DTYPE: Final = frozenset({"dtype", "bytes_after"})  # a caller of from_pretrained chooses it
 _Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class Recipe(Strict):
-    """The content of `config.moeify`.
-
-    Attributes:
-        version: Of this form.
-        versions: Of the packages that wrote it.
-        plan: The plan's data.
-        plan_sha256: Its digest.
-        inputs: Description of the example inputs; None where they are made from the config.
-        layers: What must come out of the conversion, without what is at its default.
-    """
+    """The content of `config.moeify`."""
 
     version: Literal[3]
     versions: dict[str, str]
     plan: dict[str, Any]
     plan_sha256: _Digest
-    inputs: Any
-    layers: list[LayerRecord]
+    inputs: Any  # description of the example inputs; None where the config gives them
+    layers: list[LayerRecord]  # what the conversion must produce, without defaults
 
 
 def recipe_of(conversion: Conversion, layers: list[LayerRecord]) -> dict[str, Any]:
-    """Return the recipe of a converted Hugging Face model, as JSON-able data."""
+    """Return the recipe of a converted Hugging Face model, as JSON data."""
     recipe = Recipe(
         version=3,
         versions=versions(),
@@ -54,17 +43,9 @@ def recipe_of(conversion: Conversion, layers: list[LayerRecord]) -> dict[str, An
 
 
 def read_recipe(data: Any, where: str) -> Recipe:
-    """Read a recipe.
-
-    Args:
-        data: What the config holds.
-        where: Its place, for messages.
-
-    Raises:
-        CheckpointError: It is missing or damaged.
-    """
+    """Read the recipe that a config holds; `where` is its place, for messages."""
     if not isinstance(data, dict):
-        raise CheckpointError(f"{where}: is missing: the config is of no converted model")
+        raise CheckpointError(f"{where}: is missing: this is not the config of a converted model")
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
@@ -83,9 +64,6 @@ def recorded(recipe: Recipe, where: str) -> Recorded:
         layers=recipe.layers,
         ignore=_OF_DTYPE,
         versions=recipe.versions,
-        passes="passes of your own, and dense modules that were changed, do not travel with this "
-        "format; use moeify.save",
+        passes="this format does not keep passes of your own or changes to dense modules; use "
+        "moeify.save",
     )
-
-
-__all__ = ["Recipe", "read_recipe", "recipe_of", "recorded"]

@@ -24,13 +24,9 @@ from moeify.sites.record import require_one_process
 
 
 class ConvertedConfig:
-    """Stands before a config class of transformers in a generated one.
+    """The base that a generated config class puts before one of transformers."""
 
-    Attributes:
-        saved_as: The `model_type` that is written, which transformers does not know.
-    """
-
-    saved_as: ClassVar[str] = ""
+    saved_as: ClassVar[str] = ""  # the `model_type` on disk, which transformers does not know
     model_type: ClassVar[str]
 
     @classmethod
@@ -41,7 +37,7 @@ class ConvertedConfig:
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> Any:
-        """Make the config, without what keeps dense classes off."""
+        """Make the config, without the decoys that keep dense classes from loading it."""
         return super().from_dict(cls._in_memory(config_dict), **kwargs)  # type: ignore[misc]
 
     @classmethod
@@ -52,17 +48,13 @@ class ConvertedConfig:
         return made
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what is written."""
+        """Return what is written to disk."""
         made: dict[str, Any] = super().to_dict()  # type: ignore[misc]
         return with_decoys(made | {"model_type": self.saved_as})
 
 
 class ConvertedModel:
-    """Stands before a model class of transformers in a generated one.
-
-    Attributes:
-        dense_class: That class.
-    """
+    """The base that a generated model class puts before one of transformers."""
 
     dense_class: ClassVar[type]
 
@@ -73,7 +65,7 @@ class ConvertedModel:
         guard(self)
 
     def build_dense(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        """Build the dense model, which may ask for the classes that its config's class has."""
+        """Build the dense model, whose code may check the class of its config."""
         generated = type(config)
         config.__class__ = self.__dict__["config_class"] = dense_config_class(generated)
         try:
@@ -83,19 +75,12 @@ class ConvertedModel:
             del self.__dict__["config_class"]
 
     def _get_name(self) -> str:
-        """Return the dense class's name, by which trainers know whose labels are shifted."""
+        """Return the dense class's name, by which trainers decide whether labels are shifted."""
         return self.dense_class.__name__
 
 
 def convert_for_loading(model: nn.Module) -> None:
-    """Convert a newly built dense model by the recipe in its config; its weights come later.
-
-    Args:
-        model: Of a generated class; on meta it stays on meta.
-
-    Raises:
-        CheckpointError: The recipe is damaged, does not fit, or gives something else than it did.
-    """
+    """Convert a newly built dense model by the recipe in its config; weights are loaded later."""
     config: Any = model.config
     where = f"{getattr(config, 'name_or_path', '') or 'config.json'}: {KEY}"
     recipe = read_recipe(getattr(config, KEY, None), where)
@@ -108,13 +93,10 @@ def convert_for_loading(model: nn.Module) -> None:
 
 
 def _build_again(model: nn.Module) -> None:
-    """Build the dense model once more, with its buffers real; values come from a file later."""
+    """Build the dense model once more, with real buffers; parameters are loaded later."""
     assert isinstance(model, ConvertedModel)
     with parameters_on_meta():
         model.build_dense(model.config)
-    for module in model.modules():  # what is marked as initialised would not be loaded
+    for module in model.modules():  # what is marked as initialised is not loaded
         for part in (module, *module._parameters.values(), *module._buffers.values()):
             getattr(part, "__dict__", {}).pop("_is_hf_initialized", None)
-
-
-__all__ = ["ConvertedConfig", "ConvertedModel", "convert_for_loading"]

@@ -1,7 +1,7 @@
-"""What stands guard over a converted Hugging Face model that a user holds.
+"""Hooks on a converted Hugging Face model that a user holds.
 
-The public doors attach it: `moeify`, `load` and the classes of a custom export; `demoeify` takes it
-away.
+The public functions attach them: `moeify`, `load` and the classes of a custom export; `demoeify`
+removes them.
 """
 
 from __future__ import annotations
@@ -20,25 +20,21 @@ _ONE_EXPERT: Final = re.compile(r"\.experts\.[0-9]+\.")
 
 
 class SavePretrained:
-    """Stands before the `save_pretrained` of a converted model.
+    """Replaces the `save_pretrained` of a converted model.
 
-    The class's own would write what loads as a dense model with random MLPs. An object and no
-    bound function, so that the copy of a model saves the copy.
-
-    Args:
-        model: The converted model.
+    The class's own would write what loads as a dense model with random MLPs. This is an object, not
+    a bound function, so that the copy of a model saves the copy.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        """Save the model; see `moeify.formats.save_pretrained.save_pretrained`."""
         save_pretrained(self.model, *args, **kwargs)
 
 
 def guard(model: nn.Module) -> None:
-    """Let a converted model save itself, and refuse weights by names that it does not have."""
+    """Make a converted model save itself, and refuse weights under names that it does not have."""
     if not hasattr(model, "save_pretrained"):
         return
     model.__dict__["save_pretrained"] = SavePretrained(model)
@@ -57,12 +53,9 @@ def unguard(model: nn.Module) -> None:
 def refuse_other_names(
     model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any
 ) -> None:
-    """Load hook: refuse the MLP weights of a dense or a native checkpoint.
+    """Refuse the MLP weights of a dense or a native checkpoint; a load hook.
 
-    A trainer that resumes loads with `strict=False`: it would go on with the present experts.
-
-    Raises:
-        CheckpointError: There are such weights; names one.
+    A trainer that resumes loads with `strict=False`, which would silently keep the present experts.
     """
     record = conversion_of(model)
     if record is None:
@@ -75,10 +68,7 @@ def refuse_other_names(
             continue
         if name in dense or _ONE_EXPERT.search(name):
             raise CheckpointError(
-                f"{name}: is of a dense model or a native export, and this model keeps its experts "
+                f"{name}: is of a dense model or a native export, but this model keeps its experts "
                 'stacked: resume from a folder that save_pretrained(export="custom") or a Trainer '
-                "wrote, or load the other one with from_pretrained"
+                "wrote, or load that checkpoint with from_pretrained"
             )
-
-
-__all__ = ["SavePretrained", "guard", "refuse_other_names", "unguard"]

@@ -42,22 +42,22 @@ def save_pretrained(
     """Save a converted model of transformers, so that `from_pretrained` gives it back.
 
     A folder that is new, empty, or holds nothing but an older save is written whole or not at all.
-    Into any other (a trainer's, with its optimizer's state) the files are moved when all of them
-    are written, after `config.json` and the older weights were taken away and with `config.json`
-    last: if the machine stops in between, nothing loads from the folder, never a mix.
+    In any other (a trainer's, with its optimizer's state) `config.json` and the older weights are
+    removed once all new files are written, then these are moved in, with `config.json` last: after
+    a crash in between, nothing loads from the folder, never a mix.
 
     Args:
         model: The converted model; its weights lie whole in this process unless `state_dict` is
             given.
-        save_directory: Made if it is not there.
+        save_directory: Made if it does not exist.
         is_main_process: False writes nothing.
         state_dict: Tensors to save in place of the model's own, by its names. The folder is then a
             custom export, whatever `export` says, as are those that a `Trainer` resumes from
-            (`checkpoint-N`): what resumes loads them by these very names.
+            (`checkpoint-N`): resuming loads them by these very names.
         push_to_hub: Upload the files to the repository `repo_id`, or one of the folder's name;
             `private`, `create_pr`, `revision`, `commit_message` and `commit_description` are
             passed on.
-        max_shard_size: Bytes per file, or such as "5GB".
+        max_shard_size: Bytes per file, or a text such as "5GB".
         variant: Not supported.
         token: For the upload.
         export: "auto", "native", "custom" or "moeify"; see `choose_format`.
@@ -72,7 +72,7 @@ def save_pretrained(
     upload = _options(kwargs, variant, push_to_hub)
     if not is_main_process:
         return
-    if getattr(model, "_hf_peft_config_loaded", False):  # adapters alone, which know their base
+    if getattr(model, "_hf_peft_config_loaded", False):  # adapters alone: they name their base
         type(model).save_pretrained(model, save_directory, max_shard_size=max_shard_size)  # type: ignore[attr-defined]
         return
     target = Path(save_directory)
@@ -91,7 +91,7 @@ def save_pretrained(
 
 
 def _options(kwargs: dict[str, Any], variant: str | None, push_to_hub: bool) -> dict[str, Any]:
-    """Return what the upload needs of the further options."""
+    """Check the further options and return those of the upload."""
     if variant is not None:
         raise MoeifyError("variant: a converted model has none; save it to a folder of its own")
     if not kwargs.pop("safe_serialization", True):
@@ -108,7 +108,7 @@ def _options(kwargs: dict[str, Any], variant: str | None, push_to_hub: bool) -> 
 
 
 def _check(model: nn.Module, state_dict: Mapping[str, Tensor] | None) -> None:
-    """Refuse a model whose tensors are not here."""
+    """Refuse a model whose tensors are not in this process."""
     require_conversion(model)
     for path, module in model.named_modules():
         if compat.is_compiled_module(module):
@@ -120,7 +120,9 @@ def _check(model: nn.Module, state_dict: Mapping[str, Tensor] | None) -> None:
     require_one_process(model, "save_pretrained without state_dict=")
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
-            raise MoeifyError(f"{name}: is on meta or offloaded: load the model whole, or give it")
+            raise MoeifyError(
+                f"{name}: is on meta or offloaded: load the model whole, or give state_dict="
+            )
         if type(parameter.data).__name__ == "DTensor":
             raise MoeifyError(
                 f"{name}: is sharded: give state_dict=, gathered on the main process (accelerate's "
@@ -129,7 +131,7 @@ def _check(model: nn.Module, state_dict: Mapping[str, Tensor] | None) -> None:
 
 
 def _replaceable(target: Path) -> bool:
-    """Tell whether nothing in a folder is anybody else's."""
+    """Return whether all files in a folder are moeify's own."""
     if not target.is_dir():
         return True  # new; a file is refused by the writer
     found = {entry.name for entry in target.iterdir()}
@@ -145,7 +147,7 @@ def _replaceable(target: Path) -> bool:
 
 
 def _write_into(model_files: ModelFiles, target: Path, max_shard_size: int | str) -> Written:
-    """Write beside what others keep in a folder; see `save_pretrained`."""
+    """Write into a folder that holds other files; see `save_pretrained`."""
     try:
         with staged_folder(target / "moeify") as staged:
             written = write_files_into(

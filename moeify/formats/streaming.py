@@ -1,9 +1,9 @@
 """The tensors of a converted model, made from a dense folder while they are read.
 
 The model is built and converted on `meta`, which gives every name, shape and dtype. Values are made
-when they are asked for: what was kept is read from the folder, and an expert is made by the code
-that makes it in memory, in a second dense model on meta in which only the weights of its own layer
-are real for that moment. So the numbers are the same, bit for bit, and one layer is held at a time.
+on demand: kept tensors are read from the folder, and an expert is made by the code that makes it in
+memory, in a second dense model on meta in which only the weights of its own layer are real at that
+moment. So the numbers are the same, bit for bit, and one layer is held at a time.
 """
 
 from __future__ import annotations
@@ -34,21 +34,10 @@ from moeify.storage.tensor_source import TensorSource, TensorSpec
 
 
 class StreamedTensors:
-    """The tensors of a converted model; see the module and `TensorSource`.
+    """The tensors of a converted model on meta; a `TensorSource`.
 
-    Args:
-        model: Converted, its parameters on meta.
-        dense: The same model before the conversion, its parameters on meta, its buffers real.
-        source: The dense model's tensors, by its own names.
-        discovery: What was found in `dense`.
-        resolved: What became of it.
-
-    Attributes:
-        resolved: What was passed.
-        source: What was passed.
-        folder: Its files.
-        specs: See `TensorSource`.
-        aliases: See `TensorSource`.
+    `dense` is the same model before the conversion, its parameters on meta, its buffers real;
+    `source` has its tensors, `discovery` and `resolved` are of it.
     """
 
     def __init__(
@@ -91,7 +80,6 @@ class StreamedTensors:
                 self._block[name] = found
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """See `TensorSource.read`."""
         spec = self.specs[name]
         rows = range(*slice(start, stop).indices(spec.shape[0])) if spec.shape else range(0)
         tensor = self._made(name, rows) if name in self._block else self._kept(name, rows)
@@ -111,23 +99,23 @@ class StreamedTensors:
     def _made(self, name: str, rows: range) -> Tensor:
         path = self._block[name]
         layer = self._layers[path]
-        for other, one in self._layers.items():
-            if other != path:
-                one.forget()
+        for other_path, other in self._layers.items():
+            if other_path != path:
+                other.forget()
         leaf = name[len(path) + 1 :] if path else name
-        if is_stacked(leaf):
+        if _is_stacked(leaf):
             return layer.experts(leaf, rows)
         part = layer.part(leaf)
         return part[rows.start : rows.stop] if part.dim() else part
 
 
-def is_stacked(leaf: str) -> bool:
-    """Tell whether a tensor of a block has a row for each expert."""
+def _is_stacked(leaf: str) -> bool:
+    """Return whether a tensor of a block has a row for each expert."""
     return leaf.startswith("experts.") and leaf.count(".") == 1
 
 
 class _Layer:
-    """Makes the tensors of one block, and remembers the last."""
+    """Makes the tensors of one block, and keeps the last ones."""
 
     def __init__(
         self,
@@ -148,15 +136,14 @@ class _Layer:
         self._parts: dict[str, Tensor] = {}
 
     def forget(self) -> None:
-        """Let go of everything."""
         self._weights, self._made, self._parts = {}, None, {}
 
     def part(self, leaf: str) -> Tensor:
-        """Return what is no expert's, such as `router.weight`."""
+        """Return a tensor that belongs to no expert, such as `router.weight`."""
         if not self._parts:
             with self._real(), torch.no_grad():
                 tensors = _taken(build_block(self._model, self.layer, self._found, range(1)))
-            self._parts = {name: t for name, t in tensors.items() if not is_stacked(name)}
+            self._parts = {name: t for name, t in tensors.items() if not _is_stacked(name)}
         return self._parts[leaf]
 
     def experts(self, leaf: str, share: range) -> Tensor:
@@ -166,14 +153,14 @@ class _Layer:
         return made.expand(len(share), *made.shape[1:]) if alike else made
 
     def _stacked(self, share: range) -> dict[str, Tensor]:
-        """Return all tensors of some experts; the last ones are remembered."""
+        """Return all tensors of some experts; the last ones are kept."""
         if self._made is not None and self._made[0] == share:
             return self._made[1]
         self._made = None  # before the next ones are made
         with self._real(), torch.no_grad():
             if self._found is None:
                 tensors = _taken(build_block(self._model, self.layer, None, share))
-                found = {_leaf(name): t for name, t in tensors.items() if is_stacked(name)}
+                found = {_leaf(name): t for name, t in tensors.items() if _is_stacked(name)}
             else:
                 weights = expert_weights(self._model, self.layer, self._found, None, share)
                 found = {name: t.contiguous() for name, t in weights.named().items()}
@@ -182,7 +169,7 @@ class _Layer:
 
     @contextmanager
     def _real(self) -> Iterator[None]:
-        """Put the layer's weights into the dense model."""
+        """Put the layer's weights into the dense model for a while."""
         if not self._weights:
             for name in self._names:
                 old = self._source.aliases.get(name, name)
@@ -207,7 +194,7 @@ def _leaf(name: str) -> str:
 
 
 def _taken(block: nn.Module) -> dict[str, Tensor]:
-    """Return a block's tensors and leave it without; graphs are cycles, which go away late."""
+    """Return a block's tensors and strip it of them: its graphs are cycles, collected late."""
     found: dict[str, Tensor] = dict(block.named_parameters(remove_duplicate=False))
     found |= dict(block.named_buffers(remove_duplicate=False))
     for module in block.modules():
@@ -221,16 +208,8 @@ def stream(
 ) -> tuple[nn.Module, StreamedTensors]:
     """Convert a dense Hugging Face folder without holding its weights.
 
-    Args:
-        folder: With `config.json` and safetensors.
-        plan: The plan.
-        dtype: Of the result; as the config or the files say if None.
-
-    Returns:
-        The converted model on meta, and its tensors.
-
-    Raises:
-        MoeifyError: The folder or the plan does not do, or the whole model is needed in memory.
+    Return the converted model on meta, and its tensors; a dtype of None is that of the config or
+    files.
     """
     place = model_folder(folder)
     dense = build_on_meta(place, dtype)
@@ -244,8 +223,8 @@ def stream(
     for layer in resolved:
         if layer.init.needs_activations:
             raise MoeifyError(
-                f"{layer.name}: its experts start from what the model computes, for which it must "
-                "run: use --in-memory, and --calibration FILE for texts of yours"
+                f"{layer.name}: its experts start from activations, so the model must run: use "
+                "--in-memory, and --calibration FILE for texts of your own"
             )
     model = copy.deepcopy(dense)
     built = run_pipeline(model, plan, resolved, discovery)
@@ -254,7 +233,7 @@ def stream(
 
 
 def _refuse_missing(source: DenseTensors, dense: nn.Module, place: Path) -> None:
-    """Refuse to draw at random what the files lack."""
+    """Refuse a folder without some parameters, which transformers would draw at random."""
     parameters = {name for name, _ in dense.named_parameters(remove_duplicate=False)}
     missing = [name for name in source.missing if name in parameters]
     if missing:

@@ -1,18 +1,16 @@
 """Revert a folder: the dense model behind it, one layer at a time.
 
-The dense model is built on meta and converted there as it once was, which says where everything
-went. What was kept is copied under its old name; of a converted layer, its block alone is given
-its tensors when the first of its dense ones is to be written, and `moeify.convert.revert` makes
-them all.
+The dense model is built on meta and converted there as it once was, which says where every tensor
+went. Kept tensors are copied under their old names. When the first dense tensor of a converted
+layer is due, its block alone is given its tensors, and `moeify.convert.revert` makes them all.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
@@ -27,6 +25,7 @@ from moeify.checkpoint.single import load
 from moeify.convert.replay import Recorded, layer_records, replay
 from moeify.convert.revert import RevertedLayer
 from moeify.errors import CheckpointError
+from moeify.formats.dense_details import config_files, main_dtype
 from moeify.formats.manifest import FormatManifest, format_manifest, read_format_manifest
 from moeify.formats.native.reader import NativeTensors
 from moeify.formats.reader import FolderTensors
@@ -46,34 +45,21 @@ from moeify.storage.tensor_source import (
     copied,
     describe,
 )
-from moeify.units import dtype_name
 
 log = logging.getLogger("moeify")
 
-_ALIKE: Final = frozenset({"copy", "granular", "split"})
-"""Ways to start experts after which the dense MLP can be had again."""
+_EXACT_INITS: Final = frozenset({"copy", "granular", "split"})  # the dense MLP can be restored
+# Fields of a layer's plan on which the meaning of its tensors depends.
 _KEYS: Final = {"name", "experts", "top_k", "residual", "expert", "init"}
-"""What must be the same in every layer for the tensors to mean the same."""
 
 
 def dense_files(directory: str | os.PathLike[str]) -> ModelFiles:
-    """Describe the dense model that a folder of moeify's comes from.
+    """Describe the dense model that a save, or a custom or native export, comes from.
 
     Exact, bit for bit, where nothing has been trained and the experts are copies; see `demoeify`
-    for the others. Experts that are no copies of one another are averaged, and a warning names
-    them when they are written.
-
-    Args:
-        directory: What `moeify.save` wrote, or an export (custom or native) of a Hugging Face
-            model.
-
-    Returns:
-        What is to be in a folder that `from_pretrained` of the dense class reads.
-
-    Raises:
-        CheckpointError: The folder is damaged, or not of a Hugging Face model, or already dense.
-        UnsupportedModuleError: A block has learned something that the dense module has no place
-            for; raised when it is written.
+    for other cases. Experts that differ are averaged, and a warning names them when they are
+    written. An `UnsupportedModuleError` is raised then too, if a block has learned something that
+    the dense module has no place for.
     """
     with default_device_cpu():
         start = _start(directory)
@@ -86,6 +72,7 @@ def dense_files(directory: str | os.PathLike[str]) -> ModelFiles:
         layers.output(name) if name in layers.specs else copied(tensor_source, kept[name], name)
         for name in start.names
     ]
+    config = dense_config(model) | {"dtype": main_dtype(output.spec for output in outputs)}
     make = format_manifest(
         "dense",
         architecture=dense_class(model).__name__,
@@ -95,58 +82,38 @@ def dense_files(directory: str | os.PathLike[str]) -> ModelFiles:
     )
 
     def manifest(written: Written) -> bytes:
-        tensor_source.unchanged()  # all has been read by now
+        tensor_source.unchanged()  # by now everything has been read
         return make(written)
 
     return ModelFiles(
         kind="dense",
         tensors=tuple(outputs),
-        texts=_texts(model, outputs),
+        texts=config_files(config, generation_config(model)),
         manifest=manifest,
         notes=_notes(conversion),
     )
-
-
-def _texts(model: nn.Module, outputs: Sequence[Output]) -> dict[str, bytes]:
-    """Return the config files of the dense model."""
-    texts = {"config.json": dense_config(model) | {"dtype": _main_dtype(outputs)}}
-    if (generation := generation_config(model)) is not None:
-        texts["generation_config.json"] = generation
-    return {
-        name: json.dumps(text, indent=2, sort_keys=True).encode() + b"\n"
-        for name, text in texts.items()
-    }
 
 
 def _notes(conversion: Conversion) -> tuple[str, ...]:
     """Name the layers whose experts were not copies of one another from the start."""
     return tuple(
         f"{c.layer.name}: its experts were not the same from the start ({c.layer.init.experts}): "
-        "their mean is no MLP that was ever trained"
+        "their mean is not an MLP that was ever trained"
         for c in conversion.layers
-        if c.layer.init.experts not in _ALIKE
+        if c.layer.init.experts not in _EXACT_INITS
     )
 
 
 @dataclass(frozen=True, slots=True)
 class _Start:
-    """What a folder says.
+    """What a folder holds."""
 
-    Attributes:
-        where: The folder, for messages.
-        tensor_source: Its tensors.
-        names: The dense model's tensors, in the order of its state dict.
-        aliases: Further names of tied ones, to those names.
-        model: The converted model on meta.
-        source: The folder as a source, for the manifest.
-    """
-
-    where: str
+    where: str  # the folder, for messages
     tensor_source: FolderTensors | NativeTensors
-    names: tuple[str, ...]
-    aliases: Mapping[str, str]
-    model: nn.Module
-    source: dict[str, Any]
+    names: tuple[str, ...]  # the dense model's tensors, in the order of its state dict
+    aliases: Mapping[str, str]  # further names of tied ones, to those names
+    model: nn.Module  # the converted model on meta
+    source: dict[str, Any]  # the folder as a source, for the manifest
 
 
 def _start(directory: str | os.PathLike[str]) -> _Start:
@@ -179,17 +146,17 @@ def _start(directory: str | os.PathLike[str]) -> _Start:
 
 
 def _saved(folder: Folder, manifest: Manifest) -> nn.Module:
-    """Build the dense model of a save."""
+    """Build the dense model of a save on meta."""
     texts: dict[str, Any] = {}
     names = {record.file for record in manifest.files}
     for name in ("source_config.json", "generation_config.json"):
         if name in names:
             texts[name] = parse_json(folder.read(name, limit=MAX_BYTES), folder.where(name))
             if not isinstance(texts[name], dict):
-                raise CheckpointError(f"{folder.where(name)}: is no mapping")
+                raise CheckpointError(f"{folder.where(name)}: is not a mapping")
     if "source_config.json" not in texts:
         raise CheckpointError(
-            f"{folder.path}: holds a {manifest.model.name}, which is no Hugging Face model: use "
+            f"{folder.path}: holds a {manifest.model.name}, not a Hugging Face model: use "
             "moeify.load(folder, model=...) and moeify.demoeify"
         )
     config, generation = texts["source_config.json"], texts.get("generation_config.json")
@@ -197,20 +164,15 @@ def _saved(folder: Folder, manifest: Manifest) -> nn.Module:
 
 
 def _exported(export: FormatManifest, where: str) -> nn.Module:
-    """Build the dense model of an export."""
+    """Build the dense model of an export on meta."""
     details = export.details
     config, generation = details.get("config"), details.get("generation")
     if not isinstance(config, dict) or not (generation is None or isinstance(generation, dict)):
         raise CheckpointError(f"{where}/moeify.json: details: lack the dense config")
     try:
+        modes: dict[str, Any] = {"other_mode": [], "attention": {}, "experts": {}}
         record = ModelRecord.model_validate(
-            {
-                "name": details.get("class"),
-                "training": False,
-                "other_mode": [],
-                "attention": {},
-                "experts": {},
-            }
+            {"name": details.get("class"), "training": False, **modes}
         )
     except ValidationError as error:
         raise CheckpointError(f"{where}/moeify.json: details: class: {error}") from None
@@ -232,13 +194,9 @@ def _recorded(export: FormatManifest, where: str) -> Recorded:
 
 
 def _fill(model: nn.Module, tensor_source: TensorSource, where: str) -> dict[str, str]:
-    """Give a converted model on meta the dtypes of its tensors, and hold their shapes against it.
+    """Give a converted model on meta the dtypes of its tensors, and check their shapes.
 
-    Returns:
-        Every name in the model's state dict, to the name in `tensor_source.specs`.
-
-    Raises:
-        CheckpointError: A tensor is missing, or of another shape.
+    Return every name in the model's state dict with its name in `tensor_source.specs`.
     """
     specs, aliases = places_of(model)
     groups = {name: [name] for name in specs}
@@ -247,34 +205,30 @@ def _fill(model: nn.Module, tensor_source: TensorSource, where: str) -> dict[str
     places: dict[str, str] = {}
     for name, group in groups.items():
         found = {alias: tensor_source.aliases.get(alias, alias) for alias in group}
-        held = next((at for at in found.values() if at in tensor_source.specs), None)
-        if held is None:
+        stored = next((at for at in found.values() if at in tensor_source.specs), None)
+        if stored is None:
             raise CheckpointError(f"{where}: {name}: is in none of the files")
-        spec = tensor_source.specs[held]
+        spec = tensor_source.specs[stored]
         if spec.shape != specs[name].shape:
             raise CheckpointError(
-                f"{where}: {name}: is {describe(spec)}, and {list(specs[name].shape)} in a "
+                f"{where}: {name}: is {describe(spec)}, but {list(specs[name].shape)} in a "
                 f"{type(model).__name__} of this plan"
             )
-        twin: Tensor = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+        tensor: Tensor = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
         path, _, key = name.rpartition(".")
         if key in model.get_submodule(path)._parameters:
-            twin = nn.Parameter(twin, spec.dtype.is_floating_point)
+            tensor = nn.Parameter(tensor, spec.dtype.is_floating_point)
         for alias, at in found.items():
             path, _, key = alias.rpartition(".")
-            setattr(model.get_submodule(path), key, twin)
-            places[alias] = at if at in tensor_source.specs else held
+            setattr(model.get_submodule(path), key, tensor)
+            places[alias] = at if at in tensor_source.specs else stored
     return places
 
 
 def _kept(
     start: _Start, conversion: Conversion, places: Mapping[str, str], made: Mapping[str, TensorSpec]
 ) -> dict[str, str]:
-    """Return where every dense tensor is stored that no block holds.
-
-    Raises:
-        CheckpointError: It is nowhere, or tied ones are several.
-    """
+    """Return where every dense tensor is stored that no block holds; refuse untied tied ones."""
     found: dict[str, str] = {}
     for name in (*start.names, *start.aliases):
         if name in made or start.aliases.get(name, name) in made:
@@ -295,13 +249,7 @@ def _kept(
 class _Layers:
     """The dense tensors that come out of the blocks, made when they are asked for.
 
-    Args:
-        model: Converted, on meta, in the dtypes of its tensors.
-        tensor_source: Its tensors.
-        places: Their names there, by every name in the model.
-
-    Attributes:
-        specs: By dense name.
+    `places` has the name in `tensor_source` of every name in the converted model, which is on meta.
     """
 
     def __init__(
@@ -319,12 +267,10 @@ class _Layers:
         self._made: tuple[ConvertedLayer | None, dict[str, Tensor]] = None, {}
 
     def output(self, name: str) -> Output:
-        """Return one of them as an output."""
-
         def pieces() -> Iterator[Tensor]:
             layer = self._layer[name]
             if self._made[0] is not layer:
-                self._made = None, {}  # first let go of the last one
+                self._made = None, {}  # free the last layer first
                 self._made = layer, self._make(layer)
             yield self._made[1][name]
 
@@ -335,8 +281,8 @@ class _Layers:
             rebuilt = RevertedLayer(self._model, layer)
         if not rebuilt.exact:
             log.warning(
-                "%s: its experts are no copies of one another: they were averaged, and the dense "
-                "model does not compute what the MoE model did",
+                "%s: its experts differ: they were averaged, and the dense model does not compute "
+                "what the MoE model did",
                 rebuilt.name,
             )
         return {name: parameter.detach() for name, parameter in rebuilt.parameters.items()}
@@ -357,21 +303,8 @@ class _Layers:
             yield
 
 
-def _main_dtype(outputs: Sequence[Output]) -> str:
-    """Return the dtype of most floating-point elements."""
-    counts: dict[torch.dtype, int] = {}
-    for output in outputs:
-        if output.spec.dtype.is_floating_point:
-            counts[output.spec.dtype] = counts.get(output.spec.dtype, 0) + output.nbytes
-    return dtype_name(max(counts, key=lambda dtype: counts[dtype], default=torch.float32))
-
-
 def dense_on_meta(directory: str | os.PathLike[str]) -> nn.Module:
-    """Build the dense model that a converted folder comes from, without its weights.
-
-    Raises:
-        CheckpointError: The folder is damaged, or not of a Hugging Face model.
-    """
+    """Build the dense model that a converted folder comes from, without its weights."""
     with Folder(directory) as folder:
         export = read_format_manifest(folder)
         if export is not None:

@@ -1,7 +1,8 @@
 """The pictures of a report, as SVG without scripts: the pyramid, heat maps and curves.
 
-Heat maps have eight steps of one hue, so that they read without telling colours apart; a path per
-step holds all its cells, which keeps a large map small.
+Heat maps have eight steps of one hue, so that they can be read without telling colours apart; one
+path per step holds all its cells, which keeps a large map small. A `label` describes a picture for
+screen readers.
 
 Shapes: E experts.
 """
@@ -25,12 +26,7 @@ _MOST_POINTS: Final = 200
 
 
 def legend(edges: Sequence[float], unit: str) -> Element:
-    """Make the key of a heat map.
-
-    Args:
-        edges: Seven numbers between the eight steps.
-        unit: What the numbers are.
-    """
+    """Make the key of a heat map, for the numbers between its eight steps."""
     texts = [
         f"below {edges[0]:g}",
         *(f"{low:g} to {high:g}" for low, high in itertools.pairwise(edges)),
@@ -49,15 +45,7 @@ def heat(
     left: tuple[str, str],
     bottom: tuple[str, str],
 ) -> Element:
-    """Draw a heat map.
-
-    Args:
-        rows: Values, the first row on top; None where there is none.
-        edges: Between the steps of the colour.
-        label: What it shows, for those who do not see it.
-        left: Names of the first and the last row.
-        bottom: Names of the first and the last column.
-    """
+    """Draw a heat map, the first row on top; `left` and `bottom` name its ends."""
     count, wide = len(rows), max(map(len, rows))
     cell = min(14.0, max(2.0, 200 / count))
     width, height = WIDTH - 34, max(cell * count, 14)
@@ -96,12 +84,9 @@ def curve(
     label: str,
     band: Sequence[tuple[float, float, float]] = (),
 ) -> Element:
-    """Draw a curve over steps; values that are not finite leave a gap.
+    """Draw a curve over steps, at least one value of it finite; the others leave a gap.
 
-    Args:
-        points: (step, value) in the order of the steps, one of them finite.
-        label: What it shows, for those who do not see it.
-        band: (step, least, most), drawn behind it.
+    The band is (step, least, most), drawn behind it.
     """
     shown = points if len(points) <= _MOST_POINTS else _thinned(points)
     values = [y for _, y in shown if math.isfinite(y)]
@@ -142,12 +127,7 @@ def curve(
 
 
 def pyramid(rows: Sequence[Row], label: str) -> Element:
-    """Draw layers by experts, the first layer on top.
-
-    Args:
-        rows: In execution order.
-        label: What it shows, for those who do not see it.
-    """
+    """Draw layers, in execution order from the top, by experts."""
     names = _labels([row.name for row in rows])
     most = max((row.experts for row in rows), default=1) or 1
     one = min(26.0, 176 / (most + 1))
@@ -172,13 +152,13 @@ def pyramid(rows: Sequence[Row], label: str) -> Element:
                 wide = max(one - 1, 5.0)
                 rest = {"x": f"{left - wide - 3:.2f}", "y": top + 0.5, "width": f"{wide:.2f}"}
                 group.append(el("rect", cls="rest", height=11, **rest))
-            said = f"{row.experts} · k{row.top_k}"
+            text = f"{row.experts} · k{row.top_k}"
         else:
             wide = max(width - 1, 12.0)
             box = {"x": f"{middle - wide / 2:.2f}", "y": top, "width": f"{wide:.2f}"}
             group.append(el("rect", cls=row.state, height=12, **box))
-            said = row.state
-        group.append(_text(WIDTH, top + 10, said, "end"))
+            text = row.state
+        group.append(_text(WIDTH, top + 10, text, "end"))
         parts.append(group)
     return _svg(label, WIDTH, 6 + len(rows) * pitch, *parts)
 
@@ -229,7 +209,7 @@ def _tick(value: float) -> str:
 
 
 def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Average neighbours; a value that is not finite stays one."""
+    """Average neighbours; a value that is not finite makes its average not finite."""
     found = []
     for i in range(_MOST_POINTS):
         start, stop = (len(points) * j // _MOST_POINTS for j in (i, i + 1))
@@ -240,7 +220,7 @@ def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
 
 
 def _labels(names: Sequence[str]) -> list[str]:
-    """Leave out what all names begin or end with, by their parts."""
+    """Leave out the parts that all names begin or end with."""
     parts = [name.split(".") for name in names]
     fewest = min((len(part) for part in parts), default=1)
     head = tail = 0

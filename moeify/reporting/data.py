@@ -1,8 +1,8 @@
-"""What a report tells of a model: gathered from a model, a folder, or the head of a run.
+"""What a report shows of a model: gathered from a model, a folder, or the head of a run.
 
-A converted model is made dense again, on meta and in a copy, and its plan is applied once more:
-that gives the layers that stayed dense, the totals and the graph at every pass. Where that cannot
-be done, the part is missing, and the report says so and why.
+A converted model is reverted, on meta and in a copy, and its plan is applied once more: that gives
+the layers that stayed dense, the totals and the graph at every pass. Where that is not possible,
+the part is missing, and the report says why.
 """
 
 from __future__ import annotations
@@ -42,82 +42,42 @@ log = logging.getLogger("moeify")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One MLP of the model.
-
-    Attributes:
-        name: Of the site.
-        state: What became of it.
-        experts: How many; 0 if there are none.
-        top_k: Experts per token.
-        residual: As in the plan.
-        widths: Such as "32->128->32".
-        start: How its experts began.
-        before: Parameters before.
-        after: Parameters after.
-        active: Parameters that a token uses, after.
-        why: Why it was refused.
-    """
+    """One MLP of the model."""
 
     name: str
     state: Literal["moe", "dense", "refused"]
     experts: int = 0
     top_k: int = 0
     residual: str = "none"
-    widths: str = ""
-    start: str = ""
-    before: int = 0
+    widths: str = ""  # such as "32->128->32"
+    start: str = ""  # how its experts were initialised
+    before: int = 0  # parameters before the conversion
     after: int = 0
-    active: int = 0
-    why: str = ""
+    active: int = 0  # used by a token, after
+    why: str = ""  # it was refused
 
 
 @dataclass(slots=True)
 class Facts:
-    """What is known of a model.
+    """What is known of a model; None is unknown."""
 
-    Attributes:
-        source: Where it came from, for people.
-        model: Its class; "" if unknown.
-        kind: What it is, for people.
-        rows: Its MLPs in execution order.
-        whole: `rows` has the dense layers too.
-        plan: The plan as YAML; None if unknown.
-        dense: Parameters of the dense model; None if unknown.
-        total: Parameters; likewise.
-        active: Parameters that a token uses; likewise.
-        size: Bytes of the parameters; likewise.
-        stages: The graph at every pass.
-        missing: What is not known, and why.
-        notes: What else a reader should be told.
-    """
-
-    source: str
-    model: str = ""
-    kind: str = ""
-    rows: list[Row] = field(default_factory=list)
-    whole: bool = False
-    plan: str | None = None
-    dense: int | None = None
-    total: int | None = None
-    active: int | None = None
-    size: int | None = None
+    source: str  # where it came from, for people
+    model: str = ""  # its class
+    kind: str = ""  # what it is, for people
+    rows: list[Row] = field(default_factory=list)  # in execution order
+    whole: bool = False  # `rows` has the dense layers too
+    plan: str | None = None  # as YAML
+    dense: int | None = None  # parameters of the dense model
+    total: int | None = None  # parameters
+    active: int | None = None  # parameters that a token uses
+    size: int | None = None  # bytes of the parameters
     stages: list[Stage] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)  # what is not known, and why
     notes: list[str] = field(default_factory=list)
 
 
 def of_model(model: nn.Module, plan: Plan | None, inputs: ExampleInputs | None = None) -> Facts:
-    """Gather what a model in memory tells; it is only read.
-
-    Args:
-        model: Converted; or dense, then with a plan.
-        plan: For a dense model.
-        inputs: Example inputs for a dense model.
-
-    Raises:
-        MoeifyError: It is dense, and there is no plan, or one that does not fit; or converted, and
-            there is a plan.
-    """
+    """Gather what is known of a model in memory, converted or dense with a plan; only read it."""
     record = conversion_of(model)
     name = type(model).__name__
     if record is None:
@@ -127,23 +87,23 @@ def of_model(model: nn.Module, plan: Plan | None, inputs: ExampleInputs | None =
         _replay(facts, model, plan, inputs)
         return facts
     if plan is not None:
-        raise MoeifyError(f"this {name} is converted already, by a plan of its own: give none")
+        raise MoeifyError(f"this {name} is converted already, by its own plan: give none")
     facts = Facts(f"a {name} in memory", name, "converted")
     facts.rows = rows_of([describe_layer(converted.layer) for converted in record.layers])
-    facts.plan = plan_text(record.plan.data())
-    again = None
+    facts.plan = _plan_text(record.plan.data())
+    dense = None
     if record.parallel is None:
         _count(facts, model)
-        again = _dense_twin(facts, model)
+        dense = _dense_copy(facts, model)
     else:
         facts.missing.append("totals, dense layers and graphs: the model lies on several ranks")
-    if again is not None:
+    if dense is not None:
         total, size = facts.total, facts.size
-        _try_replay(facts, again, record.plan, record.inputs)
+        _try_replay(facts, dense, record.plan, record.inputs)
         if facts.total != total:
             facts.notes.append(
-                f"the model has {total:,} parameters, and {facts.total:,} by its plan: adapters, "
-                "or something else changed it after the conversion; the page shows the plan's"
+                f"the model has {total:,} parameters, but {facts.total:,} by its plan: adapters or "
+                "something else changed it after the conversion; the page shows the plan's"
             )
         elif size is not None:
             facts.size = size
@@ -151,15 +111,7 @@ def of_model(model: nn.Module, plan: Plan | None, inputs: ExampleInputs | None =
 
 
 def of_folder(folder: Path, plan: Plan | None) -> Facts:
-    """Gather what a folder tells; its weights are not read.
-
-    Args:
-        folder: One that moeify wrote, or a dense Hugging Face folder, then with a plan.
-        plan: For a dense one.
-
-    Raises:
-        MoeifyError: It is neither, or damaged, or the plan is missing or superfluous.
-    """
+    """Gather what is known of a folder, converted or dense with a plan; weights are not read."""
     if not is_converted(folder):
         found = model_folder(folder)
         if plan is None:
@@ -170,7 +122,7 @@ def of_folder(folder: Path, plan: Plan | None) -> Facts:
         _replay(facts, dense, plan, None)
         return facts
     if plan is not None:
-        raise MoeifyError(f"{folder}: is converted already, by a plan of its own: give none")
+        raise MoeifyError(f"{folder}: is converted already, by its own plan: give none")
     with Folder(folder) as opened:
         manifest = read_any_manifest(opened)
     saved = isinstance(manifest, Manifest)
@@ -181,7 +133,7 @@ def of_folder(folder: Path, plan: Plan | None) -> Facts:
         inputs = manifest.details.get("inputs")
     facts = Facts(str(folder), name, f"converted, kind `{kind}`")
     facts.rows = rows_of([record.plan for record in manifest.layers])
-    facts.plan = plan_text(manifest.plan)
+    facts.plan = _plan_text(manifest.plan)
     if isinstance(manifest, Manifest):
         facts.total = manifest.parameters
         facts.active = facts.total - sum(row.after - row.active for row in facts.rows)
@@ -189,39 +141,34 @@ def of_folder(folder: Path, plan: Plan | None) -> Facts:
     try:
         if inputs is not None and not describable(inputs):
             raise MoeifyError("its example inputs cannot be made again")
-        twin, again = dense_on_meta(folder), Plan.of(manifest.plan)
+        dense, again = dense_on_meta(folder), Plan.of(manifest.plan)
     except MoeifyError as error:
-        gone = "dense layers and graphs" if saved else "dense layers, totals and graphs"
-        facts.missing.append(f"{gone}: the dense model cannot be built: {error}")
+        parts = "dense layers and graphs" if saved else "dense layers, totals and graphs"
+        facts.missing.append(f"{parts}: the dense model cannot be built: {error}")
         return facts
-    _try_replay(facts, twin, again, inputs)
+    _try_replay(facts, dense, again, inputs)
     return facts
 
 
 def of_run(run: Run) -> Facts:
-    """Take what a run tells of its model."""
+    """Take what a run says of its model."""
     facts = Facts(run.where, run.model, "a run")
     facts.rows = rows_of(run.layers)
     if facts.rows:
         facts.missing.append(
-            "dense layers, totals and graphs: a run tells of its MoE layers only; give the model "
-            "too"
+            "dense layers, totals and graphs: a run knows its MoE layers only; give the model too"
         )
     else:
-        facts.missing.append("layers, totals and graphs: the run does not tell; give the model too")
+        facts.missing.append("layers, totals and graphs: the run does not say; give the model too")
     if run.plan is not None:
-        facts.plan = plan_text(run.plan)
+        facts.plan = _plan_text(run.plan)
     else:
-        facts.missing.append("the plan: the run does not tell it")
+        facts.missing.append("the plan: the run does not say")
     return facts
 
 
 def rows_of(layers: Iterable[LayerDescription]) -> list[Row]:
-    """Return the rows of converted layers.
-
-    Raises:
-        MoeifyError: One has more experts than can be drawn.
-    """
+    """Return the rows of converted layers; refuse more experts than can be drawn."""
     rows = []
     for layer in layers:
         if layer.experts > 65536:
@@ -243,15 +190,8 @@ def rows_of(layers: Iterable[LayerDescription]) -> list[Row]:
     return rows
 
 
-def plan_text(data: Mapping[str, Any]) -> str:
-    """Return a plan's data as YAML."""
+def _plan_text(data: Mapping[str, Any]) -> str:
     return strict_yaml.dump(dict(data), "plan.yaml")
-
-
-def _whole(value: object) -> int:
-    if type(value) is not int or not 0 <= value < 2**63:
-        raise ValueError(f"{value!r:.40} is no count")
-    return value
 
 
 def _count(facts: Facts, model: nn.Module) -> None:
@@ -260,38 +200,34 @@ def _count(facts: Facts, model: nn.Module) -> None:
     facts.dense = facts.total - sum(row.after - row.before for row in facts.rows)
 
 
-def _dense_twin(facts: Facts, model: nn.Module) -> nn.Module | None:
-    """Return the dense model that a converted one was, on meta; None and a word if it cannot be."""
-    inner = next(m for m in model.modules() if conversion_of(m) is not None and _own(m))
-    # Copied on meta at once: the weights are not held twice.
+def _dense_copy(facts: Facts, model: nn.Module) -> nn.Module | None:
+    """Return the dense model behind a converted one, on meta; None and a note if impossible."""
+    inner = next(m for m in model.modules() if ATTRIBUTE in m.__dict__)
+    # Copied to meta directly: the weights are not held twice.
     memo: dict[int, Any] = {
         id(p): torch.nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
         for p in inner.parameters()
     }
     try:
-        twin = copy.deepcopy(inner, memo)
-        to_meta(twin)
-        revert(twin)
-        return twin
-    except Exception as error:  # what hangs on a user's model copies as it likes
-        log.debug("no dense twin", exc_info=True)
+        dense = copy.deepcopy(inner, memo)
+        to_meta(dense)
+        revert(dense)
+        return dense
+    except Exception as error:  # parts of a user's model may fail to copy in any way
+        log.debug("the model cannot be copied", exc_info=True)
         facts.missing.append(f"dense layers and graphs: the model cannot be copied: {error}")
         return None
 
 
-def _own(module: nn.Module) -> bool:
-    return ATTRIBUTE in module.__dict__
-
-
 def _try_replay(facts: Facts, dense: nn.Module, plan: Plan, described: Any) -> None:
-    """Apply the plan once more; if that fails, say so."""
+    """Apply the plan once more; if that fails, note why."""
     before = [row for row in facts.rows if row.state == "moe"]
     known = (facts.total, facts.active, facts.dense)
     try:
         inputs = None if described is None else make_inputs(described)
         resolved = _replay(facts, dense, plan, inputs)
     except (MoeifyError, ValueError) as error:
-        facts.missing.append(f"dense layers and graphs: the plan is not applied again: {error}")
+        facts.missing.append(f"dense layers and graphs: the plan cannot be applied again: {error}")
         return
     if [row for row in facts.rows if row.state == "moe"] != before:
         facts.rows, facts.whole, facts.stages = before, False, []
@@ -305,9 +241,9 @@ def _try_replay(facts: Facts, dense: nn.Module, plan: Plan, described: Any) -> N
 def _replay(
     facts: Facts, dense: nn.Module, plan: Plan, inputs: ExampleInputs | None
 ) -> ResolvedPlan:
-    """Apply a plan to a dense model, which is only read, and watch the passes."""
+    """Apply a plan to a dense model, which is only read, and observe the passes."""
     inputs, discovery, resolved = prepare(dense, plan, inputs)
-    facts.plan = plan_text(plan.data())
+    facts.plan = _plan_text(plan.data())
     facts.dense, facts.total = resolved.dense_parameters, resolved.parameters
     facts.active, facts.size = resolved.active_parameters, resolved.bytes
     facts.notes += resolved.notes

@@ -15,29 +15,17 @@ from moeify.passes.infra.report import PassReport
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One pass.
-
-    Attributes:
-        name: Of the pass.
-        summary: What it did, in a line without times, which differ from run to run.
-        before: The graph before it.
-        after: The graph after it.
-        diff: What changed, as a unified diff; "" if nothing did.
-    """
+    """One pass."""
 
     name: str
-    summary: str
+    summary: str  # in one line without times, which differ from run to run
     before: str
     after: str
-    diff: str
+    diff: str  # unified; "" if nothing changed
 
 
 class Stages(Observer):
-    """Keeps every stage of a run.
-
-    Attributes:
-        found: One for each pass, in their order.
-    """
+    """Keeps every stage of a run, in `found`."""
 
     def __init__(self) -> None:
         self.found: list[Stage] = []
@@ -58,6 +46,6 @@ def _summary(report: PassReport, *, changed: bool) -> str:
     if not changed:
         return "changed nothing"
     if not report.ops and report.nodes_before == report.nodes_after:
-        return f"{report.nodes_after} nodes, the same calls; what is known of them changed"
+        return f"{report.nodes_after} nodes, the same calls; only their metadata changed"
     ops = "".join(f", {count:+d} {op}" for op, count in report.ops.items())
     return f"{report.nodes_before} to {report.nodes_after} nodes{ops}"

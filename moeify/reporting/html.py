@@ -1,7 +1,7 @@
-"""HTML that cannot be broken out of: a tree of elements, whose texts are escaped as it is written.
+"""HTML that cannot be broken out of: a tree of elements whose texts are escaped when written.
 
-Every text and attribute passes one place, which also shows control characters and those that turn
-the direction of a line as what they are. The page loads nothing: its policy forbids it.
+Every text and attribute passes through one function, which also shows control characters, and those
+that change the direction of a line, as their codes. The page loads nothing: its policy forbids it.
 """
 
 from __future__ import annotations
@@ -24,12 +24,7 @@ _SEEN: Final = re.compile(
 
 
 def el(tag: str, *children: Element | str | None, **attributes: object) -> Element:
-    """Make an element.
-
-    Args:
-        tag: Its name.
-        children: Elements and texts; None is left out.
-        attributes: `cls` stands for class; "_" for "-"; None is left out.
+    """Make an element; of attributes, `cls` stands for class and "_" for "-", and None is left out.
 
     Example:
         >>> to_text(el("p", "a < b", cls="x"))
@@ -67,7 +62,7 @@ def visible(text: str) -> str:
 
 
 def short(text: object, most: int = 200) -> str:
-    """Cut a text in its middle, and say so by an ellipsis."""
+    """Cut a text in its middle, with an ellipsis."""
     whole = str(text)
     if len(whole) <= most:
         return whole
@@ -76,7 +71,7 @@ def short(text: object, most: int = 200) -> str:
 
 
 def to_text(root: Element) -> str:
-    """Write a tree; texts and attributes are escaped, in comments and scripts too: it has none."""
+    """Write a tree with its texts and attributes escaped."""
     for element in root.iter():
         if element.tag in ("script", "style"):
             raise AssertionError("the page has no scripts, and its style is written by `page`")
@@ -88,12 +83,7 @@ def to_text(root: Element) -> str:
 
 
 def page(title: str, *body: Element) -> str:
-    """Return a whole page.
-
-    Args:
-        title: Of the window.
-        body: What it shows.
-    """
+    """Return a whole page."""
     head = [
         '<meta charset="utf-8">',
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
@@ -107,20 +97,18 @@ def page(title: str, *body: Element) -> str:
     return "\n".join([*parts, to_text(el("body", *body)), "</html>", ""])
 
 
+def figure(picture: Element, *caption: Element | str) -> Element:
+    """Make a figure with a caption, which scrolls if it is wide."""
+    return el("figure", el("figcaption", *caption), el("div", picture, cls="scroll"))
+
+
 def scrolled(label: str, *children: Element) -> Element:
-    """Put what may be wide into a box that scrolls by itself, with the keyboard too."""
+    """Put wide content into a box that scrolls by itself, with the keyboard too."""
     return el("div", *children, cls="scroll", role="region", aria_label=label, tabindex=0)
 
 
 def table(label: str, headers: list[str], rows: list[list[str]], *, numbers: int = 99) -> Element:
-    """Make a table; the first column heads the rows.
-
-    Args:
-        label: Its caption.
-        headers: One for each column, a number's from the position `numbers` on.
-        rows: Cells.
-        numbers: First column with numbers, which are set to the right.
-    """
+    """Make a table; the first column heads the rows, those from `numbers` on are right-aligned."""
     kinds = ["num" if i >= numbers else None for i in range(len(headers))]
     heads = [el("th", h, scope="col", cls=k) for h, k in zip(headers, kinds, strict=True)]
     body = el("tbody")

@@ -1,6 +1,6 @@
 """`report`: one page that shows a model, its plan, its training and what every pass did.
 
-The page is a single file that loads nothing. What is not known is said on it, never made up.
+The page is a single file that loads nothing. It says what is not known, and makes nothing up.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ from moeify.reporting.html import page, short
 from moeify.reporting.run import Run, read_run
 from moeify.reporting.sections import sections
 
-__all__ = ["gather", "report", "write_page"]
-
 _STATE = "trainer_state.json"
 
 
@@ -39,10 +37,10 @@ def report(
     Args:
         model: A converted model (only read), a dense one with `plan`, the folder of either, or None
             for a run alone.
-        path: The page; replaced if it is there, all or nothing.
+        path: The page; replaced if it exists, all or nothing.
         run: Lines of `moeify.RunLog`, or a Trainer's `trainer_state.json`; None looks for one of
             those in the model's folder.
-        plan: For a dense model: what it is to become.
+        plan: For a dense model: what it would become.
         example_inputs: For a dense model in memory; made from a Hugging Face config if None.
 
     Returns:
@@ -79,16 +77,7 @@ def report(
 def gather(
     source: str, run: str | os.PathLike[str] | None, plan: Plan | None
 ) -> tuple[Facts, Run | None]:
-    """Read what there is.
-
-    Args:
-        source: Folder of a model, or file of a run.
-        run: File of a run, beside a model.
-        plan: For a dense model.
-
-    Raises:
-        MoeifyError: There is neither, or it is damaged.
-    """
+    """Read the folder of a model, with a run and a plan if given, or the file of a run."""
     start = Path(source)
     if start.is_dir():
         within = start / _STATE
@@ -99,8 +88,8 @@ def gather(
             found = Path(run) if run is not None else within if within.is_file() else None
             return of_folder(start, plan), None if found is None else read_run(found)
     if run is not None or plan is not None:
-        what = "a run" if start.is_file() else "no folder"
-        raise MoeifyError(f"{start}: is {what}; a model's folder comes first, then --run or --plan")
+        what = "a run" if start.is_file() else "not a folder"
+        raise MoeifyError(f"{start}: is {what}; give a model's folder first, then --run or --plan")
     if not start.exists():
         raise MoeifyError(f"{start}: there is no such folder or file; moeify downloads nothing")
     done = read_run(start)
@@ -108,15 +97,11 @@ def gather(
 
 
 def write_page(facts: Facts, run: Run | None, path: Path) -> int:
-    """Write the page, all or nothing, and return its bytes.
-
-    Raises:
-        MoeifyError: The place is a folder, or in none.
-    """
+    """Write the page, all or nothing, and return its size in bytes."""
     if path.is_dir():
         raise MoeifyError(f"{path}: is a folder; give a file, such as report.html in it")
     if not path.parent.is_dir():
-        raise MoeifyError(f"{path.parent}: is no folder; make it first")
+        raise MoeifyError(f"{path.parent}: is not a folder; make it first")
     title = f"moeify report: {short(facts.model or facts.source, 80)}"
     data = page(title, *sections(facts, run)).encode("utf-8")
     replace_file(path, data)

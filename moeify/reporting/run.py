@@ -1,7 +1,7 @@
 """Runs, as reports read them: lines of `RunLog`, or a Trainer's `trainer_state.json`.
 
-What is damaged is refused with its line; a last line without an end (the run goes on, or was
-stopped) is left out and said.
+Damage is refused with its line; a last line without an end (the run goes on, or was stopped) is
+left out, with a note.
 """
 
 from __future__ import annotations
@@ -29,23 +29,14 @@ _MOST: Final = 2**53
 
 @dataclass(slots=True)
 class Run:
-    """What a run did.
+    """What a run logged; lists of (step, value) are in the order of the steps."""
 
-    Attributes:
-        where: Name of the file.
-        model: Class of the model; "" if the file does not say.
-        plan: The plan's data, likewise None.
-        layers: Every converted layer, likewise empty.
-        numbers: By name, the (step, value) of losses and the like, in the order of the steps.
-        counts: By layer, the (step, routes per expert).
-        facts: By layer, then by name (`entropy`, `dropped`, `load_max`, `load_min`), (step, value).
-        notes: What a reader of the report should be told.
-    """
-
-    where: str
-    model: str = ""
+    where: str  # name of the file
+    model: str = ""  # class
     plan: dict[str, Any] | None = None
     layers: list[LayerDescription] = field(default_factory=list)
+    # Losses and the like by name; routes per expert by layer; `entropy`, `dropped`, `load_max` and
+    # `load_min` by layer, then by name.
     numbers: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     counts: dict[str, list[tuple[int, list[float]]]] = field(default_factory=dict)
     facts: dict[str, dict[str, list[tuple[int, float]]]] = field(default_factory=dict)
@@ -53,7 +44,7 @@ class Run:
 
     @property
     def steps(self) -> list[int]:
-        """Every step of which something is known."""
+        """Every logged step."""
         rows = [
             *self.numbers.values(),
             *(f for facts in self.facts.values() for f in facts.values()),
@@ -63,15 +54,7 @@ class Run:
 
 
 def read_run(path: Path) -> Run:
-    """Read a run.
-
-    Args:
-        path: Lines of `RunLog`, or a file whose name ends in `.json`: a `trainer_state.json`.
-
-    Raises:
-        MoeifyError: It is neither, or damaged; the message names the line.
-        OSError: It cannot be read.
-    """
+    """Read lines of `RunLog`, or a `trainer_state.json` if the file's name ends in `.json`."""
     if not path.is_file():
         raise MoeifyError(f"{path}: no such file; give a run log or a trainer_state.json")
     if path.stat().st_size > MAX_BYTES:
@@ -84,7 +67,7 @@ def read_run(path: Path) -> Run:
     for where, record in records:
         step = record.pop("step", None)
         if type(step) is not int or not 0 <= step < _MOST:
-            raise MoeifyError(f"{where}: step: {step!r:.40} is no step")
+            raise MoeifyError(f"{where}: step: {step!r:.40} is not a step")
         if steps and step < next(reversed(steps)):  # it was resumed from an older checkpoint
             back += 1
             steps = {old: known for old, known in steps.items() if old < step}
@@ -94,7 +77,7 @@ def read_run(path: Path) -> Run:
         known |= layers
     if back:
         run.notes.append(
-            f"the run went back to an earlier step {back} time(s): what it had written after that "
+            f"the run went back to an earlier step {back} time(s): what it had logged after that "
             "step is left out"
         )
     for step, known in steps.items():
@@ -125,11 +108,11 @@ def _lines(text: str, path: Path, run: Run) -> Iterator[tuple[str, dict[str, Any
 def _trainer(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     history = _parse(text, str(path)).get("log_history")
     if not isinstance(history, list):
-        raise MoeifyError(f"{path}: has no log_history: is no trainer_state.json")
+        raise MoeifyError(f"{path}: has no log_history, so it is not a trainer_state.json")
     for number, record in enumerate(history):
         where = f"{path}: log_history[{number}]"
         if not isinstance(record, dict):
-            raise MoeifyError(f"{where}: is no mapping")
+            raise MoeifyError(f"{where}: is not a mapping")
         record = dict(record)
         record.pop("layers", None)
         yield where, record
@@ -139,14 +122,14 @@ def _parse(text: str, where: str) -> dict[str, Any]:
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise MoeifyError(f"{where}: is no JSON: {str(error)[:200]}") from None
+        raise MoeifyError(f"{where}: is not JSON: {str(error)[:200]}") from None
     if not isinstance(data, dict):
-        raise MoeifyError(f"{where}: is no mapping")
+        raise MoeifyError(f"{where}: is not a mapping")
     return data
 
 
 def _describe(run: Run, record: dict[str, Any], where: str) -> None:
-    """Take over what the line about the model says."""
+    """Take the line about the model into the run."""
     name, plan, layers = record.get("class"), record.get("plan"), record.get("layers")
     version = record.get("version")
     if version != VERSION:
@@ -168,7 +151,7 @@ def _describe(run: Run, record: dict[str, Any], where: str) -> None:
 
 
 def _named(record: dict[str, Any], where: str) -> Iterator[tuple[str, float]]:
-    """Yield the numbers of a record; texts that are no numbers are a Trainer's, and left out."""
+    """Yield the numbers of a record; other texts are a Trainer's, and left out."""
     for name, value in record.items():
         number = _number(value, f"{where}: {name[:80]}", strict=False)
         if number is not None:
@@ -177,7 +160,7 @@ def _named(record: dict[str, Any], where: str) -> Iterator[tuple[str, float]]:
 
 def _layers(layers: Any, where: str) -> dict[tuple[str, str, str], Any]:
     if not isinstance(layers, dict):
-        raise MoeifyError(f"{where}: layers: is no mapping")
+        raise MoeifyError(f"{where}: layers: is not a mapping")
     found: dict[tuple[str, str, str], Any] = {}
     for name, layer in layers.items():
         place = f"{where}: layers: {name[:80]}"
@@ -202,12 +185,12 @@ def _number(value: Any, where: str, *, strict: bool = True) -> float | None:
         except OverflowError:
             raise MoeifyError(f"{where}: is too large a number") from None
     if strict:
-        raise MoeifyError(f"{where}: {value!r:.40} is no number")
+        raise MoeifyError(f"{where}: {value!r:.40} is not a number")
     return None
 
 
 def _spread(run: Run, step: int, known: dict[Any, Any]) -> None:
-    """Sort what is known of a step into the rows of the run."""
+    """Sort what was logged at a step into the lists of the run."""
     for (kind, layer, name), value in known.items():
         if kind == "layer" and name == "counts":
             run.counts.setdefault(layer, []).append((step, value))

@@ -14,20 +14,14 @@ from moeify.reporting.training import training
 from moeify.units import format_bytes
 from moeify.version import __version__
 
-MOST_ROWS: Final = 400
-"""Layers that are drawn and listed."""
+_MOST_ROWS: Final = 400  # layers that are drawn and listed
 _GRAPH_BYTES: Final = 1_000_000
 _PLAN_LINES: Final = 2000
 _LINE: Final = 260
 
 
 def sections(facts: Facts, run: Run | None) -> list[Element]:
-    """Return what the page's body holds.
-
-    Args:
-        facts: Of the model.
-        run: Its training, if there is one.
-    """
+    """Return the elements of the page's body."""
     parts = [
         ("size", "Parameters", _size(facts)),
         ("layers", "Layers and experts", _layers(facts)),
@@ -104,12 +98,10 @@ def _count(value: int) -> str:
 def _layers(facts: Facts) -> list[Element]:
     if not facts.rows:
         return [el("p", "Not known: see the note above.")]
-    rows = facts.rows[:MOST_ROWS]
+    rows = facts.rows[:_MOST_ROWS]
     moe = [row for row in facts.rows if row.state == "moe"]
     counts = sorted({row.experts for row in moe})
-    spread = (
-        f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}" if counts else ""
-    )
+    spread = " to ".join(str(count) for count in dict.fromkeys([*counts[:1], *counts[-1:]]))
     label = f"Layers by experts: {len(moe)} MoE layers of {spread} experts"
     if facts.whole:
         label += f", {len(facts.rows) - len(moe)} other MLPs in place"
@@ -145,7 +137,7 @@ def _layers(facts: Facts) -> list[Element]:
     if refused:
         found += [el("p", "Cannot be converted:"), el("ul", *refused[:40])]
     if len(rows) < len(facts.rows):
-        cut = f"Only the first {MOST_ROWS} of {len(facts.rows)} layers are shown."
+        cut = f"Only the first {_MOST_ROWS} of {len(facts.rows)} layers are shown."
         found.append(el("p", cut, cls="soft"))
     return found
 
@@ -163,8 +155,7 @@ def _passes(facts: Facts) -> list[Element]:
         return [el("p", "The graphs are not known: see the note above.")]
     texts = [text for stage in facts.stages for text in _texts(stage).values()]
     room = _GRAPH_BYTES // max(len(texts), 1)
-    said = "Passes in the order of their run, in one process; lines with + and - are what changed."
-    found = [el("p", said)]
+    found = [el("p", "Passes in the order in which they ran; + and - mark changed lines.")]
     for number, stage in enumerate(facts.stages, 1):
         head = el("h3", f"{number}. {short(stage.name)}")
         found += [head, el("p", short(stage.summary, 600))]
@@ -174,7 +165,7 @@ def _passes(facts: Facts) -> list[Element]:
 
 
 def _texts(stage: Stage) -> dict[str, str]:
-    """Return what is shown of a pass; nothing if it changed nothing."""
+    """Return what is shown of a pass; empty if it changed nothing."""
     if not stage.diff:
         return {}
     return {"Diff of": stage.diff, "Graph before": stage.before, "Graph after": stage.after}
@@ -199,7 +190,7 @@ def _marked(lines: list[str]) -> Iterator[tuple[str, str | None]]:
 
 
 def _cut(lines: list[str], most: int, room: int) -> tuple[list[str], list[Element]]:
-    """Return as many lines as there is room for, and a word if some are left out."""
+    """Return as many lines as there is room for, and a notice if some are left out."""
     kept: list[str] = []
     for line in lines[:most]:
         shown = short(line, _LINE)

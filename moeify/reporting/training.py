@@ -1,4 +1,4 @@
-"""Training, as a report shows it: losses, and what every router did over the steps.
+"""The training section of a report: losses, and what every router did over the steps.
 
 Shapes: E experts.
 """
@@ -11,7 +11,7 @@ from typing import Final
 
 from moeify.reporting.charts import ENTROPY_EDGES, LOAD_EDGES, SHARE_EDGES, curve, heat, legend
 from moeify.reporting.data import Row
-from moeify.reporting.html import Element, el, short, table
+from moeify.reporting.html import Element, el, figure, short, table
 from moeify.reporting.run import Run
 
 _CELLS: Final = 60_000
@@ -19,17 +19,13 @@ _COLUMNS: Final = 64
 _MOST_MAPS: Final = 96
 _MOST_CURVES: Final = 24
 _HIDDEN: Final = frozenset({"epoch", "total_flos"})
+_LOADS: Final = ("load_max", "load_min")
 
 Points = Sequence[tuple[int, float]]
 
 
 def training(run: Run | None, rows: Sequence[Row]) -> list[Element]:
-    """Return the section.
-
-    Args:
-        run: What was logged, or None.
-        rows: The model's MLPs, for the order of the layers.
-    """
+    """Return the section; `rows` are the model's MLPs, for the order of the layers."""
     if run is None:
         return [el("p", "No run was given: pass a run log, or a trainer_state.json.")]
     steps = run.steps
@@ -39,21 +35,21 @@ def training(run: Run | None, rows: Sequence[Row]) -> list[Element]:
     layers = sorted(
         run.facts.keys() | run.counts.keys(), key=lambda n: (order.get(n, len(order)), n)
     )
-    said = f"{len(steps)} logged steps, {steps[0]} to {steps[-1]}, from {short(run.where, 300)}."
-    found = [el("p", said), *_unlike(layers, rows), *_curves(run)]
+    text = f"{len(steps)} logged steps, {steps[0]} to {steps[-1]}, from {short(run.where, 300)}."
+    found = [el("p", text), *_other_layers(layers, rows), *_curves(run)]
     if not layers:
-        return [*found, el("p", "The run tells nothing of routers.")]
+        return [*found, el("p", "The run logged nothing about routers.")]
     return [*found, *_loads(run, layers), *_shares(run, layers, rows), _last(run, layers)]
 
 
-def _unlike(layers: Sequence[str], rows: Sequence[Row]) -> list[Element]:
-    """Say so if the run is of other layers than the model has."""
+def _other_layers(layers: Sequence[str], rows: Sequence[Row]) -> list[Element]:
+    """Warn if the run has other layers than the model."""
     known = {row.name for row in rows if row.state == "moe"}
     other = [name for name in layers if name not in known]
     if not known or not other:
         return []
     names = ", ".join(short(name, 60) for name in other[:4])
-    text = f"{len(other)} layers of the run are none of the model's MoE layers: {names}"
+    text = f"{len(other)} layers of the run are not among the model's MoE layers: {names}"
     return [el("p", f"{text}. Is it another model's run?", cls="miss")]
 
 
@@ -73,49 +69,37 @@ def _curves(run: Run) -> list[Element]:
 def _curve(name: str, points: Points, band: Sequence[tuple[int, float, float]] = ()) -> Element:
     finite = [y for _, y in points if math.isfinite(y)]
     wrong = len(points) - len(finite)
-    odd = f"; not finite: {wrong} of {len(points)}" if wrong else ""
     if not finite:
         return el("figure", el("figcaption", el("b", name), f": none of {wrong} values is finite"))
-    said = f": {finite[0]:.4g} at first, {finite[-1]:.4g} at last, lowest {min(finite):.4g}{odd}"
-    picture = curve(points, label=f"{name} over steps{said}", band=band)
-    return el("figure", el("figcaption", el("b", name), said), el("div", picture, cls="scroll"))
+    text = f": {finite[0]:.4g} at first, {finite[-1]:.4g} at last, lowest {min(finite):.4g}"
+    if wrong:
+        text += f"; not finite: {wrong} of {len(points)}"
+    return figure(curve(points, label=f"{name} over steps{text}", band=band), el("b", name), text)
 
 
 def _loads(run: Run, layers: Sequence[str]) -> list[Element]:
-    """Draw the load of every expert over the steps."""
+    """Draw the load of every expert over the steps, or of each layer's fullest one."""
     head = el("h3", "Expert load")
     counted = [name for name in layers if name in run.counts]
     if not counted:
-        said = (
+        text = (
             "The load of single experts was not logged (a trainer_state.json does not hold it: use "
             "RouterCallback(run_log=...)). Shown is the fullest expert of each layer."
         )
-        rows, ends, cut = _grid(run, layers, "load_max")
-        if not rows:
+        title = "Load of the fullest expert over its even share"
+        picture = _layer_map(run, layers, "load_max", LOAD_EDGES, title)
+        if picture is None:
             return [head, el("p", "Not logged.")]
-        picture = heat(
-            rows,
-            LOAD_EDGES,
-            label="Load of the fullest expert over its even share, layers by steps",
-            left=("0", str(len(rows) - 1)),
-            bottom=ends,
-        )
-        key = legend(LOAD_EDGES, "Load over the even share")
-        figure = el(
-            "figure",
-            el("figcaption", f"Layers by steps, the first on top{cut}."),
-            el("div", picture, cls="scroll"),
-        )
-        return [head, el("p", said), key, figure]
+        return [head, el("p", text), legend(LOAD_EDGES, "Load over the even share"), picture]
     shown = counted[:_MOST_MAPS]
     cells = sum(len(run.counts[name][0][1]) for name in shown)
     columns = max(4, min(_COLUMNS, _CELLS // max(cells, 1)))
-    said = (
+    text = (
         "Routes of each expert before dropping, over its even share (1 is even). A picture per "
         "layer: experts from top to bottom, steps from left to right."
     )
     figures = [_load(name, run, columns) for name in shown]
-    found = [head, el("p", said), legend(LOAD_EDGES, "Load over the even share")]
+    found = [head, el("p", text), legend(LOAD_EDGES, "Load over the even share")]
     found.append(el("div", *figures, cls="heats"))
     if len(shown) < len(counted):
         found.append(el("p", f"Only the first {len(shown)} of {len(counted)} layers are drawn."))
@@ -140,23 +124,19 @@ def _load(name: str, run: Run, columns: int) -> Element:
     last = _over_even(row[-1][1])
     most = _fullest(last)
     peak = "nothing" if most is None else f"{most:.2f}"
-    said = f"{many} experts; fullest at last: {peak}"
+    text = f"{many} experts; fullest at last: {peak}"
     if wide < len(row):
-        said += f"; {len(row)} logs in {wide} columns, summed"
+        text += f"; {len(row)} logs in {wide} columns, summed"
     if tall < many:
-        said += f"; the fullest of about {many / tall:.0f} experts in a row"
+        text += f"; the fullest of about {many / tall:.0f} experts in a row"
     picture = heat(
         cells,
         LOAD_EDGES,
-        label=f"Load of {many} experts of {short(name, 80)} over steps; {said}",
+        label=f"Load of {many} experts of {short(name, 80)} over steps; {text}",
         left=("0", str(many - 1)),
         bottom=(f"step {row[0][0]}", f"step {row[-1][0]}"),
     )
-    return el(
-        "figure",
-        el("figcaption", el("b", short(name, 80)), f": {said}"),
-        el("div", picture, cls="scroll"),
-    )
+    return figure(picture, el("b", short(name, 80)), f": {text}")
 
 
 def _over_even(counts: Sequence[float]) -> list[float | None]:
@@ -174,12 +154,12 @@ def _shares(run: Run, layers: Sequence[str], rows: Sequence[Row]) -> list[Elemen
     experts |= {name: len(row[0][1]) for name, row in run.counts.items()}
     scales = {name: 1 / math.log(experts[name]) for name in layers if experts.get(name, 0) > 1}
     found: list[Element] = []
-    for key, title, said, scale in (
-        ("dropped", "Dropped routes", "Fraction of the routes that found their expert full.", None),
+    for key, title, text, scale in (
+        ("dropped", "Dropped routes", "Fraction of the routes whose expert was full.", None),
         (
             "entropy",
             "Router entropy",
-            "Mean entropy per token, as a share of its most, log E; 1 is undecided.",
+            "Mean entropy per token, as a share of its maximum, log E; 1 is undecided.",
             scales,
         ),
     ):
@@ -193,18 +173,9 @@ def _shares(run: Run, layers: Sequence[str], rows: Sequence[Row]) -> list[Elemen
         factors = scale or dict.fromkeys(known, 1.0)
         mean, band = _mean(run, known, key, factors)
         chart = _curve(f"{title}, mean and range over {len(known)} layers", mean, band)
-        grid, ends, cut = _grid(run, known, key, factors)
-        picture = heat(
-            grid,
-            edges,
-            label=f"{title}, layers by steps",
-            left=("0", str(len(grid) - 1)),
-            bottom=ends,
-        )
-        caption = f"Layers by steps, the first on top{cut}."
-        map_ = el("figure", el("figcaption", caption), el("div", picture, cls="scroll"))
-        key_ = legend(edges, title)
-        found += [el("p", said), key_, el("div", chart, map_, cls="charts")]
+        picture = _layer_map(run, known, key, edges, title, factors)
+        charts = el("div", chart, picture, cls="charts")
+        found += [el("p", text), legend(edges, title), charts]
     return found
 
 
@@ -221,10 +192,27 @@ def _mean(
     return mean, [(step, min(by_step[step]), max(by_step[step])) for step in some]
 
 
+def _layer_map(
+    run: Run,
+    layers: Sequence[str],
+    key: str,
+    edges: Sequence[float],
+    title: str,
+    factors: dict[str, float] | None = None,
+) -> Element | None:
+    """Draw layers by steps; None if nothing was logged."""
+    rows, ends, cut = _grid(run, layers, key, factors)
+    if not rows:
+        return None
+    sides = ("0", str(len(rows) - 1))
+    picture = heat(rows, edges, label=f"{title}, layers by steps", left=sides, bottom=ends)
+    return figure(picture, f"Layers by steps, the first on top{cut}.")
+
+
 def _grid(
-    run: Run, layers: Sequence[str], key: str, factors: dict[str, float] | None = None
+    run: Run, layers: Sequence[str], key: str, factors: dict[str, float] | None
 ) -> tuple[list[list[float | None]], tuple[str, str], str]:
-    """Return layers by columns of steps, means of what falls into one, and what was summed up."""
+    """Return layers by columns of steps, first and last step, and a note of what was averaged."""
     known = [name for name in layers if key in run.facts.get(name, {})]
     steps = sorted({step for name in known for step, _ in run.facts[name][key]})
     if not steps:
@@ -245,7 +233,6 @@ def _grid(
 
 
 def _last(run: Run, layers: Sequence[str]) -> Element:
-    """List what was logged last."""
     rows = []
     for name in layers[:400]:
         facts = run.facts.get(name, {})
@@ -259,6 +246,3 @@ def _last(run: Run, layers: Sequence[str]) -> Element:
         rows.append([short(name), *loads, *others])
     headers = ["layer", "fullest expert", "emptiest expert", "entropy (nats)", "dropped"]
     return table("What was logged last; loads over the even share", headers, rows, numbers=1)
-
-
-_LOADS: Final = ("load_max", "load_min")

@@ -228,7 +228,7 @@ def test_ahead_stops_when_it_no_longer_helps():
     for i, value in enumerate((3.0, 3.5)):
         first.observe(i, value)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    assert second.observe(1, 9.9)  # told already
+    assert second.observe(1, 9.9)  # recorded already
     assert not second.observe(2, 3.5)
     with pytest.raises(mf.CheckpointError, match="'ahead' and this one 'constant'"):
         mf.AlphaSchedule().load_state_dict(first.state_dict())
@@ -304,7 +304,7 @@ def test_a_plain_loop(teacher):
 
 
 def test_other_models_and_what_does_not_fit(teacher):
-    """Widths, dtypes, kinds: masked words, pairs, and a model of nobody's."""
+    """Widths, dtypes, kinds: masked words, pairs, and a model of one's own classes."""
     data = batch()
     wide = ZOO["gpt2"].build().bfloat16()
     student = llama().train()
@@ -407,7 +407,7 @@ def test_cache(tmp_path, teacher):
     torch.testing.assert_close(all_logits(make([0, 1])), whole, rtol=1e-6, atol=0)
     torch.testing.assert_close(all_logits(make([0, 1])), whole, rtol=1e-6, atol=0)
     rival = TeacherCache(tmp_path / "few", top_k=8, temperature=2.0)
-    with pytest.raises(mf.CheckpointError, match="another one writes"):
+    with pytest.raises(mf.CheckpointError, match="another process writes"):
         mf.distill(student, teacher, temperature=2.0, cache=rival)(make([2]))
 
 
@@ -448,7 +448,7 @@ def test_cache_after_a_crash_and_damage(tmp_path, teacher, monkeypatch):
     raw[head + begin + 3] ^= 0x40
     shard.write_bytes(raw)
     damaged = TeacherCache(folder, top_k=8)
-    with pytest.raises(mf.CheckpointError, match="no probabilities"):
+    with pytest.raises(mf.CheckpointError, match="not hold probabilities"):
         mf.distill(student, None, cache=damaged)(make([0, 1]))
     with pytest.raises(mf.CheckpointError, match="SHA-256"):
         damaged.verify()

@@ -284,7 +284,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refuses_what_is_no_stack(name):
+def test_refuses_what_is_not_a_stack(name):
     build, reason = REFUSED[name]
     model = build()
     inputs = None if is_hf(model) else torch.randn(2, 8)
@@ -314,7 +314,7 @@ def test_bad_choices_leave_the_model_as_it_was(teacher, spec, kind, reason):
     assert all(now[name] is before[name] for name in before)
 
 
-def test_an_error_on_the_way_rolls_back(teacher, monkeypatch):
+def test_an_error_rolls_back(teacher, monkeypatch):
     def fail(*_: object) -> None:
         raise RuntimeError("on purpose")
 

@@ -20,8 +20,9 @@ from moeify import moeify
 from moeify.errors import CheckpointError
 from moeify.formats.custom import custom_files
 from moeify.formats.native.architectures import TARGETS, misfits
-from moeify.formats.native.export import NativeTensors, NotNative, native_files
+from moeify.formats.native.export import NotNative, native_files
 from moeify.formats.native.model_facts import DecoderLayer, Facts, facts_of
+from moeify.formats.native.reader import NativeTensors
 from moeify.nn.router import Router
 from moeify.plan.specs import RouterSpec
 from moeify.sites.record import require_conversion
@@ -133,7 +134,7 @@ CASES = {
 }
 
 
-def stir(model: torch.nn.Module, seed: int) -> None:
+def perturb(model: torch.nn.Module, seed: int) -> None:
     """Move every parameter, and every selection bias, off where it started."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -146,16 +147,16 @@ def stir(model: torch.nn.Module, seed: int) -> None:
 
 
 def convert(case: Case) -> Any:
-    """Build the dense model of a case, stir it, convert it, and stir what it has become."""
+    """Build the dense model of a case, perturb it, convert it, and perturb the result."""
     config = getattr(transformers, f"{case.family}Config")(**(SMALL | case.config))
     torch.manual_seed(1)
     model = getattr(transformers, f"{case.family}ForCausalLM")(config).eval()
     for parameter in model.parameters():  # not .to(), which would round the rotary frequencies
         parameter.data = parameter.data.to(case.dtype)
-    stir(model, 2)
+    perturb(model, 2)
     plan = {"layers": case.rules, "router": case.router}
     moeify(model, plan, example_inputs={"input_ids": IDS}, verify=False)
-    stir(model, 3)
+    perturb(model, 3)
     return model.eval()
 
 
@@ -234,7 +235,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_transformers_alone_gives_the_same_numbers(world: World, name: str) -> None:
+def test_transformers_alone_gives_the_same_logits(world: World, name: str) -> None:
     case, folder = CASES[name], world.folders[name]
     found, model = world.read[folder.name], world.models[name]
     assert found["class"] == f"{case.architecture}ForCausalLM"
@@ -263,7 +264,7 @@ def test_names_are_those_that_the_class_saves(world: World, name: str) -> None:
         found = {}
         for file in folder.glob("*.safetensors"):
             with safe_open(file, "pt") as shard:
-                for key in shard.keys():  # noqa: SIM118  it is no dict
+                for key in shard.keys():  # noqa: SIM118  it is not a dict
                     found[key] = shard.get_slice(key).get_shape()
         return found
 
@@ -299,7 +300,7 @@ def test_read_back_under_moeifys_names(world: World, name: str, tmp_path: Path) 
 
 
 def test_a_folder_of_something_else_is_refused(world: World, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no native export|config\.json"):
+    with pytest.raises(CheckpointError, match=r"not hold a native export|config\.json"):
         NativeTensors(tmp_path)
     copy = tmp_path / "copy"
     shutil.copytree(world.folders["qwen3, k=2"], copy)
@@ -340,9 +341,9 @@ def change(model: Any, **fields: Any) -> None:
     ("fields", "message"),
     [
         ({"residual": "coefficient"}, "`residual: coefficient`, a learned softmax of two"),
-        ({"expert": "linear"}, "is no MLP of a decoder layer"),
+        ({"expert": "linear"}, "is not an MLP of a decoder layer"),
         ({"router": {"eval_capacity_factor": 1.0}}, "`eval_capacity_factor` drops tokens"),
-        ({"router": {"combine": "sum"}}, "`combine: sum` weighs 4 experts 1 each"),
+        ({"router": {"combine": "sum"}}, "`combine: sum` gives 4 experts weight 1"),
         ({"router": {"bias_update": 0.1}}, "lacks router.pending_counts"),
         ({"residual": "add"}, "lacks mlp.down_proj.weight"),
     ],
@@ -360,12 +361,16 @@ def test_a_layer_that_no_class_has(mixtral: Any, fields: dict[str, Any], message
     [
         ("hidden_act", "gelu", "config.hidden_act is gelu"),
         ("mlp_bias", True, "config.mlp_bias"),
-        ("logit_scale", 0.5, "config.logit_scale is 0.5, and what it does there is not known"),
+        ("logit_scale", 0.5, "config.logit_scale is 0.5, whose effect is not known"),
         ("sliding_window", 5, "config.sliding_window is 5"),  # a Llama has none, a Mixtral has
         ("chunk_size_feed_forward", 2, "config.chunk_size_feed_forward is 2"),
-        ("tie_word_embeddings", True, "tie_word_embeddings is not what the weights are"),
+        ("tie_word_embeddings", True, "tie_word_embeddings does not agree with the weights"),
         ("rms_norm_eps", 1e-6, "not what the config says"),
-        ("rope_parameters", {"rope_type": "default", "partial_rotary_factor": 0.5}, "a part of"),
+        (
+            "rope_parameters",
+            {"rope_type": "default", "partial_rotary_factor": 0.5},
+            "only a part",
+        ),
     ],
 )
 def test_a_config_that_no_class_has(mixtral: Any, field: str, value: Any, message: str) -> None:
@@ -381,7 +386,7 @@ def test_patched_models_and_other_classes(mixtral: Any) -> None:
         native_files(mixtral, LiveTensors(mixtral))
     del attention.forward
     attention.extra = torch.nn.Identity()
-    with pytest.raises(NotNative, match=r"layers.0.self_attn.extra is no part of a Llama"):
+    with pytest.raises(NotNative, match=r"layers.0.self_attn.extra is not a part of a Llama"):
         native_files(mixtral, LiveTensors(mixtral))
     mixtral.__class__ = type("LlamaForCausalLM", (transformers.LlamaForCausalLM,), {})
     with pytest.raises(NotNative, match=r"test_native.LlamaForCausalLM is none of"):
@@ -435,7 +440,7 @@ def test_why_a_class_does_not_fit(facts: Facts) -> None:
 
 
 def test_softmax_and_sigmoid_routers(facts: Facts) -> None:
-    """Two softmax weights are not two sigmoid weights; one that weighs 1 is only an order."""
+    """Two softmax weights are not two sigmoid weights; of a single one only the order counts."""
     assert "by sigmoid scores" in why(facts, "Glm4Moe")
     assert "by softmax scores" in why(facts, "Mixtral", {"score": "sigmoid"})
     one = {"top_k": 1}
@@ -447,7 +452,7 @@ def test_softmax_and_sigmoid_routers(facts: Facts) -> None:
 
 
 def test_an_unknown_class_is_refused(mixtral: Any) -> None:
-    with pytest.raises(ValueError, match="'Mixtral' is none of MixtralForCausalLM"):
+    with pytest.raises(ValueError, match="'Mixtral' is unknown; use one of MixtralForCausalLM"):
         native_files(mixtral, LiveTensors(mixtral), architecture="Mixtral")
     with pytest.raises(NotNative) as caught:
         native_files(mixtral, LiveTensors(mixtral), architecture="OlmoeForCausalLM")

@@ -212,7 +212,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "other layers": (edit(lambda d: d["layers"].pop()), "layers: were .* and are now"),
     "other plan": (edit(lambda d: d["plan"]["layers"][0].update(experts=7)), "plan_sha256"),
-    "other experts": (edit(lambda d: d["layers"][0].update(experts=7)), "experts was 7 and is now"),
+    "other experts": (
+        edit(lambda d: d["layers"][0]["plan"].update(experts=7)),
+        "experts was 7 and is now",
+    ),
     "other width": (
         edit(lambda d: d["details"]["config"].update(ffn_dim=64)),
         "in a OPTForCausalLM of this plan",

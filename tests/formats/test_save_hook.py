@@ -1,4 +1,4 @@
-"""Every public door attaches the save hook, `demoeify` takes it away, and nothing else does."""
+"""Every public function attaches the save hook, `demoeify` removes it, and nothing else does."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def test_from_pretrained(model, tmp_path: Path):
 
 
 def test_student(model):
-    twin = copy.deepcopy(model)
-    assert guarded(mf.drop_layers(twin, {"keep": [0]})) == (True, 1)
+    small = copy.deepcopy(model)
+    assert guarded(mf.drop_layers(small, {"keep": [0]})) == (True, 1)
 
 
 def test_demoeify(model):
@@ -80,10 +80,10 @@ def test_a_model_without_save_pretrained_gets_no_hook():
     assert guarded(plain) == (False, 0)
 
 
-def test_neither_the_installer_nor_revert_knows_of_it(model):
+def test_neither_convert_nor_revert_touches_it(model):
     dense = ZOO["llama"].build()
     convert(dense, PLAN, verify=False)
     assert guarded(dense) == (False, 0)
-    twin = copy.deepcopy(model)
-    revert(twin)
-    assert guarded(twin) == (True, 1)
+    reverted = copy.deepcopy(model)
+    revert(reverted)
+    assert guarded(reverted) == (True, 1)

@@ -229,7 +229,7 @@ def test_router_buffers_come_back(tmp_path):
     assert again.model.layers[0].mlp.router.selection_bias.dtype == torch.float32
 
 
-def test_models_that_read_values_on_the_way(folder, model, monkeypatch):
+def test_models_that_read_values_while_captured(folder, model, monkeypatch):
     from moeify.convert import convert_model
 
     real, calls = convert_model.convert, []
@@ -302,9 +302,9 @@ def test_names_that_are_not_of_transformers_get_no_code(model):
 
 
 def test_copies_save_themselves(model, tmp_path):
-    twin = copy.deepcopy(model)
+    copied = copy.deepcopy(model)
     pickled = pickle.loads(pickle.dumps(model))
-    for number, other in enumerate((twin, pickled)):
+    for number, other in enumerate((copied, pickled)):
         with torch.no_grad():
             other.lm_head.weight.add_(1)
         other.save_pretrained(tmp_path / str(number), export="custom")
@@ -495,7 +495,7 @@ def test_a_trainer_resumes(tmp_path):
     assert (tmp_path / "b" / "checkpoint-4" / "optimizer.pt").exists()
 
 
-def test_what_is_not_native_says_why(model):
+def test_notes_say_why_a_model_is_not_native(model):
     model_files = choose_format(model, LiveTensors(model))
     assert model_files.kind == "custom"
     assert any(note.startswith("not native: ") for note in model_files.notes)

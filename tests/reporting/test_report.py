@@ -1,4 +1,4 @@
-"""`moeify report` and `RunLog`: what the page says, what it must not hold, what is refused."""
+"""`moeify report` and `RunLog`: what the page says, what it must not contain, what is refused."""
 
 from __future__ import annotations
 
@@ -171,12 +171,12 @@ def test_nothing_hostile_gets_through(model, tmp_path):
     assert "<img onerror=x>" in page.text
 
 
-def test_missing_parts_are_said(model, tmp_path):
+def test_missing_parts_are_named(model, tmp_path):
     page = sound(mf.report(model, tmp_path / "a.html"))
     assert "training: no run was given" in page.text
     mf.RunLog(tmp_path / "run.jsonl").write(0, loss=1.0)
     page = sound(mf.report(None, tmp_path / "b.html", tmp_path / "run.jsonl"))
-    for part in ("layers, totals and graphs", "the plan", "tells nothing of routers"):
+    for part in ("layers, totals and graphs", "the plan", "nothing about routers"):
         assert part in page.text
     mf.save(model, tmp_path / "saved")  # no class of transformers: cannot be built from its name
     page = sound(mf.report(tmp_path / "saved", tmp_path / "c.html"))
@@ -200,14 +200,14 @@ def test_folders(folders, tmp_path):
     done = call(folders["dense"], "--plan", folders["plan"], "--out", out)
     assert done.exit_code == 0, done.output
     assert "2 MoE layers of 4 experts, 1 other MLPs in place" in sound(out).text
-    for arguments, said in (
+    for arguments, message in (
         ([folders["dense"]], "--plan"),
         ([folders["native"], "--plan", folders["plan"]], "converted already"),
         ([tmp_path / "nowhere"], "no such folder or file"),
         ([tmp_path], "config.json"),
     ):
         done = call(*arguments, "--out", out)
-        assert (done.exit_code, said in done.output) == (1, True), done.output
+        assert (done.exit_code, message in done.output) == (1, True), done.output
     assert call(folders["native"], "--out", tmp_path).exit_code == 1
     assert call(folders["native"], "--out", tmp_path / "no" / "a.html").exit_code == 1
 
@@ -243,7 +243,7 @@ def test_trainer(folders, tmp_path):
     assert "Not on this page" not in page.text
 
 
-def test_run_log_goes_on(model, tmp_path):
+def test_run_log_continues(model, tmp_path):
     path = tmp_path / "run.jsonl"
     log = mf.RunLog(path)
     log.write(0, model, loss=torch.tensor(1.5))
@@ -267,7 +267,7 @@ def test_run_log_goes_on(model, tmp_path):
         with pytest.raises(ValueError):
             log.write(5, **wrong)
     (tmp_path / "notes.txt").write_text("dear diary\n")
-    with pytest.raises(MoeifyError, match="no log"):
+    with pytest.raises(MoeifyError, match="not a log"):
         mf.RunLog(tmp_path / "notes.txt").write(0, loss=1.0)
     assert (tmp_path / "notes.txt").read_text() == "dear diary\n"
 

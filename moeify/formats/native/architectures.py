@@ -1,6 +1,6 @@
 """The MoE classes of transformers that moeify writes: what each can be, and its config.
 
-A `Target` is data; `misfits` says why a model is none of them, `config_of` fills in its config.
+A `Target` is data; `misfits` says why a model is not of its class, `config_of` fills in its config.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any, Final, Literal, TypeAlias
 from moeify.formats.native.model_facts import SAME, Facts
 from moeify.units import dtype_name
 
-SHARED_WIDTH: Final = 128
-"""Width of a shared expert of zeros, where a class has one and the model does not: it can be
-sliced over ranks, while a width of 0 makes kernels fail."""
+# Width of a shared expert of zeros, where a class has one and the model does not: it can be sliced
+# over ranks, while a width of 0 makes kernels fail.
+_SHARED_WIDTH: Final = 128
 
-
+# What of a model a config can ask for; `_numbers_of` finds it.
 Number: TypeAlias = Literal[
     "experts",
     "expert_width",
@@ -29,50 +29,31 @@ Number: TypeAlias = Literal[
     "qkv_bias",
     "head_norm",
 ]
-"""What of a model a config can ask for; `_numbers_of` finds it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One class.
-
-    Attributes:
-        architecture: Name of the class.
-        config: Name of its config's class.
-        numbers: Keys of its config, each with the number of the model that belongs there.
-        constants: Keys of its config that have the same value for every model.
-        rope: Keys of its config's `rope_parameters`, beside the dense model's.
-        moe: Name of the MoE part of a layer, on disk.
-        leaves: Names of an expert's gate, up and down projections, on disk.
-        shared: Name of the shared expert, on disk.
-        residual: The plan's residual that the shared expert is.
-        qkv_bias: Whether query, key and value have biases.
-        norm: What normalises queries and keys: nothing, each head, the full width; "maybe" is
-            each head or nothing.
-        window: It can have a sliding window.
-        head_dim: Heads can have a width of their own.
-        dense: Which layers can be dense: none, any, or the first ones.
-        score: Score of its router.
-        selection_bias: It has one, so that layers can differ in experts.
-        probability: Weights can be the scores themselves.
-        aux_loss: Its config has a weight of the balance loss.
-    """
+    """One class, and what a model must be to be written as it."""
 
     architecture: str
-    config: str
+    config: str  # name of its config's class
+    # Names on disk: the MoE part of a layer, an expert's gate, up and down, the shared expert.
     moe: str = "mlp"
     leaves: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     shared: str = ""
-    residual: str = "none"
+    residual: str = "none"  # the plan's residual that the shared expert is
     qkv_bias: Literal["never", "always", "maybe"] = "never"
+    # Norm of queries and keys: of each head, or of the full width; "maybe" is each head or none.
     norm: Literal["none", "head", "full", "maybe"] = "none"
-    window: bool = False
-    head_dim: bool = True
-    dense: Literal["none", "any", "first"] = "none"
+    window: bool = False  # can have a sliding window
+    head_dim: bool = True  # heads can have a width of their own
+    dense: Literal["none", "any", "first"] = "none"  # which layers can be dense
     score: str = "softmax"
-    selection_bias: bool = False
-    probability: bool = True
-    aux_loss: bool = True
+    selection_bias: bool = False  # has one, so that layers can differ in experts
+    probability: bool = True  # combine weights can be the scores themselves
+    aux_loss: bool = True  # its config has a weight of the balance loss
+    # Of its config: keys with the number of the model that belongs there, keys with one value for
+    # every model, and keys of `rope_parameters` beside the dense model's.
     numbers: Mapping[str, Number] = field(default_factory=dict)
     constants: Mapping[str, Any] = field(default_factory=dict)
     rope: Mapping[str, Any] = field(default_factory=dict)
@@ -86,6 +67,7 @@ _QWEN_NUMBERS: Final[Mapping[str, Number]] = {
 }
 _QWEN_CONSTANTS: Final = {"decoder_sparse_step": 1, "use_sliding_window": False}
 
+# In order of preference: what needs no padding first.
 TARGETS: Final = (
     Target(
         "MixtralForCausalLM",
@@ -156,11 +138,10 @@ TARGETS: Final = (
         rope={"partial_rotary_factor": 1.0},
     ),
 )
-"""In the order of preference: what needs no padding first."""
 
 
 def misfits(target: Target, facts: Facts) -> Iterator[str]:
-    """Say why a model is not of this class; nothing if it is."""
+    """Yield the reasons why a model is not of this class; none if it is."""
     yield from _attention(target, facts)
     yield from _routing(target, facts)
     yield from _layers(target, facts)
@@ -168,7 +149,7 @@ def misfits(target: Target, facts: Facts) -> Iterator[str]:
 
 def _attention(target: Target, facts: Facts) -> Iterator[str]:
     if target.norm == "full":
-        yield "it normalises queries and keys over their full width, which no dense class here does"
+        yield "it normalises queries and keys over their full width, and the dense model does not"
     elif target.norm == "head" and not facts.head_norm:
         yield "it normalises the queries and keys of each head, and the dense model does not"
     elif target.norm == "none" and facts.head_norm:
@@ -179,10 +160,8 @@ def _attention(target: Target, facts: Facts) -> Iterator[str]:
         yield "its queries, keys and values have no biases"
     if facts.window == "mixed" or (facts.window is not None and not target.window):
         yield "the dense model has sliding windows"
-    if not target.head_dim and facts.head_dim * facts.config.num_attention_heads != (
-        facts.config.hidden_size
-    ):
-        yield f"its readers take hidden_size / heads for the width of a head, not {facts.head_dim}"
+    if not target.head_dim and facts.free_head_dim:
+        yield f"its readers take hidden_size / heads as the width of a head, not {facts.head_dim}"
 
 
 def _routing(target: Target, facts: Facts) -> Iterator[str]:
@@ -195,14 +174,14 @@ def _routing(target: Target, facts: Facts) -> Iterator[str]:
         if len(values) > 1:
             yield f"it has one {name} for all layers"
     if not target.probability and not all(layer.normalized for layer in layers):
-        yield "its weights always sum to 1: `combine: probability` is not in it"
+        yield "its combine weights always sum to 1: it has no `combine: probability`"
     if not target.selection_bias and any(layer.biased for layer in layers):
         yield "it has no selection bias (`bias_update`)"
     if not all(layer.any_score or layer.plan.router.score == target.score for layer in layers):
-        what = "chooses and weighs" if layers[0].plan.top_k > 1 else "weighs"
+        uses = "chooses and weights" if layers[0].plan.top_k > 1 else "weights"
         yield (
-            f"its router {what} by {target.score} scores: another `router.score` fits top_k 1 "
-            "with weight 1 only, where the order alone matters"
+            f"its router {uses} experts by {target.score} scores: another `router.score` fits only "
+            "top_k 1 with weight 1, where nothing but the order matters"
         )
 
 
@@ -216,7 +195,7 @@ def _layers(target: Target, facts: Facts) -> Iterator[str]:
     for layer in layers:
         if layer.plan.residual not in ("none", target.residual):
             has = f"`residual: {target.residual}`" if target.shared else "no residual"
-            yield f"`residual: {layer.plan.residual}`, where it has {has}"
+            yield f"the plan has `residual: {layer.plan.residual}`, but it has {has}"
             break
     counts = sorted({layer.plan.experts for layer in layers})
     if len(counts) > 1 and not target.selection_bias:
@@ -224,11 +203,11 @@ def _layers(target: Target, facts: Facts) -> Iterator[str]:
         yield f"layers of {text} experts, where it has one number for all"
     shared = any(layer.plan.residual != "none" for layer in layers)
     if target.residual == "add" and shared and facts.width % layers[0].width:
-        yield f"its shared experts are multiples of {layers[0].width}, and {facts.width} is none"
+        yield f"its shared width is a multiple of {layers[0].width}, and {facts.width} is not"
 
 
 def experts_of(target: Target, facts: Facts) -> int:
-    """Return how many experts each layer of that class has; two at least for a grouped top-k."""
+    """Return how many experts each layer of that class has; a grouped top-k needs two."""
     most = max(layer.plan.experts for layer in facts.layers)
     return max(most, 2) if target.selection_bias else most
 
@@ -239,7 +218,7 @@ def shared_width(target: Target, facts: Facts) -> int:
         return 0
     if any(layer.plan.residual != "none" for layer in facts.layers):
         return facts.width
-    return facts.layers[0].width if target.residual == "add" else SHARED_WIDTH
+    return facts.layers[0].width if target.residual == "add" else _SHARED_WIDTH
 
 
 def config_of(target: Target, facts: Facts) -> Any:
@@ -264,7 +243,7 @@ def config_of(target: Target, facts: Facts) -> Any:
 
 
 def _numbers_of(target: Target, facts: Facts) -> dict[Number, Any]:
-    """Return all that `Target.numbers` can name."""
+    """Return every number that `Target.numbers` can name."""
     width = facts.layers[0].width
     sparse = {layer.index for layer in facts.layers}
     dense = [i for i in range(facts.depth) if i not in sparse]

@@ -1,8 +1,8 @@
 """Native export: a folder that transformers, vLLM and SGLang read without moeify.
 
-A converted model whose plan says no more than a class of transformers does is written as that
-class: its config, its names, one tensor per expert and projection. What differs is a reason, never
-a silent change; what has to be padded is counted and said.
+A converted model whose plan is within what a class of transformers can do is written as that class:
+its config, its names, one tensor per expert and projection. Every difference is a reason to refuse,
+never a silent change; padding is counted and reported.
 """
 
 from __future__ import annotations
@@ -14,15 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from moeify.capture.input_spec import describable
 from moeify.convert.replay import layer_records
 from moeify.errors import MoeifyError
+from moeify.formats.dense_details import config_files, dense_details
 from moeify.formats.manifest import format_manifest
 from moeify.formats.native.architectures import TARGETS, Target, config_of, misfits
 from moeify.formats.native.model_facts import Facts, facts_of
-from moeify.formats.native.reader import NativeTensors
-from moeify.formats.native.tensors import Tensors, names_of, tensors_of
-from moeify.hf.dense_class import dense_class, dense_config, generation_config
+from moeify.formats.native.tensors import NativeTensorList, names_of
 from moeify.plan import strict_yaml
 from moeify.sites.record import Conversion, require_conversion, require_one_process
 from moeify.storage.tensor_source import ModelFiles, TensorSource
@@ -30,23 +28,15 @@ from moeify.units import dtype_name
 
 
 class NotNative(MoeifyError):
-    """No class of transformers is what the converted model is.
-
-    Args:
-        reasons: Why not, by architecture.
-
-    Attributes:
-        reasons: As given.
-    """
+    """No class of transformers computes what the model does; `reasons` says why, by class."""
 
     def __init__(self, reasons: Mapping[str, str]) -> None:
         self.reasons = dict(reasons)
         texts = list(dict.fromkeys(self.reasons.values()))
-        if len(texts) == 1:
-            said = texts[0]
-        else:
-            said = "".join(f"\n  {name}: {text}" for name, text in self.reasons.items())
-        super().__init__(f"no class of transformers is what this model has become: {said}")
+        why = texts[0]
+        if len(texts) > 1:
+            why = "".join(f"\n  {name}: {text}" for name, text in self.reasons.items())
+        super().__init__(f"no class of transformers computes what this model does: {why}")
 
 
 def native_files(
@@ -65,19 +55,17 @@ def native_files(
         architecture: The class to write, such as "MixtralForCausalLM"; the first that fits if None.
 
     Returns:
-        What is to be written; its notes say what is padding, and why classes before it do not fit.
+        What is to be written; notes list the padding, and why earlier classes do not fit.
 
     Raises:
-        NotNative: No class fits, or not that one; `reasons` says why.
-        MoeifyError: The model was not converted, or lies on several ranks.
-        ValueError: `architecture` is not a class that moeify writes.
+        NotNative: No class fits, or not the given one.
     """
     record = require_conversion(model)
     require_one_process(model, "native export")
     chosen = [t for t in TARGETS if architecture in (None, t.architecture)]
     if not chosen:
         known = ", ".join(target.architecture for target in TARGETS)
-        raise ValueError(f"architecture: {architecture!r} is none of {known}")
+        raise ValueError(f"architecture: {architecture!r} is unknown; use one of {known}")
     facts = facts_of(model, record, tensor_source)
     if isinstance(facts, str):
         raise NotNative({target.architecture: facts for target in chosen})
@@ -91,14 +79,13 @@ def native_files(
 
 
 def _differs(target: Target, facts: Facts) -> str:
-    """Say what of the config the class does not take over; nothing if it takes all."""
+    """Return what of the config the class does not keep; empty if it keeps everything."""
     rope = dict(facts.config.rope_parameters)
     try:
         config = config_of(target, facts)
-    except Exception as error:  # a config's own checks raise as they like
+    except Exception as error:  # a config's own checks may raise anything
         return f"its config refuses: {error}"
-    if target.architecture == "Glm4MoeForCausalLM":
-        rope["partial_rotary_factor"] = 1.0
+    rope |= target.rope
     if dict(config.rope_parameters) != rope:
         return f"its rope_parameters become {dict(config.rope_parameters)} from {rope}"
     return ""
@@ -114,44 +101,30 @@ def _files_of(
     reasons: Mapping[str, str],
 ) -> ModelFiles:
     config = config_of(target, facts)
-    tensors = tensors_of(target, facts, tensor_source)
+    tensors = NativeTensorList(target, facts, tensor_source)
     _check(target, config, tensors)
-    texts = {"config.json": config.to_json_string()}
-    generation = generation_config(model)
-    if generation is not None:
-        texts["generation_config.json"] = json.dumps(generation, indent=2, sort_keys=True) + "\n"
-    texts["plan.yaml"] = strict_yaml.dump(record.plan.data(), "plan.yaml")
-    cls = dense_class(model)
-    details = {
-        "class": f"{cls.__module__}.{cls.__name__}",
-        "config": dense_config(model),
-        "inputs": record.inputs if describable(record.inputs) else None,
-        "generation": generation,
-        "names": list(tensor_source.specs),
-        "aliases": dict(tensor_source.aliases),
-    }
+    details = dense_details(model, record)
+    texts = config_files(json.loads(config.to_json_string()), details["generation"])
+    plan = strict_yaml.dump(record.plan.data(), "plan.yaml")
+    names = {"names": list(tensor_source.specs), "aliases": dict(tensor_source.aliases)}
     return ModelFiles(
         kind="native",
         tensors=tuple(tensors.outputs),
-        texts={name: text.encode() for name, text in texts.items()},
+        texts=texts | {"plan.yaml": plan.encode()},
         manifest=format_manifest(
             "native",
             architecture=target.architecture,
             plan=record.plan,
             layers=layer_records(model, record),
-            source=dict(source or {}),
-            details=details,
+            source=source,
+            details=details | names,
         ),
         notes=tuple(_notes(target, facts, record, tensors, reasons)),
     )
 
 
-def _check(target: Target, config: Any, tensors: Tensors) -> None:
-    """Hold names and shapes against the class itself.
-
-    Raises:
-        NotNative: They differ; the installed transformers has another such class.
-    """
+def _check(target: Target, config: Any, tensors: NativeTensorList) -> None:
+    """Compare names and shapes with those of the class in the installed transformers."""
     import transformers
 
     with torch.device("meta"):
@@ -163,7 +136,7 @@ def _check(target: Target, config: Any, tensors: Tensors) -> None:
             raise NotNative(
                 {
                     target.architecture: f"{name} is {expected.get(name)} in the class of "
-                    f"transformers {transformers.__version__}, and here {written.get(name)}"
+                    f"transformers {transformers.__version__}, but {written.get(name)} here"
                 }
             )
 
@@ -172,7 +145,7 @@ def _notes(
     target: Target,
     facts: Facts,
     record: Conversion,
-    tensors: Tensors,
+    tensors: NativeTensorList,
     reasons: Mapping[str, str],
 ) -> list[str]:
     total, size = tensors.elements, facts.dtype.itemsize
@@ -190,31 +163,26 @@ def _notes(
             f"has {'the' if same else 'the first layer of the'} plan's weight, is over all layers "
             "together, and is off until output_router_logits=True"
             if target.aux_loss
-            else "is not there"
+            else "does not exist"
         )
         notes.append(
-            f"training: the class's balance loss {balance}; it has no z-loss, and nothing moves a "
-            "selection bias"
+            f"training: the class's balance loss {balance}; it has no z-loss, and nothing updates "
+            "a selection bias"
         )
     if facts.layers[0].plan.top_k == 1 and facts.layers[0].normalized:
-        notes.append("training: with one expert of weight 1 its router has no gradient there")
+        notes.append("training: with one expert of weight 1 the class's router has no gradient")
     scores = {layer.plan.router.score for layer in facts.layers}
     if target.score == "sigmoid" and "softmax" in scores:
         notes.append(
-            "routing: the class chooses by sigmoids, which is the plan's choice but where the best "
-            "two logits x differ by less than 6e-8 * exp(x), such as 0.001 at 10, in float32"
+            "routing: the class chooses by sigmoids, which agrees with the plan except where the "
+            "best two logits x differ by less than 6e-8 * exp(x), such as 0.001 at 10, in float32"
         )
     if target.score == "softmax" and facts.dtype.itemsize < 4:
         notes.append(
             f"routing: the class computes logits in {dtype_name(facts.dtype)}, moeify in float32: "
-            "near ties can go to another expert"
+            "near ties may go to another expert"
         )
-    if target.window and facts.head_dim * facts.config.num_attention_heads != (
-        facts.config.hidden_size
-    ):
-        notes.append("SGLang's Mixtral takes hidden_size / heads for head_dim: it cannot load this")
+    if target.window and facts.free_head_dim:
+        notes.append("SGLang's Mixtral takes hidden_size / heads as head_dim: it cannot load this")
     chosen = f"written as {target.architecture}, which transformers loads without moeify"
     return [chosen, *notes, *(f"not {name}: {why}" for name, why in reasons.items())]
-
-
-__all__ = ["NativeTensors", "NotNative", "native_files"]

@@ -1,7 +1,7 @@
 """What of a converted model matters to a class of transformers, and what no such class can have.
 
-Nothing is assumed: a dense class stands in `FAMILIES` or is refused, every field of its config is
-known, at its default, or a reason, and the modules are held against a model built from that config.
+Nothing is assumed: a dense class is in `FAMILIES` or refused; every field of its config is known,
+at its default, or a reason to refuse; the modules are compared with a model built from that config.
 """
 
 from __future__ import annotations
@@ -21,21 +21,22 @@ from moeify.sites.record import Conversion, ConvertedLayer
 from moeify.storage.tensor_source import TensorSource
 from moeify.units import dtype_name
 
+# Dense classes by name, with their module of transformers.
 FAMILIES: Final = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
-"""Dense classes by name, and the module of transformers they are of."""
 
-_NO_FAMILY: Final = {
+_REFUSED: Final = {
     "OlmoForCausalLM": "its norms have no weights and subtract the mean",
-    "Olmo2ForCausalLM": "its norms stand behind attention and MLP, not before them",
-    "Olmo3ForCausalLM": "its norms stand behind attention and MLP, not before them",
+    "Olmo2ForCausalLM": "its norms come after attention and MLP, not before them",
+    "Olmo3ForCausalLM": "its norms come after attention and MLP, not before them",
     "GemmaForCausalLM": "its norms multiply by 1 + weight, and its embeddings are scaled",
 }
 
+# Config fields that have one name and one meaning in every class here.
 SAME: Final = (
     "vocab_size",
     "hidden_size",
@@ -53,7 +54,6 @@ SAME: Final = (
     "tie_word_embeddings",
     "attention_dropout",
 )
-"""Config fields that have one name and one meaning in every class here."""
 
 _SEEN: Final = {
     *SAME,
@@ -67,7 +67,7 @@ _SEEN: Final = {
     "max_window_layers",
     "layer_types",
 }
-_NO_MATTER: Final = {
+_IRRELEVANT: Final = {
     "_name_or_path",
     "architectures",
     "dtype",
@@ -99,17 +99,11 @@ _ROUTER: Final = {
 
 @dataclass(frozen=True, slots=True)
 class DecoderLayer:
-    """A converted MLP of a decoder.
-
-    Attributes:
-        plan: What it became.
-        block: Path of the block.
-        width: Hidden width of an expert.
-    """
+    """A converted MLP of a decoder."""
 
     plan: LayerPlan
     block: str
-    width: int
+    width: int  # of an expert
 
     @property
     def index(self) -> int:
@@ -118,62 +112,42 @@ class DecoderLayer:
 
     @property
     def normalized(self) -> bool:
-        """Whether the weights of a token's experts sum to 1; else they are the scores."""
+        """Whether a token's combine weights sum to 1; else they are the scores."""
         return self.plan.router.combine != "probability"
 
     @property
     def biased(self) -> bool:
-        """Whether it has a selection bias."""
         return self.plan.router.bias_update > 0
 
     @property
     def any_score(self) -> bool:
-        """Whether only the order of the scores matters: one expert, and it weighs 1."""
+        """Whether only the order of the scores matters: one expert, with weight 1."""
         return self.plan.top_k == 1 and self.normalized and not self.biased
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """A converted model as the classes see it.
+    """A converted model as the classes see it."""
 
-    Attributes:
-        family: Value of `FAMILIES`.
-        config: The dense model's.
-        layers: Converted layers by position.
-        depth: Number of layers.
-        width: Hidden width of a dense MLP.
-        head_dim: Width of a head.
-        head_norm: Queries and keys are normalised head by head.
-        qkv_bias: Query, key and value projections have biases.
-        output_bias: The attention's output projection has one.
-        window: Sliding window of all layers, "mixed", or None.
-        dtype: Of every parameter.
-    """
-
-    family: str
-    config: Any
-    layers: tuple[DecoderLayer, ...]
+    config: Any  # the dense model's
+    layers: tuple[DecoderLayer, ...]  # by position
     depth: int
-    width: int
+    width: int  # of a dense MLP
     head_dim: int
-    head_norm: bool
+    head_norm: bool  # queries and keys are normalised head by head
     qkv_bias: bool
-    output_bias: bool
-    window: int | str | None
-    dtype: torch.dtype
+    output_bias: bool  # of the attention
+    window: int | str | None  # sliding window of all layers, or "mixed"
+    dtype: torch.dtype  # of every parameter
+
+    @property
+    def free_head_dim(self) -> bool:
+        """Whether the width of a head is not hidden_size / heads."""
+        return bool(self.head_dim * self.config.num_attention_heads != self.config.hidden_size)
 
 
 def facts_of(model: nn.Module, record: Conversion, tensor_source: TensorSource) -> Facts | str:
-    """Look at a converted model.
-
-    Args:
-        model: It may be on meta.
-        record: Its conversion.
-        tensor_source: Its tensors; only their specs are looked at.
-
-    Returns:
-        The facts, or why no class of transformers fits.
-    """
+    """Return the facts of a converted model, or why no class of transformers fits."""
     cls = dense_class(model)
     config: Any = getattr(model, "config", None)
     if cls is not type(model):  # loaded from a custom export: its config says more
@@ -199,7 +173,6 @@ def facts_of(model: nn.Module, record: Conversion, tensor_source: TensorSource) 
     ]
     layers.sort(key=lambda layer: layer.index)
     return Facts(
-        family=family,
         config=config,
         layers=tuple(layers),
         depth=config.num_hidden_layers,
@@ -217,8 +190,8 @@ def _no_class(
     model: nn.Module, cls: type, config: Any, record: Conversion, tensor_source: TensorSource
 ) -> Iterator[str]:
     name = cls.__name__
-    if name in _NO_FAMILY:
-        yield f"{name}: {_NO_FAMILY[name]}"
+    if name in _REFUSED:
+        yield f"{name}: {_REFUSED[name]}"
     known = f"transformers.models.{FAMILIES.get(name)}.modeling_{FAMILIES.get(name)}"
     if cls.__module__ != known:
         known_to_all = cls.__module__.startswith("transformers.models.")
@@ -233,46 +206,46 @@ def _no_class(
     extra = (".router.selection_bias", ".router.pending_counts")
     dtypes = {dtype_name(s.dtype) for n, s in tensor_source.specs.items() if not n.endswith(extra)}
     if len(dtypes) != 1:
-        yield f"its parameters are of {' and '.join(sorted(dtypes))}, and are loaded as one"
+        yield f"its parameters have dtypes {' and '.join(sorted(dtypes))}, but would load as one"
     ties = {frozenset(pair) for pair in tensor_source.aliases.items()}
     embedding = frozenset(("lm_head.weight", "model.embed_tokens.weight"))
     if odd := sorted(min(pair) for pair in ties - {embedding}):
         yield f"{odd[0]} is tied to another tensor"
     if getattr(config, "tie_word_embeddings", False) != (embedding in ties):
-        yield "config.tie_word_embeddings is not what the weights are"
+        yield "config.tie_word_embeddings does not agree with the weights"
 
 
 def _config_reasons(config: Any) -> Iterator[str]:
     default = type(config)().to_dict()
     for key, value in config.to_dict().items():
-        if key in _NO_MATTER or value == default.get(key, None):
+        if key in _IRRELEVANT or value == default.get(key, None):
             continue
         if key == "head_dim" or (key in _SEEN and key in default):  # Qwen2 reads a head_dim too
             continue
         if key in default or value not in (None, False):
-            yield f"config.{key} is {value!r:.60}, and what it does there is not known"
+            yield f"config.{key} is {value!r:.60}, whose effect is not known"
     if config.hidden_act not in ("silu", "swish"):
-        yield f"config.hidden_act is {config.hidden_act}; the readers of these classes take silu"
+        yield f"config.hidden_act is {config.hidden_act}; these classes' readers support silu only"
     if getattr(config, "mlp_bias", False):
-        yield "config.mlp_bias: experts there have no biases"
+        yield "config.mlp_bias: experts of these classes have no biases"
     rope = config.rope_parameters or {}
     if any(isinstance(part, dict) for part in rope.values()):
         yield "config.rope_parameters differ between layers"
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        yield "config.rope_parameters turn a part of each head only"
+        yield "config.rope_parameters rotate only a part of each head"
 
 
 def _module_reasons(model: nn.Module, fresh: nn.Module, blocks: list[str]) -> Iterator[str]:
-    """Hold the modules against those of a model from the same config."""
+    """Compare the modules with those of a model from the same config."""
     inside = tuple(f"{block}." for block in blocks)
     expected = dict(fresh.named_modules())
     for path, module in model.named_modules():
         if not path or path in blocks or path.startswith(inside):
             continue
-        twin = expected.get(path)
-        if twin is None:
-            yield f"{path} is no part of a {type(fresh).__name__}"
-        elif type(module) is not type(twin) or module.extra_repr() != twin.extra_repr():
+        built = expected.get(path)
+        if built is None:
+            yield f"{path} is not a part of a {type(fresh).__name__}"
+        elif type(module) is not type(built) or module.extra_repr() != built.extra_repr():
             now = f"{type(module).__name__}({module.extra_repr()})"
             yield f"{path} is a {now}, not what the config says"
         elif "forward" in module.__dict__:
@@ -283,20 +256,20 @@ def _layer_reasons(converted: ConvertedLayer, tensor_source: TensorSource) -> It
     layer, block = converted.layer, converted.block
     site, router = layer.site, layer.router
     if not re.fullmatch(r"model\.layers\.[0-9]+\.mlp", block) or layer.expert != "mlp":
-        yield f"{layer.name}: is no MLP of a decoder layer"
+        yield f"{layer.name}: is not an MLP of a decoder layer"
     if site.activation != "silu" or not site.gated or site.inner or site.calls != 1:
-        yield f"{layer.name}: is no gated silu MLP that runs once"
+        yield f"{layer.name}: is not a gated silu MLP that runs once"
     if layer.residual == "coefficient":
-        yield f"{layer.name}: `residual: coefficient`, a learned softmax of two, is in no class"
+        yield f"{layer.name}: `residual: coefficient`, a learned softmax of two, exists in no class"
     if router.eval_capacity_factor is not None:
         yield f"{layer.name}: `eval_capacity_factor` drops tokens, and no class does in evaluation"
     if router.combine == "sum" and layer.top_k > 1:
-        yield f"{layer.name}: `combine: sum` weighs {layer.top_k} experts 1 each; in no class"
+        yield f"{layer.name}: `combine: sum` gives {layer.top_k} experts weight 1; no class does"
     elif router.combine not in ("straight_through", "normalized", "probability", "sum"):
-        yield f"{layer.name}: `combine: {router.combine}` is in no class"
+        yield f"{layer.name}: `combine: {router.combine}` exists in no class"
     for name in sorted(RouterSpec.model_fields.keys() - _ROUTER):
         if getattr(router, name) != RouterSpec.model_fields[name].default:
-            yield f"{layer.name}: `router.{name}` is in no class"
+            yield f"{layer.name}: `router.{name}` exists in no class"
     names = {"router.weight", "experts.gate_up_proj", "experts.down_proj"}
     if router.bias_update > 0:
         names |= {"router.selection_bias", "router.pending_counts"}
@@ -304,6 +277,6 @@ def _layer_reasons(converted: ConvertedLayer, tensor_source: TensorSource) -> It
         names |= {f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
     if layer.residual == "sigmoid":
         names.add("residual_mix.coefficient.weight")
-    held = {n.removeprefix(f"{block}.") for n in tensor_source.specs if n.startswith(f"{block}.")}
-    if odd := sorted(names ^ held):
-        yield f"{layer.name}: {'has' if odd[0] in held else 'lacks'} {odd[0]}"
+    found = {n.removeprefix(f"{block}.") for n in tensor_source.specs if n.startswith(f"{block}.")}
+    if odd := sorted(names ^ found):
+        yield f"{layer.name}: {'has' if odd[0] in found else 'lacks'} {odd[0]}"

@@ -1,7 +1,7 @@
 """A native folder read back under the names of the converted model.
 
-The weights may have been trained since, and saved by transformers over the folder: what is needed
-of `moeify.json` is how the layers were mapped, not the digests of the files.
+The weights may have been trained since, and saved by transformers over the folder: of `moeify.json`
+only the mapping of the layers is needed, not the digests of the files.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _BLOCK = re.compile(r"model\.layers\.[0-9]+\.mlp")
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """How a layer stands in the folder: keys of single tensors, and of stacks of them."""
+    """Where the tensors of a layer are in the folder: keys of single tensors, and of stacks."""
 
     single: dict[str, str]
     stacks: dict[str, list[tuple[str, ...]]]
@@ -37,25 +37,13 @@ class _Layer:
 
 
 class NativeTensors:
-    """The tensors of a native folder, by the names of the converted model's state dict.
-
-    Args:
-        directory: What was written as `native_files`, or saved over it by transformers.
-
-    Attributes:
-        manifest: Its `moeify.json`.
-        specs: See `TensorSource`.
-        aliases: See `TensorSource`.
-
-    Raises:
-        CheckpointError: It is not such a folder, or lacks something.
-    """
+    """The tensors of a native folder, by the names of the converted model; a `TensorSource`."""
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         with Folder(directory) as folder:
             manifest = read_format_manifest(folder)
             if manifest is None or manifest.kind != "native":
-                raise CheckpointError(f"{folder.path}: holds no native export of moeify")
+                raise CheckpointError(f"{folder.path}: does not hold a native export of moeify")
             config = parse_json(
                 folder.read("config.json", limit=MAX_BYTES), folder.where("config.json")
             )
@@ -64,7 +52,7 @@ class NativeTensors:
         found = config.get("architectures") if isinstance(config, dict) else None
         if found != [manifest.architecture]:
             raise CheckpointError(
-                f"{self._where}: config.json is of {found}, moeify.json of {manifest.architecture}"
+                f"{self._where}: config.json names {found}, moeify.json {manifest.architecture}"
             )
         self._reader = CheckpointReader(directory)
         details = manifest.details
@@ -79,7 +67,6 @@ class NativeTensors:
         self.specs: Mapping[str, TensorSpec] = {name: self._spec(name) for name in names}
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """See `TensorSource.read`."""
         layer, rest = self._split(name)
         if layer is None:
             return self._reader.read(name, start, stop)
@@ -92,18 +79,16 @@ class NativeTensors:
         return self._reader.read(layer.single[rest], first, last)
 
     def unchanged(self) -> None:
-        """See `CheckpointReader.unchanged`."""
         self._reader.unchanged()
 
     def close(self) -> None:
-        """Close the files."""
         self._reader.close()
 
     def _layer(self, record: LayerRecord) -> _Layer:
         architecture = self.manifest.architecture
         target = next((t for t in TARGETS if t.architecture == architecture), None)
         if target is None:
-            raise CheckpointError(f"{self._where}: a {architecture} is nothing that moeify writes")
+            raise CheckpointError(f"{self._where}: moeify does not write a {architecture}")
         if _BLOCK.fullmatch(record.block) is None:
             raise CheckpointError(f"{self._where}: {record.block:.200} is not an MLP of a decoder")
         prefix = f"{record.block.removesuffix('.mlp')}.{target.moe}"
