@@ -57,7 +57,7 @@ app = typer.Typer(
     context_settings={"max_content_width": 100},
     help="Turn dense PyTorch models into Mixture-of-Experts models by graph passes.",
 )
-plans = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at plans.")
+plans = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Check and show plans.")
 app.add_typer(plans, name="plan")
 
 
@@ -124,12 +124,12 @@ def show(
     plan: Annotated[str, typer.Argument(metavar="PLAN", help=PLAN_HELP)],
     model: Annotated[
         str | None,
-        typer.Option("--model", metavar="MODEL", help=f"{MODEL_HELP} Applies the plan to it."),
+        typer.Option("--model", metavar="MODEL", help=f"{MODEL_HELP} Only its config is read."),
     ] = None,
     settings: Settings = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show a plan in full, or what it makes of a model, reading only the model's config."""
+    """Show a plan in full, or what it makes of a model."""
     chosen = _plan(plan, settings)
     if model is None:
         if as_json:
@@ -245,7 +245,7 @@ def simulate(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Count what a training step over many ranks would send; needs no GPU and no weights."""
+    """Count what a training step over many ranks would send."""
     chosen = _plan(plan, settings)
     from moeify.cli.simulate import simulate_model
 
@@ -283,7 +283,7 @@ def report(
     settings: Settings = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write an HTML page with a model's layers, plan, training and graphs."""
+    """Write an HTML page about a model or a run."""
     if settings and plan is None:
         raise typer.BadParameter("changes a preset; give --plan", param_hint="--set")
     chosen = None if plan is None else _plan(plan, settings)
@@ -306,7 +306,7 @@ def demo(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Convert, compile, train, save and reload real weights, checking every step."""
+    """Convert and train a pretrained model, checking each step."""
     from moeify.cli.demo.run import run_demo
 
     console = make_console(quiet=as_json)
