@@ -181,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = _options(given)
     if "RANK" not in os.environ:
-        return _launch(options.ranks, given)
+        return launch("benchmarks.exchange", options.ranks, given)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=TIMEOUT)
     status = _run(options)
@@ -190,13 +190,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
-def _launch(ranks: int, arguments: Sequence[str]) -> int:
-    """Run this module on so many ranks."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+def launch(module: str, ranks: int, arguments: Sequence[str], **variables: str) -> int:
+    """Run a module with torchrun, with extra environment variables; return its exit status."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
     if sys.platform == "linux":
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command = [sys.executable, *torchrun, "-m", "benchmarks.exchange", *arguments]
+    command = [sys.executable, *torchrun, "-m", module, *arguments]
     return subprocess.run(command, env=environment).returncode
 
 

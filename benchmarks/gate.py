@@ -259,10 +259,10 @@ def table(case: Case, found: dict[str, Any]) -> str:
         note = f"  {row['note']}" if "note" in row else ""
         lines.append(f"  {name:34}{min(row['ms']):10.3f} ms  x sort {over}{note}")
     for name, row in found.get("memory", {}).items():
-        said = row.get("refused") or (
+        peak = row.get("refused") or (
             f"{row['peak_mb']:10.1f} MB, {row['bytes_per_route']:.0f} bytes a route"
         )
-        lines.append(f"  {name:34} peak {said}")
+        lines.append(f"  {name:34} peak {peak}")
     lines += [f"  {name:34} skipped: {why}" for name, why in found.get("skipped", {}).items()]
     return "\n".join(lines)
 

@@ -260,8 +260,8 @@ def table(case: Case, found: dict[str, Any]) -> str:
             f" {row['over_ideal']:6.2f}  {rates}{notes}"
         )
     for name, row in found.get("memory", {}).items():
-        said = f"{row['peak_mb']:.1f} MB" if "peak_mb" in row else row["refused"]
-        lines.append(f"  {name:26} peak {said}")
+        peak = f"{row['peak_mb']:.1f} MB" if "peak_mb" in row else row["refused"]
+        lines.append(f"  {name:26} peak {peak}")
     lines += [f"  {name:26} skipped: {why}" for name, why in found.get("skipped", {}).items()]
     return "\n".join(lines)
 

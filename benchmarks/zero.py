@@ -32,7 +32,6 @@ import argparse
 import dataclasses
 import gc
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -47,7 +46,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from benchmarks import race
-from benchmarks.exchange import run_on_all_ranks
+from benchmarks.exchange import launch, run_on_all_ranks
 from benchmarks.peers import Refused
 from benchmarks.zero_peers import CONTESTANTS, Contestant, Sizes
 
@@ -200,16 +199,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _launch(ranks: int, arguments: Sequence[str], memory: bool) -> int:
-    """Run this module on so many ranks."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    environment |= {"PYTHONWARNINGS": "ignore::FutureWarning"}  # of torch, for DeepSpeed's calls
-    environment |= RETURN_FREED if memory else {}
-    if sys.platform == "linux":
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command = [sys.executable, *torchrun, "-m", "benchmarks.zero", *arguments]
-    command += ["--memory"] if memory else []
-    return subprocess.run(command, env=environment).returncode
+    variables = {
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONWARNINGS": "ignore::FutureWarning",  # of torch, for DeepSpeed's calls
+        **(RETURN_FREED if memory else {}),
+    }
+    arguments = [*arguments, "--memory"] if memory else arguments
+    return launch("benchmarks.zero", ranks, arguments, **variables)
 
 
 def _run(options: argparse.Namespace) -> int:
