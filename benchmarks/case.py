@@ -1,4 +1,4 @@
-"""One layer and one load: sizes, weights, tokens, and the output that everybody must give.
+"""One layer and one load: sizes, weights, tokens, and the output that all must return.
 
 Shapes: T tokens, D model width, F expert width, E experts, K top-k, R = T * K rows.
 """
@@ -18,7 +18,7 @@ TOLERANCES = {"fp32": 2e-4, "bf16": 3e-2}
 """Largest error allowed, over the largest element of the output."""
 
 CLEAR_MARGIN = 0.02
-"""How far the last chosen logit of a token lies above the first one not chosen, over the largest
+"""Distance of a token's last chosen logit from the first one not chosen, relative to the largest
 logit: more than bfloat16 rounds off, so that every contestant chooses the same experts."""
 
 MOST_COPIES = 128
@@ -26,33 +26,21 @@ MOST_COPIES = 128
 
 @dataclass(frozen=True)
 class Case:
-    """One layer and one load.
+    """One layer and one load."""
 
-    Attributes:
-        device: "cpu" or "cuda".
-        mode: "forward", or "train" for forward and backward.
-        dtype: A name of `DTYPES`.
-        threads: CPU threads, on as many cores.
-        width: D.
-        hidden: F.
-        experts: E.
-        top_k: K.
-        tokens: T.
-    """
-
-    device: str
-    mode: str
-    dtype: str
-    threads: int
-    width: int
-    hidden: int
-    experts: int
-    top_k: int
-    tokens: int
+    device: str  # "cpu" or "cuda"
+    mode: str  # "forward", or "train" for forward and backward
+    dtype: str  # a name of `DTYPES`
+    threads: int  # CPU threads, on as many cores
+    width: int  # D
+    hidden: int  # F
+    experts: int  # E
+    top_k: int  # K
+    tokens: int  # T
 
     @property
     def key(self) -> str:
-        """Name of the case in a file of results."""
+        """Return the name of the case in a file of results."""
         return " ".join(f"{name}={value}" for name, value in asdict(self).items())
 
     @property
@@ -69,22 +57,18 @@ class Case:
 
     @property
     def capacity(self) -> int:
-        """Rows per expert of the formulations that have a capacity."""
+        """Return the rows per expert of the formulations that have a capacity."""
         fair = math.ceil(CAPACITY_FACTOR * self.rows / self.experts)
         return min(max(fair, MIN_CAPACITY), self.tokens)
 
     @property
     def flops(self) -> float:
-        """Work of the experts alone, the same as the dense MLP's."""
+        """Return the work of the experts alone, the same as the dense MLP's."""
         return 6.0 * self.rows * self.width * self.hidden * (3 if self.trains else 1)
 
     def moved_bytes(self, used: float, held: int) -> float:
-        """Return the least that is read and written.
-
-        Args:
-            used: Experts with rows; their weights are read, twice in training.
-            held: All experts; in training each gets a gradient.
-        """
+        """Return the fewest bytes that are read and written, with `used` of `held` experts."""
+        # weights of experts with rows are read, twice in training, where each expert has a gradient
         experts = 2 * used + held if self.trains else used
         return experts * self.expert_bytes
 
@@ -95,21 +79,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Weights:
-    """What all contestants share.
+    """What all contestants share."""
 
-    Attributes:
-        router: [E, D].
-        gate_up: [E, 2F, D], the gate first.
-        down: [E, D, F].
-        dense_gate_up: [2KF, D] of the dense MLP of equal active size.
-        dense_down: [D, KF].
-    """
-
-    router: Tensor
-    gate_up: Tensor
-    down: Tensor
-    dense_gate_up: Tensor
-    dense_down: Tensor
+    router: Tensor  # [E, D]
+    gate_up: Tensor  # [E, 2F, D], the gate first
+    down: Tensor  # [E, D, F]
+    dense_gate_up: Tensor  # [2KF, D] of the dense MLP of equal active size
+    dense_down: Tensor  # [D, KF]
 
     @classmethod
     def drawn(cls, case: Case, seed: int = 0) -> Weights:
@@ -126,7 +102,7 @@ class Weights:
 
 
 def cold_copies(weights: Weights, size: int) -> list[Weights]:
-    """Return the weights at so many addresses that `size` bytes pass before one comes again.
+    """Return the weights at so many addresses that `size` bytes are read before one is reused.
 
     The MoE's weights and the dense MLP's are copied as often as each needs.
     """
@@ -161,32 +137,17 @@ def draw_tokens(case: Case, weights: Weights, seed: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Truth:
-    """What a layer must return, and how its load lies.
+    """What a layer must return, and how its load is distributed."""
 
-    Attributes:
-        out: [T, D] float32.
-        grad: [T, D] float32, gradient of the tokens where the case trains, else None.
-        used: Experts with rows.
-        busiest: Rows of the fullest expert.
-        dropped: Routes over the capacity of the formulations that have one.
-    """
-
-    out: Tensor
-    grad: Tensor | None
-    used: int
-    busiest: int
-    dropped: int
+    out: Tensor  # [T, D] float32
+    grad: Tensor | None  # [T, D] float32, gradient of the tokens where the case trains, else None
+    used: int  # experts with rows
+    busiest: int  # rows of the fullest expert
+    dropped: int  # routes over the capacity of the formulations that have one
 
 
 def truth(case: Case, weights: Weights, x: Tensor, gradient: Tensor) -> Truth:
-    """Compute the layer in float32, expert by expert.
-
-    Args:
-        case: The sizes.
-        weights: The weights.
-        x: [T, D].
-        gradient: [T, D], gradient of the output.
-    """
+    """Compute the layer in float32, expert by expert."""
     x = x.float().requires_grad_(case.trains)
     scores = F.linear(x, weights.router.float()).softmax(1)
     chosen, ids = scores.topk(case.top_k)
@@ -209,17 +170,8 @@ def truth(case: Case, weights: Weights, x: Tensor, gradient: Tensor) -> Truth:
 def compare(got: Tensor, want: Tensor, case: Case, may_differ: int) -> tuple[float, int]:
     """Return the relative error of an output or gradient, and how many tokens lost a route.
 
-    A dropped route changes its token, whatever the formulation does with the other one. Such
-    tokens are counted instead of compared.
-
-    Args:
-        got: [T, D].
-        want: [T, D] float32.
-        case: The sizes; the dtype decides the tolerance.
-        may_differ: Tokens that may differ, at most.
-
-    Raises:
-        AssertionError: More tokens are wrong.
+    A dropped route changes its token, whatever the formulation does with the other one. Such tokens
+    are counted, at most `may_differ`, instead of compared.
     """
     error = (got.detach().float() - want).abs().amax(1) / want.abs().max()
     wrong = ~(error <= TOLERANCES[case.dtype])

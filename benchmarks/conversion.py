@@ -1,8 +1,8 @@
 """Time and memory of finding, planning and converting; conversion against a plain copy.
 
-Every case runs in a process of its own, so that the peak memory is its own, several times; the
-table holds medians. A conversion that copies must write its experts: what it costs is told against
-`copy_` of as many bytes into fresh memory, measured in the same process, alternating.
+Every case runs several times, each in a process of its own, so that the peak memory is its own; the
+table has medians. A conversion that copies must write its experts, so its cost is compared with
+`copy_` of as many bytes into fresh memory, measured alternately in the same process.
 """
 
 from __future__ import annotations

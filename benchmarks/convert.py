@@ -1,18 +1,19 @@
-"""`moeify convert` on disk: time, CPU time and peak memory, beside a plain write and mergekit-moe.
+"""`moeify convert` on disk: time, CPU time and peak memory, next to a plain write and mergekit-moe.
 
     python -m benchmarks.convert --mergekit PATH/TO/mergekit-moe --out convert.json
 
-A Llama-like checkpoint of random bfloat16 weights is made in the scratch folder (2.2 GB; removed
-at the end). Two jobs:
+A Llama-like checkpoint of random bfloat16 weights is made in the scratch folder (2.2 GB; removed at
+the end). There are two jobs:
 
 * `alternate`: 8 experts in every second layer, which mergekit-moe cannot do;
-* `mixtral`: 4 experts in every layer, as a Mixtral, which both can.
+* `mixtral`: 4 experts in every layer, as a Mixtral, which both can do.
 
 Every contestant is a process of its own, so that its peak memory is its own; rounds are
-interleaved, because disks vary, with a rest before each run: a virtual machine gives freed memory
-back to its host after some seconds, and writing into memory that must be fetched again takes three
-times as long, so that whoever came right after another's files were deleted would win. `plain`
-writes as many bytes as the job's result has, with one `fsync` per file. Ratios are within rounds.
+interleaved, because disks vary, with a pause before each run: a virtual machine returns freed
+memory to its host after some seconds, and writing into memory that must be fetched again takes
+three times as long, so a contestant that ran right after another's files were deleted would win.
+`plain` writes as many bytes as the job's result has, with one `fsync` per file. Ratios are within
+rounds.
 """
 
 from __future__ import annotations

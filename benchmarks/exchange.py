@@ -5,19 +5,19 @@
     python -m benchmarks.exchange --contestants moeify moeify_hierarchical moeify_overlap
 
 A step is forward and backward of the layer in float32, on T tokens of each rank. Every contestant
-is checked first: output and gradient of the tokens against a layer in one process, and where
-nothing is dropped the gradients of the experts against those of `plain`. Then all take turns; a
-round's time is that of its slowest rank, and times are compared within rounds. Bytes and
-collectives are counted in one more step, below autograd: what rank 0 sends to other ranks if each
-part goes straight to its rank.
+is checked first: output and gradient of the tokens against a layer in one process, and if nothing
+is dropped, the gradients of the experts against those of `plain`. Then all take turns; a round's
+time is that of its slowest rank, and times are compared within rounds. Bytes and collectives are
+counted in an additional step, below autograd: what rank 0 sends to other ranks if each part goes
+directly to its rank.
 
-What this can tell: what a layer computes and copies around its exchange, how many bytes it sends
-and in how many collectives. Two of its contestants are no rivals but show what there is to gain:
-`moeify_local` runs a rank's own rows on the experts that it keeps, and sends none; `wire` sends
-them and has no layer. What it cannot tell is how an exchange behaves on a network: the processes
-of one machine send through its memory, by gloo, and where it has fewer cores than ranks their
-computing takes turns, so that nothing hides behind anything. For the same reason chunks that
-overlap, or two nodes of two ranks (`moeify_hierarchical`), can only cost here.
+This shows what a layer computes and copies around its exchange, how many bytes it sends, and in how
+many collectives. Two contestants are not rivals but show what there is to gain: `moeify_local` runs
+a rank's own rows on the experts that it keeps, and sends none; `wire` sends them and has no layer.
+It does not show how an exchange behaves on a network: the processes of one machine send through its
+memory, by gloo, and with fewer cores than ranks they compute in turns, so that nothing overlaps.
+For the same reason chunks that overlap, or two nodes of two ranks (`moeify_hierarchical`), can only
+add cost here.
 """
 
 from __future__ import annotations
@@ -70,12 +70,7 @@ class Runner:
     def check(self, want: Truth, experts: tuple[Tensor, ...]) -> dict[str, float]:
         """Return the error, and the tokens of this rank that lost a route.
 
-        Args:
-            want: What the layer must give.
-            experts: Gradients of the experts from the baseline; none if this is the baseline.
-
-        Raises:
-            AssertionError: It is another layer.
+        `experts` are the gradients of the experts from the baseline; none if this is the baseline.
         """
         self.layer.zero_grad()
         out, grad = self.step()
@@ -114,12 +109,8 @@ class Runner:
         return {"sent_mb": sent / 1e6, "collectives": dict(Counter(call.kind for call in calls))}
 
 
-def together(action: Callable[[], T]) -> T:
-    """Do something on all ranks; if it fails on one, raise on each, so that none waits.
-
-    Raises:
-        Refused: It failed; the message says why.
-    """
+def run_on_all_ranks(action: Callable[[], T]) -> T:
+    """Run `action` on all ranks; if it fails on one, raise `Refused` on each, so none waits."""
     reason: str | None = None
     result: Any = None
     try:
@@ -140,7 +131,7 @@ def together(action: Callable[[], T]) -> T:
 
 
 def run_case(case: Case, names: Sequence[str], budget: float) -> dict[str, Any]:
-    """Check, count and time contestants; every rank returns the same but for its own errors."""
+    """Check, count and time contestants; ranks differ only in the errors that they return."""
     weights = Weights.drawn(case)
     x = draw_tokens(case, weights, seed=dist.get_rank())
     want = truth(case, weights, x, gradient_of(case))
@@ -150,8 +141,8 @@ def run_case(case: Case, names: Sequence[str], budget: float) -> dict[str, Any]:
     experts: tuple[Tensor, ...] = ()
     for name in names:
         try:
-            runner = together(partial(Runner, CONTESTANTS[name], case, weights, x))
-            facts = together(partial(runner.check, want, experts))
+            runner = run_on_all_ranks(partial(Runner, CONTESTANTS[name], case, weights, x))
+            facts = run_on_all_ranks(partial(runner.check, want, experts))
         except Refused as refusal:
             skipped[name] = str(refusal)
         else:
@@ -190,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = _options(given)
     if "RANK" not in os.environ:
-        return _launch(options.ranks, given)
+        return launch("benchmarks.exchange", options.ranks, given)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=TIMEOUT)
     status = _run(options)
@@ -199,13 +190,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
-def _launch(ranks: int, arguments: Sequence[str]) -> int:
-    """Run this module on so many ranks."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+def launch(module: str, ranks: int, arguments: Sequence[str], **variables: str) -> int:
+    """Run a module with torchrun, with extra environment variables; return its exit status."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
     if sys.platform == "linux":
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command = [sys.executable, *torchrun, "-m", "benchmarks.exchange", *arguments]
+    command = [sys.executable, *torchrun, "-m", module, *arguments]
     return subprocess.run(command, env=environment).returncode
 
 

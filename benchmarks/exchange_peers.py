@@ -1,8 +1,8 @@
 """The contestants of `benchmarks.exchange`: one MoE layer whose experts are spread over ranks.
 
 Each keeps its share of the same weights and maps this rank's [T, D] to [T, D], routed by softmax
-top-k as in `benchmarks.peers`. Left out for all of them is what lies outside of a layer: reducing
-the router's gradient, and the router losses in the loss.
+top-k as in `benchmarks.peers`. None of them does what is outside a layer: reducing the router's
+gradient, and adding the router losses to the loss.
 
 Shapes: T tokens of a rank, D model width, F expert width, E experts, N ranks, L = E / N experts of
 a rank, K top-k, R = T * K rows.
@@ -120,7 +120,7 @@ class _AllToAll(torch.autograd.Function):
 
 
 class Wire(Layer):
-    """No layer at all: as many rows there and back as a dropless one sends, evenly spread."""
+    """No layer: send as many rows there and back as a dropless one does, evenly spread."""
 
     def forward(self, x: Tensor) -> Tensor:
         even = [self.case.rows // self.ranks] * self.ranks
@@ -130,15 +130,9 @@ class Wire(Layer):
 
 
 class Moeify(Layer):
-    """A converted MLP, as `moeify.moeify` returns it.
+    """A converted MLP, as `moeify.moeify` returns it, on nodes of `node` ranks.
 
-    Args:
-        case: The sizes.
-        weights: All experts.
-        capacity: Drop routes over the capacity, by position.
-        node: Ranks per node, as torchrun would tell.
-        parallel: The plan's `parallel`; if None no rows travel, and this rank's own go to as many
-            experts as it keeps otherwise.
+    With `parallel=None` no rows travel: a rank's own rows go to as many experts as it would keep.
     """
 
     def __init__(
@@ -245,17 +239,12 @@ class DeepSpeed(Layer):
 
 @dataclass(frozen=True)
 class Contestant:
-    """How to build a layer, and what to check about it.
+    """How to build a layer, and what to check about it."""
 
-    Attributes:
-        build: Makes the layer; raises `benchmarks.peers.Refused` where it cannot.
-        drops: It has a capacity, and drops what exceeds it.
-        is_layer: It computes the layer; if not, it is there for comparison only.
-    """
-
+    # makes the layer; raises `benchmarks.peers.Refused` where it cannot
     build: Callable[[Case, Weights], Layer]
-    drops: bool = False
-    is_layer: bool = True
+    drops: bool = False  # it has a capacity, and drops what exceeds it
+    is_layer: bool = True  # it computes the layer; if not, it is there for comparison only
 
 
 def _form(name: str, **options: Any) -> Callable[[Case, Weights], Layer]:

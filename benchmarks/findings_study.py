@@ -21,41 +21,23 @@ SMALL_TOKENS = 512 * 16384
 
 @dataclass(frozen=True)
 class Size:
-    """How large all of it is.
+    """The size of the study."""
 
-    Attributes:
-        name: `tiny` or `small`.
-        width: D.
-        layers: Layers of the dense model, even, at least 6.
-        heads: Attention heads.
-        context: Positions.
-        batch: Windows per step.
-        steps: Steps of a continued run.
-        dense_steps: Steps of the dense model that all start from.
-        experts: Experts per layer of the standard MoE, a multiple of 4.
-        held_out: Tokens of held-out text of one evaluation.
-        points: Evaluations of a continued run, beside the one before its first step.
-        rate: Peak learning rate.
-        dtype: `float32`, or `bfloat16` for autocast.
-        device: Where it runs, "cuda" only where there is one.
-        workers: Processes of one thread each, on a CPU.
-    """
-
-    name: str
-    width: int
-    layers: int
-    heads: int
-    context: int
-    batch: int
-    steps: int
-    dense_steps: int
-    experts: int
-    held_out: int
-    points: int
-    rate: float
-    dtype: Literal["float32", "bfloat16"]
-    device: Literal["cpu", "cuda"] = "cpu"
-    workers: int = 1
+    name: str  # `tiny` or `small`
+    width: int  # D
+    layers: int  # layers of the dense model, even, at least 6
+    heads: int  # attention heads
+    context: int  # positions
+    batch: int  # windows per step
+    steps: int  # steps of a continued run
+    dense_steps: int  # steps of the dense model that all start from
+    experts: int  # experts per layer of the standard MoE, a multiple of 4
+    held_out: int  # tokens of held-out text of one evaluation
+    points: int  # evaluations of a continued run, beside the one before its first step
+    rate: float  # peak learning rate
+    dtype: Literal["float32", "bfloat16"]  # `float32`, or `bfloat16` for autocast
+    device: Literal["cpu", "cuda"] = "cpu"  # where it runs, "cuda" only where there is one
+    workers: int = 1  # processes of one thread each, on a CPU
 
     @property
     def tokens_per_step(self) -> int:
@@ -114,25 +96,17 @@ def small(device: Literal["cpu", "cuda"] = "cuda") -> Size:
 
 @dataclass(frozen=True)
 class Contestant:
-    """One way to spend the tokens.
+    """One way to spend the tokens."""
 
-    Attributes:
-        name: As in tables.
-        what: What it is, in a line.
-        plan: The plan; None stays dense.
-        start: `dense`: the trained model of the seed; `fresh`: nothing is trained, and the run is
-            as long as both of the others' parts; `taught`: the dense model, converted, and with
-            layers left out.
-        after: The contestant whose trained model teaches it.
-        budget: What it spends as much of as `continued` does; its run is shorter where a step
-            costs more, with a learning rate that falls over what it has.
-    """
-
-    name: str
-    what: str
-    plan: PlanData | None = field(hash=False)
+    name: str  # as in tables
+    what: str  # what it is, in one line
+    plan: PlanData | None = field(hash=False)  # the plan; None stays dense
+    # `dense`: the trained model of the seed; `fresh`: an untrained one, for a run as long as both
+    # parts of the others; `taught`: the dense model, converted and with layers left out
     start: Literal["dense", "fresh", "taught"] = "dense"
-    after: str | None = None
+    after: str | None = None  # the contestant whose trained model teaches it
+    # of which it spends as much as `continued`: its run is shorter if a step costs more, and the
+    # learning rate falls over that run
     budget: Literal["tokens", "flops", "seconds"] = "tokens"
 
 
@@ -142,7 +116,7 @@ TEACHER = "pr-moe"
 KD_STOP = 0.5
 """Share of the run after which staged distillation stops."""
 BASELINE = "continued"
-"""Whose FLOPs and seconds are the budgets."""
+"""The contestant whose FLOPs and seconds are the budgets."""
 DEPTH = 0.875
 """Share of the layers that a student keeps: 21 of 24 in the paper."""
 TIGHT = 0.5

@@ -32,17 +32,11 @@ END = b"\0"
 
 @dataclass(frozen=True)
 class Corpus:
-    """Text by part.
+    """Text by part."""
 
-    Attributes:
-        train: [N] uint8, the training files one after the other, in the order of a hash.
-        held_out: One [n] uint8 per held-out file, in the order of a hash.
-        facts: Files, bytes, what was left out, and a digest of all of it.
-    """
-
-    train: Tensor
-    held_out: tuple[Tensor, ...]
-    facts: dict[str, int | str]
+    train: Tensor  # [N] uint8, the training files one after the other, in the order of a hash
+    held_out: tuple[Tensor, ...]  # one [n] uint8 per held-out file, in the order of a hash
+    facts: dict[str, int | str]  # files, bytes, what was left out, and a digest of all of it
 
 
 def read(root: Path | None = None) -> Corpus:

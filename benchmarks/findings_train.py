@@ -84,16 +84,7 @@ def converted(contestant: Contestant, dense: nn.Module, seed: int) -> nn.Module:
 
 
 class Run:
-    """Trains a model, and keeps its curve.
-
-    Args:
-        model: What is trained.
-        size: The study's size.
-        corpus: The text.
-        seed: Of the order of the text.
-        teacher: What it learns from, if the plan has a student.
-        plan: The plan, for its `student` section.
-    """
+    """Trains a model, and keeps its curve."""
 
     def __init__(
         self,

@@ -1,13 +1,13 @@
-"""The gate alone: from tokens or logits to who goes where, in time and in memory.
+"""The gate alone: time and memory from tokens or logits to the routing table.
 
     python -m benchmarks.gate --quick --out results-gate.json
     python -m benchmarks.gate --memory --out results-gate.json
 
 Peers are given the logits, and run once more with the router's linear. Ours computes the logits
 inside; `moeify` without the linear is its time less that of the linear alone, round by round, and
-says so where little is left of the difference. It also returns balance loss, z-loss, entropy and
+notes where little is left of the difference. It also returns balance loss, z-loss, entropy and
 counts, as DeepSpeed's gates return loss and counts; transformers' and the plain sort return none of
-these. Everybody's time is told over the plain sort: softmax, top-k, stable argsort, bincount.
+these. All times are relative to the plain sort: softmax, top-k, stable argsort, bincount.
 
 Memory is the peak of one call with the linear, beyond tokens and weights, each contestant in a
 process of its own. The logits are T x E floats; all else should grow with T x K.
@@ -259,10 +259,10 @@ def table(case: Case, found: dict[str, Any]) -> str:
         note = f"  {row['note']}" if "note" in row else ""
         lines.append(f"  {name:34}{min(row['ms']):10.3f} ms  x sort {over}{note}")
     for name, row in found.get("memory", {}).items():
-        said = row.get("refused") or (
+        peak = row.get("refused") or (
             f"{row['peak_mb']:10.1f} MB, {row['bytes_per_route']:.0f} bytes a route"
         )
-        lines.append(f"  {name:34} peak {said}")
+        lines.append(f"  {name:34} peak {peak}")
     lines += [f"  {name:34} skipped: {why}" for name, why in found.get("skipped", {}).items()]
     return "\n".join(lines)
 

@@ -1,12 +1,12 @@
-"""One MoE layer against the dense MLP of equal active size and against everybody else's.
+"""One MoE layer against the dense MLP of equal active size and against other implementations.
 
     python -m benchmarks.layer --quick --out results.json
     python -m benchmarks.layer --threads 1 --dtype fp32 --mode forward --out results.json
     python -m benchmarks.layer --memory --mode train --tokens 4096 --out results.json
     python -m benchmarks.layer --device cuda --out results-gpu.json
 
-A run measures what `--out` does not hold yet, so a long table is filled in pieces. Every contestant
-is checked against a float32 layer (output, and the gradient of the tokens) before it is timed, and
+A run measures what `--out` lacks, so a long table can be filled in pieces. Every contestant is
+checked against a float32 layer (output, and the gradient of the tokens) before it is timed, and
 one that cannot run a case is listed with the reason. With up to eight tokens the inputs take turns
 and so do copies of the weights, so that weights come from memory as they do in decoding.
 """
@@ -260,8 +260,8 @@ def table(case: Case, found: dict[str, Any]) -> str:
             f" {row['over_ideal']:6.2f}  {rates}{notes}"
         )
     for name, row in found.get("memory", {}).items():
-        said = f"{row['peak_mb']:.1f} MB" if "peak_mb" in row else row["refused"]
-        lines.append(f"  {name:26} peak {said}")
+        peak = f"{row['peak_mb']:.1f} MB" if "peak_mb" in row else row["refused"]
+        lines.append(f"  {name:26} peak {peak}")
     lines += [f"  {name:26} skipped: {why}" for name, why in found.get("skipped", {}).items()]
     return "\n".join(lines)
 
@@ -307,7 +307,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--quick", action="store_true", help="a table in about five minutes")
     add("--memory", action="store_true", help="peak memory of a step instead of its time")
     add("--budget", type=float, help="seconds of timing per case; default 15, quick 5")
-    add("--patience", type=float, default=6.0, help="skip who takes longer for a step, seconds")
+    add(
+        "--patience", type=float, default=6.0, help="skip contestants with steps over these seconds"
+    )
     add("--again", action="store_true", help="measure also what --out holds already")
     add("--deepspeed", type=Path, help="folder of another DeepSpeed, put first on the path")
     add("--out", type=Path, help="JSON of results, added to if it is there")

@@ -1,4 +1,4 @@
-"""What the numbers were measured on, and what that hardware can do at best.
+"""The hardware that numbers were measured on, and the best that it can do.
 
 A ratio means little without its ceilings, and a ceiling without its processor: `F.linear` may reach
 half of what oneDNN does (AMD) or all of it (Intel). So both are measured in the run itself.
@@ -55,7 +55,7 @@ def versions() -> dict[str, str]:
 
 
 def label(name: str) -> str:
-    """Return a contestant's name in results: DeepSpeed's with its version, for there are two."""
+    """Return a contestant's name in results: DeepSpeed's includes the version, as there are two."""
     version = versions().get("deepspeed") if name.startswith("deepspeed") else None
     return name.replace("deepspeed", f"deepspeed-{version}") if version else name
 
@@ -66,7 +66,7 @@ def environment() -> dict[str, str]:
 
 
 def require(device: str) -> None:
-    """Raise SystemExit where there is no such device."""
+    """Raise SystemExit if there is no such device."""
     if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: torch sees no CUDA device here")
 
@@ -79,7 +79,7 @@ def pin(threads: int) -> None:
 
 
 def available_bytes(device: str) -> int:
-    """Return the memory that is free on the device."""
+    """Return the free memory of the device."""
     if device == "cuda":
         return int(torch.cuda.mem_get_info()[0])
     for line in _lines(Path("/proc/meminfo")):

@@ -2,9 +2,9 @@
 
 Every contestant is a `Layer` that reads the shared weights (the layout of Hugging Face), maps
 [T, D] to [T, D] and routes by softmax top-k: normalised for K >= 2, the probability for K = 1.
-Peers run as their users run them; a peer that is not installed or not made for a case says so by
+Peers run as their users run them. A peer that is not installed or does not support a case raises
 `Refused`, and the reason is kept with the results. Formulations with a capacity drop tokens, which
-is less work: what they dropped is reported beside their time.
+is less work, so their drops are reported next to their time.
 
 Shapes: T tokens, D model width, F expert width, E experts, K top-k, R = T * K rows, C capacity.
 """
@@ -306,24 +306,16 @@ class ScatterMoE(Layer):
 
 @dataclass(frozen=True)
 class Contestant:
-    """How to build a layer, and what to know about it.
+    """How to build a layer, and what to know about it."""
 
-    Attributes:
-        build: Makes the layer, or raises `Refused`.
-        devices: Where it runs.
-        compiled: Run through `torch.compile`.
-        graphed: Captured as a CUDA graph and replayed, forward only.
-        drops: It has a capacity, and drops what exceeds it.
-        needs: Bytes that a step takes beyond the weights, roughly, to skip what cannot fit.
-        traffic: Bytes that a step moves without need, roughly, to skip what takes minutes.
-    """
-
-    build: Callable[[Case, Weights], Layer]
-    devices: tuple[str, ...] = ("cpu", "cuda")
-    compiled: bool = False
-    graphed: bool = False
-    drops: bool = False
+    build: Callable[[Case, Weights], Layer]  # makes the layer, or raises `Refused`
+    devices: tuple[str, ...] = ("cpu", "cuda")  # where it runs
+    compiled: bool = False  # run through `torch.compile`
+    graphed: bool = False  # captured as a CUDA graph and replayed, forward only
+    drops: bool = False  # it has a capacity, and drops what exceeds it
+    # bytes that a step takes beyond the weights, roughly, to skip what cannot fit
     needs: Callable[[Case], float] = lambda case: 0
+    # bytes that a step moves without need, roughly, to skip what takes minutes
     traffic: Callable[[Case], float] = lambda case: 0
 
     def layer(self, case: Case, weights: Weights) -> Layer:

@@ -2,8 +2,8 @@
 
     python -m benchmarks.picture results.json layer.png mode=forward threads=1 top_k=2
 
-Cases that differ in more than experts and tokens are rows of panels; what is named after the files
-selects among them.
+Cases that differ in more than experts and tokens are rows of panels; the arguments after the files
+select among them.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Timing in turns, peak memory in a process of its own, and files of results.
 
-All contestants of a case run in one process, once in every round and in another order each time:
-whatever slows the machine for a while slows everybody, and nobody always inherits the caches and
-the heap of the same predecessor. Compared are medians of the ratios *within* a round, in two sets;
-how far the sets differ is the noise.
+All contestants of a case run in one process, once in every round and in a different order each
+time: whatever slows the machine for a while slows all of them, and none always inherits the caches
+and the heap of the same predecessor. Medians of the ratios *within* a round are compared, in two
+sets; the difference between the sets is the noise.
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ def memory_of(
 def _in_process(module: str, *arguments: str) -> dict[str, Any]:
     """Run a module in a fresh process and return the JSON on its last line.
 
-    The allocator is told to give back what is freed, so that blocks kept from earlier steps do not
-    hide in the resident set.
+    The allocator returns freed memory at once, so that blocks of earlier steps do not hide in the
+    resident set.
     """
     environment = os.environ | {
         "MALLOC_MMAP_THRESHOLD_": str(2**16),
@@ -132,7 +132,7 @@ def _in_process(module: str, *arguments: str) -> dict[str, Any]:
 
 
 class Results:
-    """A file of cases that grows run by run; a case is measured again only on demand.
+    """A file of cases that grows with each run; a case is measured again only on demand.
 
     Args:
         path: The file, or None to keep nothing.

@@ -19,7 +19,7 @@ from unittest import mock
 
 import torch
 
-TABLE = Path(__file__).parents[1] / "kernels" / "tile_table.json"
+TABLE = Path(__file__).parents[1] / "kernels" / "triton" / "tile_table.json"
 BUCKETS = (16, 32, 64, 128, 256, 512, 1024)
 
 

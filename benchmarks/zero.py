@@ -10,19 +10,20 @@ first loss of DeepSpeed, which starts from the same weights and routers. Then al
 round's time is that of its slowest rank, and times are compared within rounds.
 
 The model of `fsdp2_3_dense` and `fsdp2_2_dense` is the dense one under plain FSDP2: without experts
-to keep, send rows to or update it is no rival, but what partitioning costs at least. AdamW does
-more there than in real life, where a step has more tokens per parameter.
+to keep, send rows to or update, it is not a rival, but shows the minimum cost of partitioning.
+AdamW has a larger share of the time here than in practice, where a step has more tokens per
+parameter.
 
-Memory is measured in a second run, in which freed blocks go back to the system at once. Counted are
-the tensors of parameters, of optimizer states (with DeepSpeed's own float32 copies of the weights)
-and, after a backward pass, of gradients. `step` is how far the resident set grows in a step beyond
-what stays: gradients, activations, what is gathered, buffers; `peak` is parameters, states and that
-together. The torch profiler's record of the CPU allocator would be finer, but misses what gloo's
-threads release. All on the rank that has most.
+Memory is measured in a second run, in which freed blocks return to the system at once. It counts
+the tensors of parameters, of optimizer states (including DeepSpeed's float32 copies of the weights)
+and, after a backward pass, of gradients. `step` is the growth of the resident set during a step
+beyond what stays: gradients, activations, gathered weights, buffers; `peak` is the sum of
+parameters, states and `step`. The torch profiler's record of the CPU allocator would be finer, but
+misses what gloo's threads release. All values are those of the rank with the most.
 
-What this cannot tell is how an engine behaves on a network or a GPU: the processes of one machine
-send through its memory, by gloo, and where it has fewer cores than ranks nothing hides behind
-anything; prefetching can only cost here.
+This does not show how an engine behaves on a network or a GPU: the processes of one machine send
+through its memory, by gloo, and with fewer cores than ranks nothing overlaps; prefetching can only
+add cost here.
 """
 
 from __future__ import annotations
@@ -31,7 +32,6 @@ import argparse
 import dataclasses
 import gc
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -46,15 +46,15 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from benchmarks import race
-from benchmarks.exchange import together
+from benchmarks.exchange import launch, run_on_all_ranks
 from benchmarks.peers import Refused
 from benchmarks.zero_peers import CONTESTANTS, Contestant, Sizes
 
 BASELINES = {"over_dense": "fsdp2_3_dense", "over_stage_0": "moeify_0"}
 TIMEOUT = timedelta(seconds=300)
 STEPS = 3
-RETURNED = {"MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_TRIM_THRESHOLD_": str(2**16)}
-"""Makes the allocator give back what is freed."""
+RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_TRIM_THRESHOLD_": str(2**16)}
+"""Environment in which the allocator returns freed memory to the system at once."""
 
 
 class Runner:
@@ -87,7 +87,7 @@ class Runner:
         return mean
 
 
-def weigh(contestant: Contestant, sizes: Sizes) -> dict[str, Any]:
+def measure_memory(contestant: Contestant, sizes: Sizes) -> dict[str, Any]:
     """Build a contestant and return its memory on this rank, in MB."""
     runner = Runner(contestant, sizes)
     trainer = runner.trainer
@@ -114,11 +114,11 @@ def size_of(tensors: Iterable[Tensor]) -> int:
 
 
 def memory_of(sizes: Sizes, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return the memory of contestants on the rank that has most, or why there is none."""
+    """Return the memory of contestants on the rank with the most, or the reason for none."""
     memory: dict[str, dict[str, Any]] = {}
     for name in names:
         try:
-            found = together(partial(weigh, CONTESTANTS[name], sizes))
+            found = run_on_all_ranks(partial(measure_memory, CONTESTANTS[name], sizes))
         except Refused as refusal:
             memory[name] = {"refused": str(refusal)}
             continue
@@ -132,11 +132,7 @@ def memory_of(sizes: Sizes, names: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def check(contestant: Contestant, losses: Sequence[float], known: dict[str, Any]) -> None:
-    """Compare losses with those of the contestant that must have the same.
-
-    Raises:
-        AssertionError: They are others.
-    """
+    """Assert that losses equal those of the contestant that must have the same."""
     if contestant.same is None or contestant.same not in known:
         return
     wanted = known[contestant.same]["losses"]
@@ -146,15 +142,15 @@ def check(contestant: Contestant, losses: Sequence[float], known: dict[str, Any]
 
 
 def run_case(sizes: Sizes, names: Sequence[str], budget: float) -> dict[str, Any]:
-    """Check and time contestants; every rank returns the same but for its own errors."""
+    """Check and time contestants; ranks differ only in the errors that they return."""
     runners: dict[str, Runner] = {}
     contestants: dict[str, dict[str, Any]] = {}
     skipped: dict[str, str] = {}
     for name in names:
         try:
-            runner = together(partial(Runner, CONTESTANTS[name], sizes))
+            runner = run_on_all_ranks(partial(Runner, CONTESTANTS[name], sizes))
             losses = runner.mean_losses()
-            together(partial(check, CONTESTANTS[name], losses, contestants))
+            run_on_all_ranks(partial(check, CONTESTANTS[name], losses, contestants))
         except Refused as refusal:
             skipped[name] = str(refusal)
         else:
@@ -203,16 +199,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _launch(ranks: int, arguments: Sequence[str], memory: bool) -> int:
-    """Run this module on so many ranks."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    environment |= {"PYTHONWARNINGS": "ignore::FutureWarning"}  # of torch, for DeepSpeed's calls
-    environment |= RETURNED if memory else {}
-    if sys.platform == "linux":
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command = [sys.executable, *torchrun, "-m", "benchmarks.zero", *arguments]
-    command += ["--memory"] if memory else []
-    return subprocess.run(command, env=environment).returncode
+    variables = {
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONWARNINGS": "ignore::FutureWarning",  # of torch, for DeepSpeed's calls
+        **(RETURN_FREED if memory else {}),
+    }
+    arguments = [*arguments, "--memory"] if memory else arguments
+    return launch("benchmarks.zero", ranks, arguments, **variables)
 
 
 def _run(options: argparse.Namespace) -> int:

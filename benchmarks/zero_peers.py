@@ -33,31 +33,18 @@ BUCKET = 2**23
 
 @dataclass(frozen=True)
 class Sizes:
-    """One model and one load.
+    """One model and one load."""
 
-    Attributes:
-        layers: Transformer layers; each second one becomes MoE.
-        width: D.
-        hidden: F.
-        vocabulary: V.
-        sequences: B.
-        length: S.
-        experts: E.
-        top_k: K.
-        expert_ranks: Ranks that share the experts of a layer.
-        ranks: N.
-    """
-
-    layers: int
-    width: int
-    hidden: int
-    vocabulary: int
-    sequences: int
-    length: int
-    experts: int
-    top_k: int
-    expert_ranks: int
-    ranks: int
+    layers: int  # transformer layers; each second one becomes MoE
+    width: int  # D
+    hidden: int  # F
+    vocabulary: int  # V
+    sequences: int  # B
+    length: int  # S
+    experts: int  # E
+    top_k: int  # K
+    expert_ranks: int  # ranks that share the experts of a layer
+    ranks: int  # N
 
     @property
     def key(self) -> str:
@@ -315,19 +302,12 @@ def _routers(sizes: Sizes) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Contestant:
-    """How to build a trainer, and what to compare it with.
+    """How to build a trainer, and what to compare it with."""
 
-    Attributes:
-        build: Makes it; raises where it cannot run.
-        same: Contestant whose losses it must have, or None.
-        steps: How many of them: one if it only starts alike.
-        tolerance: How far they may be apart, relative.
-    """
-
-    build: Callable[[Sizes], Trainer]
-    same: str | None = None
-    steps: int = 1
-    tolerance: float = 1e-4
+    build: Callable[[Sizes], Trainer]  # makes it; raises where it cannot run
+    same: str | None = None  # contestant whose losses it must have, or None
+    steps: int = 1  # how many of them: one if it only starts alike
+    tolerance: float = 1e-4  # how far they may be apart, relative
 
 
 def _moeify(stage: int, engine: str = "fsdp2") -> Contestant:

@@ -1,9 +1,9 @@
-"""A graph pass of your own, among moeify's, and the same idea over the whole exported model.
+"""A graph pass of your own among moeify's, and the same idea on the whole exported model.
 
     python examples/custom_pass.py
 
-A pass is a frozen dataclass: its fields are its options, and facts say when it can run. This one
-clamps what the experts return, which keeps a half-precision model finite.
+A pass is a frozen dataclass whose fields are its options; facts say when it can run. This one
+clamps the experts' output, which keeps a half-precision model finite.
 """
 
 import difflib
@@ -20,7 +20,7 @@ from moeify.passes.rewrite.blocks import blocks_of
 
 
 def clamp_before(graph: fx.Graph, readers: list[fx.Node], limit: float) -> bool:
-    """Clamp the first argument of each reader; tell whether anything was left to do."""
+    """Clamp the first argument of each reader; return whether anything changed."""
     changed = False
     for reader in readers:
         hidden = reader.args[0]
@@ -74,7 +74,7 @@ def main() -> None:
     print(f"\nlargest value the block returns: {model[0](x).abs().max():.3f}")
     print(f"and without the pass:            {plain[0](x).abs().max():.3f}")
 
-    # Outside the blocks moeify's passes may not write; the exported graph is open everywhere.
+    # moeify's passes may only change blocks; an exported graph can be changed anywhere.
     gm = mf.export(model, x)
     for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.clamp.default):
         node.replace_all_uses_with(node.args[0])

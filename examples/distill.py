@@ -5,8 +5,8 @@
 The teacher is a small character model on Python's own library, turned into a PR-MoE and trained on.
 Its students keep three of four layers as they were after the conversion, and see the same text:
 without the teacher, with it to the end, and with it for the first half only, which is staged
-distillation. (A student that goes on from its trained teacher soon knows more than it, and is then
-held back.) Nothing is downloaded.
+distillation. (A student that starts from its trained teacher soon overtakes it, and is then held
+back.) Nothing is downloaded.
 """
 
 import copy

@@ -2,8 +2,8 @@
 
     python examples/plan_from_yaml.py
 
-Try first, convert then: `resolve` says what the plan makes of the model and changes nothing. And
-a plan that cannot be right says where.
+`resolve` shows what the plan makes of the model and changes nothing. An error in a plan names the
+place.
 """
 
 from pathlib import Path
@@ -38,7 +38,7 @@ def main() -> None:
     try:
         Plan.loads(FILE.read_text().replace("residual:", "residuals:"), file="pr-moe.yaml")
     except PlanError as error:
-        print(f"\na typo is told like this:\n{error}")
+        print(f"\na typo is reported like this:\n{error}")
 
 
 if __name__ == "__main__":

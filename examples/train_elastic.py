@@ -1,4 +1,4 @@
-"""Training that goes on after a rank was killed, on as many ranks as there are then.
+"""Training that continues after a rank was killed, on as many ranks as are left.
 
     torchrun --nproc-per-node 4 --max-restarts 3 examples/train_elastic.py --folder run
     torchrun --nproc-per-node 2 examples/train_elastic.py --folder run --steps 40

@@ -70,7 +70,7 @@ def test_compare_counts_what_may_differ_and_refuses_what_may_not():
         compare(got, want, TINY, 1)
 
 
-def test_cold_copies_are_equal_and_elsewhere():
+def test_cold_copies_are_equal_at_other_addresses():
     weights = Weights.drawn(TINY)
     copies = cold_copies(weights, 2 * weights.gate_up.nbytes)
     assert copies[0].router is weights.router
@@ -79,7 +79,7 @@ def test_cold_copies_are_equal_and_elsewhere():
         torch.testing.assert_close(copy.gate_up, weights.gate_up, rtol=0, atol=0)
 
 
-def test_everybody_runs_each_round_and_ratios_are_taken_within_rounds():
+def test_all_run_each_round_and_ratios_are_taken_within_rounds():
     ticks = iter(range(1, 1000))
     samples = race.race({"a": lambda: float(next(ticks)), "b": lambda: 2.0}, budget=0)
     assert {name: [len(each) for each in times] for name, times in samples.items()} == {
@@ -152,7 +152,7 @@ def test_layer_fills_a_file_in_pieces_and_draws_it(tmp_path, monkeypatch):
         picture.draw({"cases": {}, "machine": {}}, png)
 
 
-def test_a_wrong_layer_is_told_and_not_timed(tmp_path, monkeypatch):
+def test_a_wrong_layer_is_reported_and_not_timed(tmp_path, monkeypatch):
     from benchmarks import peers
 
     monkeypatch.setattr(peers.Moeify, "forward", lambda self, x: 2 * self.block(x))
@@ -174,7 +174,7 @@ def test_results_of_other_hardware_are_not_mixed(tmp_path):
         race.Results(path)
 
 
-def test_what_cannot_run_says_why():
+def test_what_cannot_run_gives_the_reason():
     weights = Weights.drawn(TINY)
     with pytest.raises(Refused, match="runs on cuda only"):
         CONTESTANTS["liger"].layer(TINY, weights)
@@ -314,7 +314,7 @@ def test_zero_measures_training_steps_over_four_ranks(tmp_path):
     assert three["gradients"] < 0.7 * one["gradients"]
 
 
-def test_zero_tells_other_losses_and_counts_a_storage_once():
+def test_zero_refuses_other_losses_and_counts_a_storage_once():
     known = {"moeify_0": {"losses": [2.0, 1.0, 0.5]}}
     contestant = zero_peers.CONTESTANTS["moeify_3"]
     zero.check(contestant, [2.0, 1.0, 0.50001], known)

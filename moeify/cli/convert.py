@@ -14,8 +14,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from rich.console import Console
 from torch import nn
 
 from moeify import api
@@ -23,16 +24,17 @@ from moeify.cli.calibration import texts_as_inputs
 from moeify.cli.convert_check import Verdict, auto_class, verify
 from moeify.cli.convert_hash import hashing
 from moeify.cli.convert_report import print_done, print_dry, print_job, progress
+from moeify.cli.inspect import dense_folder
 from moeify.convert.replay import versions
 from moeify.convert.verify import is_exact
 from moeify.errors import MoeifyError
-from moeify.formats.choose import choose_format
+from moeify.formats.choose import FormatChoice, choose_format
 from moeify.formats.manifest import read_format_manifest
 from moeify.formats.model_card import model_card
 from moeify.formats.reader import is_converted, is_save
 from moeify.formats.streaming import stream
 from moeify.formats.streaming_reverse import dense_files
-from moeify.hf.local_folder import files_beside, folder_bytes, load_dense, model_folder
+from moeify.hf.local_folder import files_beside, folder_bytes, load_dense
 from moeify.plan.layer_description import describe_layer
 from moeify.plan.layer_plan import ResolvedPlan
 from moeify.plan.plan import Plan
@@ -45,71 +47,44 @@ from moeify.storage.resumable_writer import (
     write_resumable,
 )
 from moeify.storage.strict_json import canonical_digest
-from moeify.storage.tensor_source import LiveTensors, ModelFiles
+from moeify.storage.tensor_source import LiveTensors, ModelFiles, TensorSource
 from moeify.units import dtype_from_name
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from moeify.formats.choose import FormatChoice
-    from moeify.storage.tensor_source import TensorSource
+_OR_REVERSE = ", or --reverse"
+_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How to convert.
+    """How to convert; each field is the option of the command line with its name."""
 
-    Attributes:
-        dtype: Name of the torch dtype of the result; as the source has it if None.
-        max_shard_size: Largest file with tensors, but for a larger tensor.
-        export: "auto", "native", "custom" or "moeify".
-        verify: On how many random inputs to compare with the source before the folder is put in
-            place; 0 for none.
-        force: Replace an older folder of moeify's.
-        resume: Go on with what an earlier run left unfinished.
-        dry_run: Check everything and write nothing.
-        in_memory: Load the whole model.
-        calibration: File with a text per line, on which the dense model runs (with `in_memory`).
-    """
-
-    dtype: str | None = None
+    dtype: str | None = None  # as the source has it if None
     max_shard_size: str = "5GB"
     export: FormatChoice = "auto"
-    verify: int = 2
+    verify: int = 2  # number of random inputs; 0 compares nothing
     force: bool = False
     resume: bool = False
     dry_run: bool = False
     in_memory: bool = False
-    calibration: Path | None = None
+    calibration: Path | None = None  # needs `in_memory`
 
 
 @dataclass(slots=True)
 class _Job:
-    """What is to be written, and what is known of it.
-
-    Attributes:
-        model_files: The folder.
-        digest: Of the source's files.
-        resolved: What the plan became; None on the way back.
-        promised: Whether the outputs must be the source's.
-        source_bytes: Bytes of the source's tensors.
-        missing: What the source lacks.
-        notes: What a person should be told.
-        folders: What is read meanwhile, the source first.
-    """
+    """What is to be written, and what is known about it."""
 
     model_files: ModelFiles
-    digest: str
-    resolved: ResolvedPlan | None
-    promised: bool
+    digest: str  # of the source's files
+    resolved: ResolvedPlan | None  # None when converting back
+    promised: bool  # whether the outputs must equal the source's
     source_bytes: int
-    missing: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)  # parameters that the source lacks
     notes: list[str] = field(default_factory=list)
-    folders: list[CheckpointReader] = field(default_factory=list)
+    folders: list[CheckpointReader] = field(default_factory=list)  # all that is read, SRC first
 
     @property
     def files(self) -> list[str]:
-        """Names of the source's files with tensors."""
+        """Names of the source's tensor files."""
         return sorted({entry.file for folder in self.folders[:1] for entry in folder.keys.values()})
 
 
@@ -118,15 +93,7 @@ def convert(
 ) -> dict[str, Any]:
     """Convert a Hugging Face folder, print a report and return it as data.
 
-    Args:
-        source: Folder with `config.json` and safetensors; without a plan, one that was converted.
-        out: Folder to write; must not exist, but for an older one of moeify's with `force`.
-        plan: The plan; None to go back to a dense model.
-        console: Where to print.
-        options: How.
-
-    Raises:
-        MoeifyError: On a wrong folder or plan, or a failed check; `out` is then as it was.
+    Without a plan, turn a converted folder back into a dense one. An error leaves `out` as it was.
     """
     folder, target = Path(source), Path(out)
     _check_places(folder, target, options.force)
@@ -134,9 +101,9 @@ def convert(
     if plan is None:
         job = _reversed(folder)
     elif options.in_memory:
-        job = _in_memory(_dense_folder(folder), plan, options)
+        job = _in_memory(dense_folder(folder, _OR_REVERSE), plan, options)
     else:
-        job = _streamed(_dense_folder(folder), plan, options)
+        job = _streamed(dense_folder(folder, _OR_REVERSE), plan, options)
     texts = {**files_beside(folder), **job.model_files.texts}
     job.model_files = dataclasses.replace(job.model_files, texts=texts)
     prepared = time.perf_counter()
@@ -173,23 +140,15 @@ def convert(
 
 
 def give_memory_back() -> None:
-    """Make the C library return large blocks to the system as they are freed.
-
-    glibc keeps blocks of up to 32 MiB once it has seen one freed; a layer's would pile up.
-    """
+    """Make the C library return large blocks to the system as they are freed."""
+    # glibc keeps blocks of up to 32 MiB once it has seen one freed; a layer's would pile up.
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 20)
 
 
-_MMAP_THRESHOLD = -3
-
-
 def peak_memory() -> int:
-    """Return the most bytes of memory that this process has held so far.
-
-    On Linux from its own status: `ru_maxrss` counts what the process that started it held.
-    """
-    try:
+    """Return the most bytes of memory that this process has held so far."""
+    try:  # on Linux `ru_maxrss` would include the peak of the process that started this one
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
     except (OSError, StopIteration):
@@ -198,44 +157,32 @@ def peak_memory() -> int:
 
 
 def _check_places(source: Path, target: Path, force: bool) -> None:
-    """Refuse folders in each other, and targets that are not ours to replace.
-
-    Raises:
-        MoeifyError: It is so.
-    """
+    """Refuse folders that contain each other, and targets that moeify may not replace."""
     if not source.is_dir():
         raise MoeifyError(f"{source}: no such folder; give a local one, moeify downloads nothing")
     try:
         inner, outer = target.resolve(), source.resolve()
     except (OSError, RuntimeError) as error:
-        raise MoeifyError(f"{target}: is no usable path: {error}") from error
+        raise MoeifyError(f"{target}: is not a usable path: {error}") from error
     if inner == outer or (target.exists() and os.path.samefile(source, target)):
         raise MoeifyError(f"{target}: is the source itself; give another folder")
     if inner.is_relative_to(outer):
-        raise MoeifyError(f"{target}: lies in the source, which is only read; give another folder")
+        raise MoeifyError(f"{target}: is inside the source; give another folder")
     if outer.is_relative_to(inner):
-        raise MoeifyError(f"{target}: holds the source; give another folder")
+        raise MoeifyError(f"{target}: contains the source; give another folder")
     if not inner.parent.is_dir():
-        raise MoeifyError(f"{inner.parent}: is no folder; make it first")
+        raise MoeifyError(f"{inner.parent}: is not a folder; create it first")
     if not os.access(inner.parent, os.W_OK | os.X_OK):
-        raise MoeifyError(f"{inner.parent}: may not be written to; give another folder")
+        raise MoeifyError(f"{inner.parent}: is not writable; give another folder")
     if not target.exists() and not target.is_symlink():
         return
     if not target.is_dir():
         raise MoeifyError(f"{target}: is a file; give a folder")
     if any(target.iterdir()):
         if not is_save(target):
-            raise MoeifyError(f"{target}: exists and is no save of moeify; give another folder")
+            raise MoeifyError(f"{target}: was not written by moeify; give another folder")
         if not force:
-            raise MoeifyError(f"{target}: exists; --force replaces this older save")
-
-
-def _dense_folder(folder: Path) -> Path:
-    if is_converted(folder):
-        raise MoeifyError(
-            f"{folder}: is converted already; give the dense model's folder, or --reverse"
-        )
-    return model_folder(folder)
+            raise MoeifyError(f"{target}: already exists; --force replaces it")
 
 
 def _streamed(folder: Path, plan: Plan, options: Options) -> _Job:
@@ -284,17 +231,16 @@ def _job(
 
 def _reversed(folder: Path) -> _Job:
     if not is_converted(folder):
-        raise MoeifyError(f"{folder}: was not converted by moeify, so there is no way back")
+        raise MoeifyError(f"{folder}: was not converted by moeify, so it cannot be converted back")
     model_files = dense_files(folder)
     digest = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
     return _Job(model_files, digest, None, False, model_files.nbytes)
 
 
 def _card(job: _Job, folder: Path, sha256: Mapping[str, str]) -> dict[str, bytes]:
-    """Return the model card; none on the way back."""
+    """Return the model card; none when converting back."""
     if job.resolved is None:
         return {}
-
     model_files = job.model_files
     config = json.loads(model_files.texts.get("config.json", b"{}"))
     text = model_card(
@@ -312,7 +258,7 @@ def _card(job: _Job, folder: Path, sha256: Mapping[str, str]) -> dict[str, bytes
 
 
 def _write(job: _Job, folder: Path, target: Path, options: Options) -> tuple[Verdict, float]:
-    """Write, compare and put in place; return what came of it, and the seconds it took."""
+    """Write, verify and move into place; return the verdict and the seconds that it took."""
     found: list[tuple[Verdict, float]] = []
     model_files = job.model_files
 
@@ -356,13 +302,12 @@ def _write(job: _Job, folder: Path, target: Path, options: Options) -> tuple[Ver
         except KeyboardInterrupt:
             kept = partial_path(target)
             if kept.exists():
-                sys.stderr.write(f"\n{kept} keeps what is finished, for --resume\n")
+                sys.stderr.write(f"\n{kept} holds what is finished; continue with --resume\n")
             raise
     return found[0]
 
 
 def _kind_of(folder: Path) -> str:
-    """Return the kind of a converted folder."""
     with Folder(folder) as opened:
         manifest = read_format_manifest(opened)
     return "moeify" if manifest is None else manifest.kind

@@ -1,16 +1,14 @@
-"""Compares a written folder with its dense source in a process of its own, as a reader would.
+"""Compare a written folder with its source in a fresh process, which loads it as a reader would.
 
-The process loads the source, runs it on random inputs, lets go of it, loads the folder with what is
-to read it (transformers alone, transformers with the folder's code, or `moeify.load`), and runs it.
-Run as a module this file is that process: a JSON question on standard input, a JSON answer on
-standard output.
+The process loads the source, runs it on random inputs, frees it, loads the folder with the software
+that is to read it (transformers alone, transformers with the folder's code, or `moeify.load`), and
+runs it. Run as a module, this file is that process: a JSON question on standard input, a JSON
+answer on standard output.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -24,33 +22,25 @@ from torch import Tensor, nn
 from moeify import compat
 from moeify.capture.torch_calls import tensors_in
 from moeify.checkpoint import single
+from moeify.cli.child_process import run_python
 from moeify.convert.verify import TOLERANCE, Snapshot, coarsest, compare
 from moeify.errors import MoeifyError, VerificationError
 from moeify.hf.detect import example_inputs_for
 from moeify.hf.local_folder import load_dense, transformers_offline
 from moeify.nn.router import lifted_capacity
 
-_SPARE = 500 * 10**6
-"""Bytes that a process needs beside a model."""
+_OVERHEAD = 500 * 10**6  # bytes that a process needs besides a model
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What came of a comparison.
+    """The result of a comparison."""
 
-    Attributes:
-        difference: Largest difference of the outputs over the largest value; None if not compared.
-        inputs: On how many inputs.
-        tolerance: What a plan that promises the dense numbers is held to.
-        promised: Whether the plan does.
-        reason: Why nothing was compared, or "".
-    """
-
-    difference: float | None
-    inputs: int
-    tolerance: float
-    promised: bool
-    reason: str = ""
+    difference: float | None  # largest, relative to the largest value; None if not compared
+    inputs: int  # number of inputs
+    tolerance: float  # for plans that promise the dense model's numbers
+    promised: bool  # whether the plan does
+    reason: str = ""  # why nothing was compared
 
 
 def verify(
@@ -65,27 +55,24 @@ def verify(
     needed: int,
     shown_as: Path | None = None,
 ) -> Verdict:
-    """Compare in a fresh process.
+    """Compare in a fresh process; raise `VerificationError` if the folder does not pass.
 
     Args:
-        source: Folder that it was made from.
+        source: Folder that the written one was made from.
         folder: What was written.
         kind: Its kind, see `ModelFiles`.
-        source_kind: What the source is; a converted one for the way back.
-        inputs: How many random inputs; 0 compares nothing.
+        source_kind: Kind of the source: a converted one when converting back.
+        inputs: Number of random inputs; 0 compares nothing.
         promised: Whether the numbers must be the same.
         dtype: Name of the torch dtype to load the dense model in; the config's if None.
         needed: Bytes of the larger of the two models.
         shown_as: What to call `folder` in messages.
-
-    Raises:
-        VerificationError: The folder cannot be loaded, or its model gives other numbers.
     """
     if inputs == 0:
         return Verdict(None, 0, 0.0, promised, "--verify 0")
     free = available_memory()
-    if free is not None and free < needed + _SPARE:
-        reason = f"it needs {needed + _SPARE:,} bytes of memory, and {free:,} are free"
+    if free is not None and free < needed + _OVERHEAD:
+        reason = f"it needs {needed + _OVERHEAD:,} bytes of memory, and {free:,} are free"
         return Verdict(None, 0, 0.0, promised, reason)
     question = {
         "source": str(source.resolve()),
@@ -99,36 +86,27 @@ def verify(
     if promised and not difference <= tolerance:
         raise VerificationError(
             f"the converted model's outputs differ from the dense model's by {difference:.2e} "
-            f"(relative; {tolerance:.0e} is allowed), and this plan promises the same: it was not "
-            "put in place. Please report this with the plan and the model"
+            f"(relative; {tolerance:.0e} is allowed), but this plan promises the same; the "
+            "result was not moved into place. Please report this with the plan and the model"
         )
     return Verdict(difference, int(answer["inputs"]), tolerance, promised)
 
 
 def _ask(question: dict[str, Any], shown: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="moeify-") as scratch:
-        here = str(Path(__file__).resolve().parents[1])
-        paths = [here, *filter(None, [os.environ.get("PYTHONPATH")])]
-        env = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(paths),
-            "HF_HUB_OFFLINE": "1",
-            "HF_MODULES_CACHE": scratch,  # where transformers copies a folder's code to
-            "TRANSFORMERS_VERBOSITY": "error",
-        }
-        done = subprocess.run(
-            [sys.executable, "-m", "moeify.cli.convert_check"],
-            input=json.dumps(question),
-            env=env,
-            capture_output=True,
-            text=True,
-            check=False,
+        done = run_python(
+            "-m",
+            "moeify.cli.convert_check",
+            stdin=json.dumps(question),
+            HF_HUB_OFFLINE="1",
+            HF_MODULES_CACHE=scratch,  # where transformers copies a folder's code to
+            TRANSFORMERS_VERBOSITY="error",
         )
     last = done.stdout.strip().rpartition("\n")[2]
     if done.returncode < 0:
         raise VerificationError(
             f"{shown}: the process that compares it was killed by signal {-done.returncode} "
-            "(out of memory?): --verify 0 leaves the comparison out"
+            "(out of memory?); --verify 0 skips the comparison"
         )
     try:
         answer = json.loads(last)
@@ -142,7 +120,7 @@ def _ask(question: dict[str, Any], shown: Path) -> dict[str, Any]:
 
 
 def available_memory() -> int | None:
-    """Return the bytes of memory that may be used, None where the system does not tell."""
+    """Return the bytes of memory that are available, None if the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
@@ -158,17 +136,13 @@ def available_memory() -> int | None:
     return found
 
 
-# -- the process
+# -- the fresh process
 
 
 def random_inputs(model: nn.Module, count: int) -> list[dict[str, Any]]:
-    """Make inputs of several lengths for a Hugging Face model.
+    """Make `count` inputs of several lengths for a Hugging Face model.
 
-    Token ids are drawn anew but for special ones, which mark where an image goes; so are floats.
-
-    Args:
-        model: Takes what `example_inputs_for` makes.
-        count: How many.
+    Floats and token ids are drawn; special tokens, which mark where an image goes, are kept.
     """
     base = example_inputs_for(model)
     vocabulary = _vocabulary(model)
@@ -217,15 +191,15 @@ def _special(config: Mapping[str, Any]) -> set[int]:
 
 
 def run_all(model: nn.Module, inputs: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
-    """Return the floating-point outputs of a model by name, in evaluation, without capacities."""
+    """Return a model's floating-point outputs by name, in evaluation mode, without capacities."""
     model.eval()
     for module in model.modules():
         compat.disable_fused_encoder(module)
     found = []
     with torch.no_grad(), lifted_capacity(model):
-        for one in inputs:
+        for arguments in inputs:
             torch.manual_seed(0)
-            outputs = model(**one)
+            outputs = model(**arguments)
             parts = outputs if isinstance(outputs, Mapping) else {"": outputs}
             flat = {}
             for key, part in parts.items():
@@ -246,16 +220,7 @@ def auto_class(config: Mapping[str, Any], kind: str) -> str:
 
 
 def load_as_reader(folder: Path, kind: str, dtype: str | None = None) -> nn.Module:
-    """Load a folder with what is to read it.
-
-    Args:
-        folder: The folder.
-        kind: Its kind, see `ModelFiles`.
-        dtype: Name of the torch dtype to load a dense model in; the config's if None.
-
-    Raises:
-        MoeifyError: It leaves something unread, or lacks something.
-    """
+    """Load a folder of a kind of `ModelFiles` with what is to read it; every tensor must match."""
     if kind == "dense":
         return load_dense(folder, dtype)[0]
     if kind == "moeify":
@@ -279,17 +244,13 @@ def load_as_reader(folder: Path, kind: str, dtype: str | None = None) -> nn.Modu
 
 
 def difference_of(dense: list[dict[str, Tensor]], moe: list[dict[str, Tensor]]) -> float:
-    """Return the largest relative difference over all outputs that the dense model has.
-
-    Raises:
-        VerificationError: One is missing, or has another shape.
-    """
+    """Return the largest relative difference over all outputs that the dense model has."""
     largest = 0.0
-    for one, other in zip(dense, moe, strict=True):
-        lost = [key for key in one if key not in other]
-        if lost:
-            raise VerificationError(f"its model does not return {lost[0].rpartition('.')[0]}")
-        pair = [Snapshot(tuple(t[key] for key in one), {}) for t in (one, other)]
+    for wanted, found in zip(dense, moe, strict=True):
+        missing = [key for key in wanted if key not in found]
+        if missing:
+            raise VerificationError(f"its model does not return {missing[0].rpartition('.')[0]}")
+        pair = [Snapshot(tuple(outputs[key] for key in wanted), {}) for outputs in (wanted, found)]
         largest = max(largest, compare(pair[0], pair[1], ()).outputs)
     return largest
 
@@ -308,7 +269,7 @@ def answer(question: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Answer on standard output."""
+    """Answer the question on standard input."""
     question = json.load(sys.stdin)
     try:
         found = answer(question)

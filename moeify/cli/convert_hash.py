@@ -1,4 +1,4 @@
-"""The SHA-256 of a source's files, found in a thread while they are converted."""
+"""The SHA-256 of a source's files, computed in a thread while they are converted."""
 
 from __future__ import annotations
 
@@ -14,16 +14,9 @@ _CHUNK = 1 << 22
 
 @contextmanager
 def hashing(paths: Sequence[Path]) -> Iterator[Callable[[], dict[str, str]]]:
-    """Start hashing files; leaving the block early gives it up.
+    """Hash files in a thread; yield a function that waits for the digests, in hex by file name.
 
-    Args:
-        paths: The files.
-
-    Yields:
-        What waits for the digests, in hex, and returns them by file name.
-
-    Raises:
-        OSError: A file cannot be read (by what was yielded).
+    Leaving the block early stops the thread.
     """
     stop = threading.Event()
 

@@ -1,35 +1,30 @@
-"""What `moeify convert` prints: the plan, notes, a bar while it writes, and what came of it."""
+"""What `moeify convert` prints: the plan, notes, a progress bar, and the result."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich import progress as bars
+from rich.console import Console
 
 from moeify.cli.convert_check import Verdict
 from moeify.cli.output import say
 from moeify.errors import MoeifyError
+from moeify.plan.layer_plan import ResolvedPlan
 from moeify.plan.selection import shorten
 from moeify.storage.writer import Advance
 from moeify.units import format_bytes
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from moeify.plan.layer_plan import ResolvedPlan
-
 
 @contextmanager
 def progress(total: int) -> Iterator[Advance | None]:
-    """Show bytes, speed and time left on a terminal; nothing elsewhere."""
-    from rich.console import Console
-
+    """Show bytes, speed and time left on a terminal; show nothing elsewhere."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield None
         return
-    from rich import progress as bars
-
     columns = (
         bars.TextColumn("writing"),
         bars.BarColumn(bar_width=None),
@@ -50,11 +45,11 @@ def print_job(resolved: ResolvedPlan | None, report: Mapping[str, Any], console:
         say(console, f"note: {note}")
     if report["not_in_source"]:
         names = shorten(report["not_in_source"], 4)
-        say(console, f"warning: the source does not hold {names}; drawn at random")
+        say(console, f"warning: the source lacks {names}; drawn at random")
 
 
 def grouped(notes: Iterable[str]) -> list[str]:
-    """Join `not A: reason` and `not B: reason`."""
+    """Join `not A: reason` and `not B: reason` into `not A, B: reason`."""
     found: dict[tuple[bool, str], list[str]] = {}
     for note in notes:
         name, colon, reason = note.removeprefix("not ").partition(": ")
@@ -64,11 +59,7 @@ def grouped(notes: Iterable[str]) -> list[str]:
 
 
 def print_dry(report: Mapping[str, Any], console: Console) -> None:
-    """Say what a dry run found.
-
-    Raises:
-        MoeifyError: There is no room for it.
-    """
+    """Print what a dry run found; raise if the disk is too small."""
     needed, free = report["bytes"], report["free_bytes"]
     say(
         console,

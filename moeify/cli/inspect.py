@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.console import Console
+from torch import nn
 
 from moeify.checkpoint import single
 from moeify.cli.output import make_table, say
@@ -23,11 +26,6 @@ from moeify.sites.record import conversion_of
 from moeify.storage.atomic_folder import Folder
 from moeify.storage.folder_reader import CheckpointReader
 from moeify.units import format_bytes
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from torch import nn
-
 
 _SITES = {
     "#": "right",
@@ -49,28 +47,23 @@ _LAYERS = {
 }
 
 
-def resolve_on_meta(plan: Plan, path: str) -> ResolvedPlan:
-    """Apply a plan to the model that a folder describes.
-
-    Raises:
-        MoeifyError: There is no model, or the plan does not fit it.
-    """
+def dense_folder(path: str | Path, otherwise: str = "") -> Path:
+    """Return the folder of a dense model; `otherwise` ends the message for a converted one."""
     folder = Path(path)
     if is_converted(folder):
-        raise MoeifyError(f"{folder}: is converted already; give the dense model's folder")
-    return plan.resolve(build_on_meta(model_folder(folder)))
+        raise MoeifyError(
+            f"{folder}: is already converted; give the dense model's folder{otherwise}"
+        )
+    return model_folder(folder)
+
+
+def resolve_on_meta(plan: Plan, path: str) -> ResolvedPlan:
+    """Apply a plan to the model that a folder describes."""
+    return plan.resolve(build_on_meta(dense_folder(path)))
 
 
 def inspect_model(path: str, console: Console) -> dict[str, Any]:
-    """Print what is in a model, and return it as data.
-
-    Args:
-        path: A Hugging Face folder, of which only the config is read, or a folder of `moeify.save`.
-        console: Where to print.
-
-    Raises:
-        MoeifyError: There is no model, or it does not run.
-    """
+    """Print what is in a model, dense or converted, and return it as data."""
     folder = Path(path)
     if is_converted(folder):
         with Folder(folder) as opened:
@@ -146,7 +139,7 @@ def _saved(folder: Path, console: Console) -> dict[str, Any]:
 
 
 def _exported(folder: Path, manifest: FormatManifest, console: Console) -> dict[str, Any]:
-    """Show a folder that transformers reads; its tensors are counted, padding too."""
+    """Show a folder that transformers reads; counts include padding."""
     with CheckpointReader(folder) as files:
         specs = [entry.spec for entry in files.keys.values()]
     return _converted(

@@ -1,6 +1,6 @@
 """The command line. What needs torch is imported inside the command that needs it.
 
-Exit codes: 0 done; 1 a mistake of the user's or a failed check, told on standard error; 2 a wrong
+Exit codes: 0 success; 1 a user error or a failed check, reported on standard error; 2 a wrong
 command line.
 """
 
@@ -35,7 +35,7 @@ from moeify.version import __version__
 
 
 class ReportingGroup(TyperGroup):
-    """Tells expected errors in one message, without a traceback unless `--debug` asks for it."""
+    """Report expected errors in one message; `--debug` adds the traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the chosen command."""
@@ -57,7 +57,7 @@ app = typer.Typer(
     context_settings={"max_content_width": 100},
     help="Turn dense PyTorch models into Mixture-of-Experts models by graph passes.",
 )
-plans = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at plans.")
+plans = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Check and show plans.")
 app.add_typer(plans, name="plan")
 
 
@@ -74,17 +74,17 @@ def _options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """Take the options that stand before a command; `debug` is read where errors are told."""
+    """Accept the options before a command; `ReportingGroup` reads `debug`."""
 
 
 @app.command()
 def inspect(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help=f"{MODEL_HELP} Or one that moeify saved.")
+        str, typer.Argument(metavar="MODEL", help=f"{MODEL_HELP} Or one that moeify wrote.")
     ],
     as_json: AsJson = False,
 ) -> None:
-    """Show the MLPs of a model. Reads the config only."""
+    """Show the MLPs of a model, reading only its config."""
     from moeify.cli.inspect import inspect_model
 
     data = inspect_model(model, make_console(quiet=as_json))
@@ -97,7 +97,7 @@ def check(
     files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Plan files.")],
     as_json: AsJson = False,
 ) -> None:
-    """Say whether plan files are plans."""
+    """Check plan files."""
     results: list[dict[str, Any]] = []
     for file in files:
         try:
@@ -124,12 +124,12 @@ def show(
     plan: Annotated[str, typer.Argument(metavar="PLAN", help=PLAN_HELP)],
     model: Annotated[
         str | None,
-        typer.Option("--model", metavar="MODEL", help=f"{MODEL_HELP} Shows what becomes of it."),
+        typer.Option("--model", metavar="MODEL", help=f"{MODEL_HELP} Only its config is read."),
     ] = None,
     settings: Settings = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show a plan in full, or what it makes of a model. Reads the model's config only."""
+    """Show a plan in full, or what it makes of a model."""
     chosen = _plan(plan, settings)
     if model is None:
         if as_json:
@@ -159,7 +159,7 @@ def convert(
     plan: Annotated[str | None, typer.Option("--plan", metavar="PLAN", help=PLAN_HELP)] = None,
     settings: Settings = None,
     reverse: Annotated[
-        bool, typer.Option("--reverse", help="SRC was converted: make it dense again.")
+        bool, typer.Option("--reverse", help="SRC was converted: turn it back into a dense model.")
     ] = False,
     export: ExportOption = Export.auto,
     dtype: DtypeOption = None,
@@ -169,7 +169,7 @@ def convert(
         bool, typer.Option("--dry-run", help="Check everything and write nothing.")
     ] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on where an earlier run was ended.")
+        bool, typer.Option("--resume", help="Continue a run that was interrupted.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if moeify wrote it.")] = False,
     in_memory: Annotated[
@@ -178,11 +178,11 @@ def convert(
     calibration: Calibration = None,
     as_json: AsJson = False,
 ) -> None:
-    """Convert a model of any size: it is read, converted and written a layer at a time."""
+    """Convert a model of any size, a layer at a time."""
     if reverse == (plan is not None):
-        raise typer.BadParameter("give one of --plan and --reverse", param_hint="--plan")
+        raise typer.BadParameter("give either --plan or --reverse", param_hint="--plan")
     if reverse and (in_memory or settings or dtype or export is not Export.auto):
-        what = "takes no --set, --dtype, --export or --in-memory"
+        what = "cannot be combined with --set, --dtype, --export or --in-memory"
         raise typer.BadParameter(what, param_hint="--reverse")
     if calibration is not None and not in_memory:
         raise typer.BadParameter("needs --in-memory", param_hint="--calibration")
@@ -224,24 +224,28 @@ def simulate(
     world: Annotated[int, typer.Option("--world", min=1, help="Number of ranks.")],
     node: Annotated[int, typer.Option("--gpus-per-node", min=1, help="Ranks per node.")] = 8,
     expert: Annotated[
-        int | None, typer.Option("--expert", min=1, help="Instead of the plan's parallel.expert.")
+        int | None, typer.Option("--expert", min=1, help="Replaces the plan's parallel.expert.")
     ] = None,
     tensor: Annotated[
-        int | None, typer.Option("--tensor", min=1, help="Instead of the plan's parallel.tensor.")
+        int | None, typer.Option("--tensor", min=1, help="Replaces the plan's parallel.tensor.")
     ] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences per rank.")] = 1,
     length: Annotated[
         int | None,
-        typer.Option("--length", min=1, help="Tokens per sequence; 2048, or what the model takes."),
+        typer.Option(
+            "--length",
+            min=1,
+            help="Tokens per sequence; default: the model's, up to 2048.",
+        ),
     ] = None,
     settings: Settings = None,
     plot: Annotated[
         Path | None,
-        typer.Option("--plot", help="Draw hops over ranks into this file; needs matplotlib."),
+        typer.Option("--plot", help="Plot hops over ranks to this file; needs matplotlib."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Count what a training step would send in a large world. Needs no GPU and no weights."""
+    """Count what a training step over many ranks would send."""
     chosen = _plan(plan, settings)
     from moeify.cli.simulate import simulate_model
 
@@ -271,7 +275,7 @@ def report(
             "--plan; or a run log, or a trainer_state.json.",
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", help="Page to write; replaced if it is there.")],
+    out: Annotated[Path, typer.Option("--out", help="HTML page to write; replaced if it exists.")],
     run: Annotated[
         Path | None, typer.Option("--run", help="Run log or trainer_state.json of this model.")
     ] = None,
@@ -279,9 +283,9 @@ def report(
     settings: Settings = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a page with a model's layers, its plan, its training and its graphs."""
+    """Write an HTML page about a model or a run."""
     if settings and plan is None:
-        raise typer.BadParameter("changes a preset: give --plan", param_hint="--set")
+        raise typer.BadParameter("changes a preset; give --plan", param_hint="--set")
     chosen = None if plan is None else _plan(plan, settings)
     from moeify.cli.report import report_on
 
@@ -293,7 +297,8 @@ def report(
 @app.command()
 def demo(
     out: Annotated[
-        Path, typer.Option("--out", help="Folder for the converted model; replaced if it is one.")
+        Path,
+        typer.Option("--out", help="Folder for the converted model; replaces an older one."),
     ] = Path("out/demo"),
     steps: Annotated[int, typer.Option("--steps", min=0, help="Training steps.")] = 20,
     no_compile: Annotated[
@@ -301,7 +306,7 @@ def demo(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Take real weights through all of it, every step checked."""
+    """Convert and train a pretrained model, checking each step."""
     from moeify.cli.demo.run import run_demo
 
     console = make_console(quiet=as_json)
@@ -311,11 +316,11 @@ def demo(
 
 
 def _plan(text: str, settings: list[str] | None) -> Plan:
-    """Return the plan that PLAN and `--set` stand for."""
+    """Return the plan that PLAN and `--set` describe."""
     if not settings:
         return Plan.of(text)
     if text not in PRESETS:
-        raise typer.BadParameter(f"{text!r} is no preset; --set changes presets only")
+        raise typer.BadParameter(f"{text!r} is not a preset; --set changes presets only")
     options = {}
     for setting in settings:
         name, equals, value = setting.partition("=")

@@ -1,4 +1,4 @@
-"""Options of the command line that have long words of help or are used by several commands."""
+"""Options of the command line that have long help or that several commands share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 
 class Dtype(StrEnum):
-    """Dtypes that a model may be loaded in."""
+    """Dtypes that a model may be converted to."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -19,7 +19,7 @@ class Dtype(StrEnum):
 
 
 class Export(StrEnum):
-    """What a converted folder may be."""
+    """Kinds of converted folders, and `auto`."""
 
     auto = "auto"
     native = "native"
@@ -39,8 +39,8 @@ ExportOption = Annotated[
     typer.Option(
         "--export",
         metavar="KIND",
-        help="native (transformers alone loads it), custom (its code needs moeify), moeify "
-        "(moeify.load), or auto, the first that fits.",
+        help="native (loads in transformers alone), custom (its code needs moeify), moeify "
+        "(for moeify.load), or auto, the first that fits.",
     ),
 ]
 DtypeOption = Annotated[
@@ -48,7 +48,7 @@ DtypeOption = Annotated[
     typer.Option(
         "--dtype",
         metavar="DTYPE",
-        help="float32, bfloat16, ..., instead of what the source has.",
+        help="float32, bfloat16, ...; the source's dtypes if not given.",
     ),
 ]
 ShardSize = Annotated[
@@ -60,13 +60,13 @@ Verify = Annotated[
         "--verify",
         min=0,
         metavar="N",
-        help="Compare with SRC on N random inputs in a fresh process; 0 does not.",
+        help="Compare with SRC on N random inputs in a fresh process; 0 skips this.",
     ),
 ]
 Calibration = Annotated[
     Path | None,
     typer.Option(
         "--calibration",
-        help="Text file, a document per line, that the model reads; needs --in-memory.",
+        help="Text file with one document per line to run the model on; needs --in-memory.",
     ),
 ]

@@ -1,4 +1,4 @@
-"""How the command line writes: tables for people, JSON for programs, both on standard output."""
+"""Output of the command line, on standard output: tables for people, JSON for programs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PIPE_WIDTH = 120
 
 
 def make_console(*, quiet: bool = False) -> Console:
-    """Return a console on standard output, wide enough for tables where it is no terminal."""
+    """Return a console on standard output, wide enough for tables if it is not a terminal."""
     from rich.console import Console
 
     console = Console(quiet=quiet)
@@ -33,11 +33,11 @@ def write_json(data: Any) -> None:
 
 
 def make_table(headers: Mapping[str, str], rows: Iterable[Sequence[object]]) -> FittedTable:
-    """Return a table in the style of the plan's.
+    """Return a table in the style of the plan's; the second column holds names.
 
     Args:
-        headers: Title of each column and its justification, with "spare" behind it for those
-            that a narrow terminal leaves out; the second column holds names.
+        headers: Title of each column and its justification, followed by "spare" for those that a
+            narrow terminal leaves out.
         rows: Cells, shown with `str`.
     """
     cells = [[str(cell) for cell in row] for row in rows]
@@ -56,5 +56,5 @@ def make_table(headers: Mapping[str, str], rows: Iterable[Sequence[object]]) -> 
 
 
 def say(console: Console, text: str) -> None:
-    """Print a line as it is: no markup, no colours for numbers; only a terminal breaks it."""
+    """Print a line without markup or highlighting; only a terminal wraps it."""
     console.print(text, highlight=False, markup=False, soft_wrap=not console.is_terminal)

@@ -1,35 +1,22 @@
-"""`moeify report`: what is asked for on the command line, as a page."""
+"""`moeify report`: write the page and name what it lacks."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.console import Console
 
 from moeify.cli.output import say
+from moeify.plan.plan import Plan
 from moeify.reporting.page import gather, write_page
 from moeify.units import format_bytes
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from moeify.plan.plan import Plan
 
 
 def report_on(
     source: str, out: Path, run: Path | None, plan: Plan | None, console: Console
 ) -> dict[str, Any]:
-    """Write a page, say what is not in it, and return that as data.
-
-    Args:
-        source: Folder of a model, or file of a run.
-        out: Page to write.
-        run: File of a run, beside a model.
-        plan: For a dense model.
-        console: Where to print.
-
-    Raises:
-        MoeifyError: There is no model or run, it is damaged, or the page cannot be written.
-    """
+    """Write a page about a model's folder or a run's file, and return what it lacks as data."""
     facts, done = gather(source, run, plan)
     written = write_page(facts, done, out)
     say(console, f"{out}: {format_bytes(written)}")

@@ -1,27 +1,23 @@
-"""`moeify simulate`: what one training step of a large world sends, counted on one machine."""
+"""`moeify simulate`: what one training step over many ranks sends, counted on one machine."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from rich.console import Console
 from torch import nn
 
+from moeify.cli.inspect import dense_folder
 from moeify.cli.output import make_table, say
-from moeify.errors import MoeifyError
-from moeify.formats.reader import is_converted
-from moeify.hf.local_folder import build_on_meta, model_folder
+from moeify.hf.local_folder import build_on_meta
 from moeify.plan.plan import Plan
 from moeify.plan.selection import shorten
 from moeify.simulate.plot import Point, draw, sweep
 from moeify.simulate.simulate import Collectives, Simulation, simulate
 from moeify.units import format_bytes
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
 
 _LENGTH = 2048
 _COLLECTIVES = {
@@ -59,7 +55,7 @@ def simulate_model(
     length: int | None = None,
     plot: Path | None = None,
 ) -> dict[str, Any]:
-    """Print what a step of a large world takes, and return it as data.
+    """Print what a training step over `world` ranks takes, and return it as data.
 
     Args:
         path: A Hugging Face folder, of which only the config is read.
@@ -70,20 +66,14 @@ def simulate_model(
         expert: Replaces the plan's `parallel.expert`.
         tensor: Replaces the plan's `parallel.tensor`.
         batch: Sequences per rank.
-        length: Tokens per sequence; what the model takes, at most 2048, if None.
-        plot: Where to draw hops over the number of ranks.
-
-    Raises:
-        MoeifyError: There is no model, or it does not run.
-        PlanError: The plan does not fit the model or the world.
+        length: Tokens per sequence; the model's longest, at most 2048, if None.
+        plot: Image file for hops over the number of ranks.
     """
-    folder = Path(path)
-    if is_converted(folder):
-        raise MoeifyError(f"{folder}: is converted already; give the dense model's folder")
+    folder = dense_folder(path)
     data = plan.data()
     sizes = {"expert": expert, "tensor": tensor}
     data["parallel"] = data.get("parallel", {}) | {k: n for k, n in sizes.items() if n is not None}
-    model = build_on_meta(model_folder(folder))
+    model = build_on_meta(folder)
     found = simulate(
         model,
         Plan.of(data),
@@ -104,7 +94,7 @@ def simulate_model(
 
 
 def _length(model: nn.Module) -> int | None:
-    """Return how many tokens to simulate; None for a model that takes none."""
+    """Return the sequence length to simulate; None for a model without one."""
     config: Any = model.config
     names = ("max_position_embeddings", "n_positions")
     limits = [n for n in (getattr(config, name, None) for name in names) if isinstance(n, int)]
@@ -150,7 +140,7 @@ def print_simulation(found: Simulation, console: Console) -> None:
 
 
 def _rows(collectives: Iterable[Collectives]) -> Iterable[Sequence[object]]:
-    """Yield a row for the layers that do the same."""
+    """Yield one row for all layers that send the same."""
     alike: dict[Collectives, list[str]] = {}
     for row in collectives:
         alike.setdefault(replace(row, layer=""), []).append(row.layer)

@@ -98,7 +98,7 @@ def test_plan_check(plan):
     assert f"{plan}: ok, 1 rule, digest" in result.output
 
 
-def test_plan_check_tells_file_line_and_place(plan):
+def test_plan_check_reports_file_line_and_place(plan):
     plan.write_text(PLAN.replace("experts: 4", "expertz: 4"))
     result = call("plan", "check", plan)
     assert result.exit_code == 1
@@ -106,7 +106,7 @@ def test_plan_check_tells_file_line_and_place(plan):
     assert f"{plan}:3: layers[0].expertz: unknown key" in result.stderr
 
 
-def test_plan_check_json_goes_on_after_a_bad_file(plan, tmp_path):
+def test_plan_check_json_continues_after_a_bad_file(plan, tmp_path):
     result = call("plan", "check", tmp_path / "no.yaml", plan, "--json")
     bad, good = json.loads(result.stdout)
     assert (result.exit_code, bad["ok"], good["ok"]) == (1, False, True)
@@ -167,7 +167,7 @@ def test_inspect_reads_no_weights(gpt2, tmp_path):
     assert call("inspect", tmp_path).exit_code == 0
 
 
-def test_inspect_tells_near_misses(tmp_path):
+def test_inspect_reports_near_misses(tmp_path):
     import transformers
 
     transformers.BertConfig(
@@ -184,7 +184,7 @@ def test_inspect_tells_near_misses(tmp_path):
 
 
 @pytest.mark.parametrize("command", ["inspect", "convert"])
-def test_folders_that_are_no_models(command, tmp_path):
+def test_folders_that_are_not_models(command, tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     rest = [tmp_path / "out", "--plan", "moe"] if command == "convert" else []
@@ -221,7 +221,7 @@ def test_convert(gpt2, plan, tmp_path):
     assert [layer["experts"] for layer in data["layers"]] == [4, 4]
     again = call("convert", out, tmp_path / "twice", "--plan", plan)
     assert again.exit_code == 1
-    assert "is converted already" in again.stderr
+    assert "is already converted" in again.stderr
     assert call("plan", "show", plan, "--model", out).exit_code == 1
 
 
@@ -261,7 +261,7 @@ def test_convert_json_dtype_and_no_verify(gpt2, tmp_path):
     ],
     ids=" ".join,
 )
-def test_convert_with_options_that_exclude_each_other(arguments, gpt2, tmp_path):
+def test_convert_with_contradictory_options(arguments, gpt2, tmp_path):
     result = call("convert", gpt2, tmp_path / "out", *arguments)
     assert result.exit_code == 2, result.output
     assert list(tmp_path.iterdir()) == []
@@ -274,11 +274,11 @@ def test_convert_does_not_overwrite(gpt2, plan, tmp_path):
     for extra in ([], ["--force"], ["--dry-run"], ["--resume"]):
         result = call("convert", gpt2, out, "--plan", plan, *extra)
         assert result.exit_code == 1
-        assert "is no save of moeify" in result.stderr
+        assert "was not written by moeify" in result.stderr
     assert [path.name for path in out.iterdir()] == ["precious.txt"]
 
 
-def test_convert_refuses_places(gpt2, plan, tmp_path):
+def test_convert_refuses_unsuitable_targets(gpt2, plan, tmp_path):
     source = tmp_path / "models" / "source"
     shutil.copytree(gpt2, source)
     (tmp_path / "link").symlink_to(source)
@@ -287,11 +287,11 @@ def test_convert_refuses_places(gpt2, plan, tmp_path):
     for out, reason in (
         (source, "is the source itself"),
         (tmp_path / "link", "is the source itself"),
-        (source / "out", "lies in the source"),
-        (source.parent, "holds the source"),
+        (source / "out", "is inside the source"),
+        (source.parent, "contains the source"),
         (tmp_path / "file", "is a file"),
-        (tmp_path / "file" / "out", "is no folder"),
-        (tmp_path / "no" / "out", "is no folder; make it first"),
+        (tmp_path / "file" / "out", "is not a folder"),
+        (tmp_path / "no" / "out", "is not a folder; create it first"),
     ):
         result = call("convert", source, out, "--plan", plan, "--force")
         assert result.exit_code == 1
@@ -299,7 +299,7 @@ def test_convert_refuses_places(gpt2, plan, tmp_path):
     assert {path: path.read_bytes() for path in source.iterdir()} == before
 
 
-def test_convert_replaces_a_save_by_force(gpt2, plan, tmp_path):
+def test_convert_replaces_a_folder_with_force(gpt2, plan, tmp_path):
     out = tmp_path / "moe"
     rest = ["--verify", "0", "--export", "moeify"]
     out.mkdir()  # an empty folder is as good as none
@@ -325,7 +325,7 @@ def test_convert_never_reads_pickles(gpt2, plan, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "missing.safetensors", 3])
-def test_convert_follows_no_index_elsewhere(name, gpt2, plan, tmp_path):
+def test_convert_does_not_follow_an_index_elsewhere(name, gpt2, plan, tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     (source / "config.json").write_bytes((gpt2 / "config.json").read_bytes())

@@ -164,7 +164,7 @@ def test_missing_parameters_are_not_drawn_silently(folders, plan, tmp_path):
     assert "lack lm_head.weight" in result.stderr
     loaded = call(source, tmp_path / "out", "--plan", plan, "--in-memory", "--verify", 0)
     assert loaded.exit_code == 0, loaded.stderr
-    assert "warning: the source does not hold lm_head.weight" in loaded.stdout
+    assert "warning: the source lacks lm_head.weight" in loaded.stdout
 
 
 def test_in_memory_with_calibration(folders, plan, tmp_path, inline):
@@ -231,7 +231,7 @@ def test_there_and_back(kind, folders, plan, tmp_path, inline):
     assert call(dense, tmp_path / "again", "--plan", plan, "--dry-run").exit_code == 0
 
 
-def test_a_wrong_result_is_not_put_in_place(folders, plan, tmp_path, inline, monkeypatch):
+def test_a_wrong_result_is_not_moved_into_place(folders, plan, tmp_path, inline, monkeypatch):
     out = tmp_path / "out"
     rest = ["--plan", plan, "--export", "moeify"]
     with monkeypatch.context() as patch:
@@ -250,7 +250,7 @@ def test_a_wrong_result_is_not_put_in_place(folders, plan, tmp_path, inline, mon
     assert resumed.exit_code == 0, resumed.stderr
 
 
-def test_other_weights_are_noticed(folders, plan, tmp_path, inline):
+def test_changed_weights_are_noticed(folders, plan, tmp_path, inline):
     for name in ("llama", "llama-other"):
         call(folders / name, tmp_path / name, "--plan", plan, "--verify", 0, "--export", "moeify")
     with pytest.raises(mf.VerificationError, match="promises the same"):
@@ -279,7 +279,7 @@ def test_a_checking_process_that_dies(tmp_path, monkeypatch):
             convert_check._ask({}, tmp_path)
 
 
-def test_too_little_memory_to_compare_is_said(folders, plan, tmp_path, monkeypatch):
+def test_too_little_memory_to_compare_is_reported(folders, plan, tmp_path, monkeypatch):
     monkeypatch.setattr(convert_check, "available_memory", lambda: 1_000)
     result = call(folders / "llama", tmp_path / "out", "--plan", plan)
     assert result.exit_code == 0, result.stderr
@@ -316,7 +316,7 @@ def test_dry_run_writes_nothing(folders, plan, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "plan.yaml"]
 
 
-def test_a_source_that_changes_meanwhile(folders, plan, tmp_path, monkeypatch):
+def test_a_source_that_changes_during_conversion(folders, plan, tmp_path, monkeypatch):
     source = tmp_path / "source"
     source.mkdir()
     for path in (folders / "bert").iterdir():
@@ -418,7 +418,7 @@ def measured(source: Path, out: Path) -> None:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's VmHWM")
-def test_a_layer_is_held_at_a_time(tmp_path, repo):
+def test_one_layer_is_in_memory_at_a_time(tmp_path, repo):
     import transformers
 
     source = tmp_path / "source"

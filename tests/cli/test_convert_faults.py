@@ -1,7 +1,7 @@
-"""`moeify convert` killed, out of space or failing at every step: nothing half is put in place, and
-`--resume` ends with the bytes of an undisturbed run.
+"""`moeify convert` killed, out of space or failing at every step: no partial result is kept in
+place, and `--resume` ends with the bytes of an undisturbed run.
 
-Run as a script this file is the process that forks the victims, as in test_checkpoint_crash.
+Run as a script, this file is the process that forks the victims, as `test_crash.py` is.
 """
 
 from __future__ import annotations
@@ -75,10 +75,7 @@ def begin(root: Path, *, existing: bool) -> Path:
 
 
 def killed_everywhere(root: Path, *, existing: bool) -> int:
-    """Kill a write at every step (every second, or fourth) and go on with it.
-
-    Returns the number of steps.
-    """
+    """Kill a write at every second or fourth step and resume it; return the number of steps."""
     model = converted(1)
     allowed = [output(converted(0)), output(model)]
     write(model, begin(root, existing=existing))
@@ -189,7 +186,7 @@ def test_errors_at_every_step(
 
 @pytest.fixture
 def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Module, Path]:
-    """A write that was broken off in its last shard."""
+    """A write that was interrupted in its last shard."""
     model, target = converted(1), tmp_path / "m"
     real = resumable_writer.write_shard
 
@@ -222,10 +219,10 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_finished_shards_are_not_written_again(begun, monkeypatch):
     model, target = begun
-    written, told = counted(monkeypatch), []
-    write(model, target, resume=True, advance=told.append)
+    written, counts = counted(monkeypatch), []
+    write(model, target, resume=True, advance=counts.append)
     assert written[0].startswith("moeify-00003")
-    assert sum(told) == moeify_files(model).nbytes
+    assert sum(counts) == moeify_files(model).nbytes
     assert torch.equal(found_at(target), output(model))
 
 

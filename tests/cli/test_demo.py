@@ -1,4 +1,4 @@
-"""The demo: its parts on a tiny random encoder, and the whole of it on the packaged weights."""
+"""The demo: its parts on a tiny random encoder, all of it on the packaged weights."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_too_little_text(tmp_path):
         data.load_text(tmp_path)
 
 
-def test_missing_package_is_told_with_the_command(monkeypatch):
+def test_a_missing_package_is_an_error_with_the_command(monkeypatch):
     monkeypatch.setattr(data, "PACKAGE", "no_such_package_anywhere")
     result = CliRunner().invoke(app, ["demo"])
     assert result.exit_code == 1
@@ -85,7 +85,7 @@ def test_other_weights_are_refused(tmp_path):
         data.check_weights(tmp_path)
 
 
-def test_all_of_it_on_a_tiny_encoder(encoder, text, tmp_path):
+def test_the_demo_on_a_tiny_encoder(encoder, text, tmp_path):
     out = tmp_path / "not" / "yet" / "there"
     numbers = tiny(encoder, text, out, steps=2, compile=False).run()
     json.dumps(numbers)
@@ -101,14 +101,14 @@ def test_all_of_it_on_a_tiny_encoder(encoder, text, tmp_path):
 
 
 def test_a_failed_check_fails_the_demo(encoder, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "embed_elsewhere", lambda folder, texts: torch.zeros(12, 32))
+    monkeypatch.setattr(run, "embed_in_new_process", lambda folder, texts: torch.zeros(12, 32))
     with pytest.raises(MoeifyError, match="demo check failed: reloaded embeddings differ"):
         tiny(encoder, text, tmp_path / "out", steps=0, compile=False).run()
 
 
-def test_a_process_that_fails_is_told(tmp_path):
+def test_a_process_that_fails_is_reported(tmp_path):
     with pytest.raises(MoeifyError, match="does not load in a fresh process"):
-        embed.embed_elsewhere(tmp_path, ["a sentence"])
+        embed.embed_in_new_process(tmp_path, ["a sentence"])
 
 
 @pytest.mark.skipif(

