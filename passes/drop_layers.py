@@ -14,6 +14,8 @@ After, without the second::
 What a layer gives the rest of the model besides its hidden state (a shared position bias, keys and
 values that a later layer reads) cannot go with it: such a layer is refused. What it only returned
 to the caller (its cache entry) is returned no more.
+
+A conversion keeps all layers: `moeify.distillation.student` runs this pass.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -61,10 +62,15 @@ def alone_after(passes: list[Pass]) -> Any:
     return _run(passes, model, plan, torch.ones(6, 8), None)
 
 
-def plan_of(*, experts: int = 8, **parallel: Any) -> Plan:
+def plan_of(*, experts: int = 8, zero: Mapping[str, Any] | None = None, **parallel: Any) -> Plan:
     """Return a plan for every layer; its exchange is flat unless it says otherwise."""
-    layers = [{"select": "all", "experts": experts}]
-    return Plan.of({"layers": layers, "parallel": {"all_to_all": "flat"} | parallel})
+    return Plan.of(
+        {
+            "layers": [{"select": "all", "experts": experts}],
+            "parallel": {"all_to_all": "flat"} | parallel,
+            "zero": zero or {},
+        }
+    )
 
 
 def _run(
@@ -90,15 +96,10 @@ def dense_graph(ctx: PlanContext) -> fx.GraphModule:
 def hide_experts(gm: fx.GraphModule, ctx: PlanContext) -> PlanContext:
     """Let nodes gather what the experts need, which ends their calls as modules."""
     assert ctx.plan is not None
-    ctx = replace(ctx, plan=with_zero(ctx.plan, engine="graph", stage=3))
+    zero = plan_of(zero={"engine": "graph", "stage": 3}).zero
+    ctx = replace(ctx, plan=ctx.plan.model_copy(update={"zero": zero}))
     PassManager([PartitionZero(), GatherPartitions()], checks=CHECKS).run(gm, ctx)
     return ctx
-
-
-def with_zero(plan: Plan, **zero: Any) -> Plan:
-    """Return a plan with another `zero` section."""
-    layers = [{"select": "all", "experts": 8}]
-    return plan.model_copy(update={"zero": Plan.of({"layers": layers, "zero": zero}).zero})
 
 
 def show_block(gm: fx.GraphModule) -> str:
