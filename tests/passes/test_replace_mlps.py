@@ -210,8 +210,24 @@ def test_a_shared_module_becomes_one_block_of_two_calls(mlp, path):
     assert block_of(gm).router.calls == 2
 
 
+@pytest.mark.parametrize("expert", ["mlp", "linear"])
+def test_a_shared_module_right_behind_itself(expert):
+    """The second call reads what the first one returns, not what is no longer there."""
+    model: nn.Module
+    if expert == "mlp":
+        model, rules = Shared(Mlp()), []
+        model.norm = nn.Identity()
+    else:
+        linear = nn.Linear(D, D)
+        model = nn.Sequential(nn.LayerNorm(D), linear, linear, nn.Tanh())
+        rules = [LINEAR | {"select": {"name": "1"}}]
+    gm = assert_equal_to_dense(model, case(model, *rules), x())
+    first, second = gm.graph.find_nodes(op="call_module")
+    assert first.target == second.target
+    assert second.args == (first,)
+
+
 def test_mlps_that_read_each_other():
-    """The second block reads what the first one returns, not what is no longer there."""
     model = nn.Sequential(Mlp(), Mlp(gated=True))
     gm = assert_equal_to_dense(model, case(model), x())
     first, second = gm.graph.find_nodes(op="call_module")
