@@ -14,6 +14,8 @@ After, without the second::
 A layer that gives the rest of the model more than its hidden state (a shared position bias, keys
 and values that a later layer reads) is refused. What it only returned to the caller (its cache
 entry) is no longer returned.
+
+A conversion keeps all layers: `moeify.distillation.student` runs this pass.
 """
 
 from __future__ import annotations

@@ -55,7 +55,9 @@ class InsertAllToAll:
     """Exchange rows in every block whose experts are spread over ranks."""
 
     name: ClassVar[str] = "insert-all-to-all"
-    requires: ClassVar[frozenset[str]] = frozenset({Fact.EXPERT_CALLS, Fact.SHARDED})
+    requires: ClassVar[frozenset[str]] = frozenset(
+        {Fact.MOE_BLOCKS, Fact.EXPERT_CALLS, Fact.SHARDED}
+    )
     provides: ClassVar[frozenset[str]] = frozenset({Fact.DISPATCHED})
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:

@@ -4,7 +4,13 @@ The graphs stay as they are; each block's router learns two groups. Over the ran
 different tokens (dp) it sums losses and statistics in training; from the first of the ranks that
 hold the same tokens (tp) it takes whatever is drawn at random, so that they all route the same way.
 
-    router(tokens)   ->   router(tokens), losses over 4 ranks, draws of the first of 2 ranks
+Before::
+
+    router(tokens)          losses over this rank's tokens, its own draws
+
+After::
+
+    router(tokens)          losses over 4 ranks, draws of the first of 2 ranks
 """
 
 from __future__ import annotations

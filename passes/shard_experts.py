@@ -1,8 +1,13 @@
 """shard-experts: each rank keeps its share of every layer's experts, as DTensors.
 
-The graphs stay as they are; what changes is what their experts hold. Of 8 experts over 4 ranks::
+The graphs stay as they are; what changes is what their experts hold. Before, for 8 experts over 4
+ranks::
 
-    experts.up_proj    [8, 3072, 768]   ->   DTensor [8, 3072, 768], this rank's part [2, 3072, 768]
+    experts.up_proj    [8, 3072, 768]
+
+After::
+
+    experts.up_proj    DTensor [8, 3072, 768], of which this rank holds [2, 3072, 768]
 
 In a pyramid every layer is divided by itself: a layer with fewer experts than expert ranks uses
 smaller groups, and more of them.

@@ -42,7 +42,9 @@ class SliceExperts:
     """Slice the experts of every block where the plan says `experts_in_tp: slice`."""
 
     name: ClassVar[str] = "slice-experts"
-    requires: ClassVar[frozenset[str]] = frozenset({Fact.EXPERT_CALLS, Fact.SHARDED})
+    requires: ClassVar[frozenset[str]] = frozenset(
+        {Fact.MOE_BLOCKS, Fact.EXPERT_CALLS, Fact.SHARDED}
+    )
     provides: ClassVar[frozenset[str]] = frozenset()
 
     def run(self, gm: fx.GraphModule, ctx: PlanContext) -> PassResult:

@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Literal
+
+from pydantic import ValidationError
+
 from moeify.convert.replay import versions
 from moeify.errors import CheckpointError
 from moeify.plan.plan import Plan
 from moeify.plan.selection import Strict
 from moeify.plan.strict_yaml import path_text
-from moeify.storage.atomic_folder import Folder
-from moeify.storage.atomic_folder import MANIFEST
-from moeify.storage.manifest import FileRecord
-from moeify.storage.manifest import LayerRecord
-from moeify.storage.manifest import MAX_BYTES
-from moeify.storage.strict_json import canonical_digest
-from moeify.storage.strict_json import parse_json
-from moeify.storage.tensor_source import Kind
-from moeify.storage.tensor_source import Written
-from pydantic import ValidationError
-from typing import Any
-from typing import Final
-from typing import Literal
-
+from moeify.storage.atomic_folder import MANIFEST, Folder
+from moeify.storage.manifest import MAX_BYTES, FileRecord, LayerRecord
+from moeify.storage.strict_json import canonical_digest, parse_json
+from moeify.storage.tensor_source import Kind, Written
 
 VERSION: Final = 3
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,9 +14,11 @@ from torch import fx, nn
 from moeify.distributed.layout import Layout
 from moeify.distributed.mesh import World
 from moeify.passes.find_mlps import FindMlps
+from moeify.passes.gather_partitions import GatherPartitions
 from moeify.passes.infra.base import Pass, PlanContext
 from moeify.passes.infra.manager import PassManager
 from moeify.passes.infra.printer import print_graph
+from moeify.passes.partition_zero import PartitionZero
 from moeify.passes.replace_mlps import ReplaceMlps
 from moeify.passes.rewrite.blocks import blocks_of
 from moeify.passes.rewrite.facts import CHECKS
@@ -24,8 +28,13 @@ from moeify.plan.resolve import resolve_sites
 from moeify.sites.discovery import discover
 
 
-def block_after(passes: list[Pass], *, world: int = 4, node: int = 2, **parallel: Any) -> Any:
-    """Run passes on a two-layer net; return (context, manager, graph, block)."""
+def block_after(
+    passes: list[Pass], *, world: int = 4, node: int = 2, shard: bool = True, **parallel: Any
+) -> Any:
+    """Run shard-experts, unless not asked to, and passes; return (context, manager, graph, block).
+
+    The net has one MLP of two layers. The world is the one that `fake_world` opened.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(
         OrderedDict(
@@ -36,7 +45,14 @@ def block_after(passes: list[Pass], *, world: int = 4, node: int = 2, **parallel
     plan = plan_of(experts=experts, **parallel)
     mesh = World.create(Layout.of(plan.parallel, world))
     mesh.node = node
-    return _run([ShardExperts(), *passes], model, plan, torch.ones(6, 8), mesh)
+    passes = [ShardExperts(), *passes] if shard else passes
+    return _run(passes, model, plan, torch.ones(6, 8), mesh)
+
+
+def stage(*passes: Pass, **parallel: Any) -> tuple[PlanContext, Any, Any]:
+    """Run passes where two tensor ranks share the rows; return (context, graph, block)."""
+    ctx, _, gm, block = block_after(list(passes), **({"expert": 2, "tensor": 2} | parallel))
+    return ctx, gm, block
 
 
 def alone_after(passes: list[Pass]) -> Any:
@@ -46,10 +62,15 @@ def alone_after(passes: list[Pass]) -> Any:
     return _run(passes, model, plan, torch.ones(6, 8), None)
 
 
-def plan_of(*, experts: int = 8, **parallel: Any) -> Plan:
+def plan_of(*, experts: int = 8, zero: Mapping[str, Any] | None = None, **parallel: Any) -> Plan:
     """Return a plan for every layer; its exchange is flat unless it says otherwise."""
-    layers = [{"select": "all", "experts": experts}]
-    return Plan.of({"layers": layers, "parallel": {"all_to_all": "flat"} | parallel})
+    return Plan.of(
+        {
+            "layers": [{"select": "all", "experts": experts}],
+            "parallel": {"all_to_all": "flat"} | parallel,
+            "zero": zero or {},
+        }
+    )
 
 
 def _run(
@@ -66,17 +87,34 @@ def _run(
     return ctx, manager, gm, block
 
 
+def dense_graph(ctx: PlanContext) -> fx.GraphModule:
+    """Record the model of a context once more: a graph without blocks and without marks."""
+    assert ctx.model is not None
+    return discover(ctx.model, torch.ones(6, 8)).capture.graph_module
+
+
+def hide_experts(gm: fx.GraphModule, ctx: PlanContext) -> PlanContext:
+    """Let nodes gather what the experts need, which ends their calls as modules."""
+    assert ctx.plan is not None
+    zero = plan_of(zero={"engine": "graph", "stage": 3}).zero
+    ctx = replace(ctx, plan=ctx.plan.model_copy(update={"zero": zero}))
+    PassManager([PartitionZero(), GatherPartitions()], checks=CHECKS).run(gm, ctx)
+    return ctx
+
+
+def show_block(gm: fx.GraphModule) -> str:
+    """Print the one block of a graph, for `before_and_after`."""
+    ((_, block),) = blocks_of(gm)
+    return text_of(block)
+
+
 def text_of(block: fx.GraphModule) -> str:
-    """Print a block; group names, which count the groups of a process, become their place."""
-    text = print_graph(block, meta=False)
+    """Print a block as `without_group_names` does."""
+    return without_group_names(print_graph(block, meta=False))
+
+
+def without_group_names(text: str) -> str:
+    """Replace the names of groups, which count the groups of a process, by their place."""
     names: dict[str, str] = {}
     pattern = r"'(\d+|[0-9a-f]{8,}[^']*)'"
     return re.sub(pattern, lambda m: names.setdefault(m[0], f"'group {len(names)}'"), text)
-
-
-def assert_unchanged(pass_: Pass, gm: fx.GraphModule, ctx: PlanContext) -> None:
-    """Run a pass once more, or where it has nothing to do: it says so, and changes nothing."""
-    ((_, block),) = blocks_of(gm)
-    before = print_graph(block)
-    assert not pass_.run(gm, ctx).modified
-    assert print_graph(block) == before

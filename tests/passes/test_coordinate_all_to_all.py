@@ -2,44 +2,48 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from moeify.distributed import collectives
-from moeify.errors import PassError, PassOrderError
+from moeify.errors import PassError
 from moeify.passes.coordinate_all_to_all import CoordinateAllToAll
 from moeify.passes.hierarchical_all_to_all import HierarchicalAllToAll
+from moeify.passes.infra.base import Fact
 from moeify.passes.infra.printer import print_graph
 from moeify.passes.insert_all_to_all import InsertAllToAll
 from moeify.passes.overlap_chunks import OverlapChunks
-from moeify.passes.testing import run_pass
+from moeify.passes.testing import (
+    assert_idempotent,
+    assert_requires,
+    assert_untouched,
+    before_and_after,
+    run_pass,
+)
 from moeify.simulate.counter import fake_world
-from tests.passes.parallel_block import assert_unchanged, block_after, text_of
+from tests.passes.parallel_block import alone_after, block_after, show_block, stage
 
 TENSOR = {"expert": 2, "tensor": 2}
 
 
 def test_golden(golden):
     with fake_world(4, 2):
-        *_, block = block_after([InsertAllToAll()], **TENSOR)
-        golden(text_of(block), "coordinate_all_to_all_before.txt")
-        *_, block = block_after([InsertAllToAll(), CoordinateAllToAll()], **TENSOR)
-        golden(text_of(block), "coordinate_all_to_all.txt")
+        ctx, gm, _ = stage(InsertAllToAll())
+        text = before_and_after(CoordinateAllToAll(), gm, ctx, show_block)
+        golden(text, "coordinate_all_to_all.txt")
 
 
 def test_a_second_run_changes_nothing():
     with fake_world(4, 2):
-        ctx, _, gm, _ = block_after([InsertAllToAll(), CoordinateAllToAll()], **TENSOR)
-        assert_unchanged(CoordinateAllToAll(), gm, ctx)
+        ctx, gm, _ = stage(InsertAllToAll())
+        assert_idempotent(CoordinateAllToAll(), gm, ctx)
 
 
 def test_a_second_run_over_pieces_changes_nothing():
     """What it has shared out may be cut into pieces behind it."""
     with fake_world(4, 2):
         passes = [InsertAllToAll(), CoordinateAllToAll(), OverlapChunks()]
-        ctx, _, gm, _ = block_after(passes, overlap_chunks=2, **TENSOR)
-        assert_unchanged(CoordinateAllToAll(), gm, ctx)
+        ctx, gm, _ = stage(*passes, overlap_chunks=2)
+        assert_untouched(CoordinateAllToAll(), gm, ctx)
 
 
 @pytest.mark.parametrize(
@@ -55,16 +59,16 @@ def test_a_second_run_over_pieces_changes_nothing():
 def test_nothing_to_share_out(parallel):
     with fake_world(4, 2):
         ctx, _, gm, _ = block_after([InsertAllToAll()], **parallel)
-        assert_unchanged(CoordinateAllToAll(), gm, ctx)
+        assert_untouched(CoordinateAllToAll(), gm, ctx)
 
 
 def test_an_exchange_in_pieces_is_refused():
     with fake_world(4, 2):
-        passes = [InsertAllToAll(), OverlapChunks()]
-        ctx, _, gm, block = block_after(passes, overlap_chunks=2, **TENSOR)
+        ctx, gm, block = stage(InsertAllToAll(), overlap_chunks=2)
+        assert OverlapChunks().run(gm, ctx).modified  # past its manager, which would refuse it
         before = print_graph(block)
         with pytest.raises(PassError, match=r"mlp: its rows travel in 2 pieces, .* before"):
-            CoordinateAllToAll().run(gm, ctx)
+            run_pass(CoordinateAllToAll(), gm, ctx)
         assert print_graph(block) == before
 
 
@@ -85,8 +89,13 @@ def _targets(block):
     return sorted(str(n.target) for n in block.graph.nodes)
 
 
+def test_without_ranks_nothing_changes():
+    ctx, _, gm, _ = alone_after([])
+    assert_untouched(CoordinateAllToAll(), gm, ctx)
+
+
 def test_contract():
     with fake_world(4, 2):
-        ctx, _, gm, _ = block_after([InsertAllToAll()], **TENSOR)
-        with pytest.raises(PassOrderError, match="dispatched"):
-            run_pass(CoordinateAllToAll(), gm, replace(ctx, facts=frozenset()))
+        ctx, gm, _ = stage()
+        message = assert_requires(CoordinateAllToAll(), Fact.DISPATCHED, gm, ctx)
+        assert "mlp: its tokens reach only the experts of this rank" in message

@@ -14,8 +14,7 @@ from moeify.errors import PassError
 from moeify.passes.coordinate_all_to_all import CoordinateAllToAll
 from moeify.passes.find_mlps import FindMlps
 from moeify.passes.gather_partitions import GatherPartitions
-from moeify.passes.infra.base import Fact, Pass, PlanContext
-from moeify.passes.infra.manager import PassManager
+from moeify.passes.infra.base import Fact, Pass, PassResult, PlanContext
 from moeify.passes.insert_all_to_all import InsertAllToAll
 from moeify.passes.lower_kernels import LowerKernels
 from moeify.passes.overlap_chunks import OverlapChunks
@@ -25,7 +24,7 @@ from moeify.passes.rewrite.facts import CHECKS
 from moeify.passes.testing import assert_requires, run_pass
 from moeify.simulate.counter import fake_world
 from moeify.sites.discovery import discover
-from tests.passes.parallel_block import block_after
+from tests.passes.parallel_block import block_after, hide_experts, stage
 
 
 @pytest.fixture(autouse=True)
@@ -36,11 +35,6 @@ def _world() -> Iterator[None]:
 
 def problems(fact: Fact, gm: Any, ctx: Any) -> list[str]:
     return CHECKS[fact](gm, ctx)
-
-
-def stage(*passes: Pass, **parallel: Any) -> tuple[PlanContext, Any, Any]:
-    ctx, _, gm, block = block_after(list(passes), **({"expert": 2, "tensor": 2} | parallel))
-    return ctx, gm, block
 
 
 def test_captured():
@@ -89,17 +83,9 @@ def test_replace_mlps_goes_by_the_marks():
 def test_expert_calls():
     ctx, gm, _ = stage(InsertAllToAll())
     assert not problems(Fact.EXPERT_CALLS, gm, ctx)
-    zero = {"engine": "graph", "stage": 3}
-    ctx = replace(ctx, plan=ctx.plan.model_copy(update={"zero": _zero(zero)}))
-    PassManager([PartitionZero(), GatherPartitions()], checks=CHECKS).run(gm, ctx)
+    ctx = hide_experts(gm, ctx)
     assert problems(Fact.EXPERT_CALLS, gm, ctx) == ["mlp: does not call its experts as a module"]
     assert assert_requires(LowerKernels(), Fact.EXPERT_CALLS, gm, ctx)
-
-
-def _zero(spec: dict[str, Any]) -> Any:
-    from moeify.plan.plan import Plan
-
-    return Plan.of({"layers": [{"select": "all", "experts": 8}], "zero": spec}).zero
 
 
 def test_sharded():
@@ -140,12 +126,11 @@ def test_coordinated():
 
 
 def test_pieces_are_not_cut_before_rows_are_shared_out():
-    """Coordination finds nothing to do in an exchange that is in pieces: neither goes unseen."""
+    """Coordination cannot share out rows that are in pieces: neither pass goes on unseen."""
     ctx, gm, _ = stage(InsertAllToAll(), overlap_chunks=2)
     assert assert_requires(OverlapChunks(), Fact.COORDINATED, gm, ctx)
     assert OverlapChunks().run(gm, ctx).modified
-    message = "coordinate-all-to-all provides 'coordinated', which does not hold after it: mlp: "
-    with pytest.raises(PassError, match=message):
+    with pytest.raises(PassError, match="mlp: its rows travel in 2 pieces, and only whole rows"):
         run_pass(CoordinateAllToAll(), gm, ctx)
     # A manager that may order them does.
     passes: list[Pass] = [InsertAllToAll(), OverlapChunks(), CoordinateAllToAll()]
@@ -153,6 +138,22 @@ def test_pieces_are_not_cut_before_rows_are_shared_out():
     order = [p.name for p in manager.passes]
     assert order.index("coordinate-all-to-all") < order.index("overlap-chunks")
     assert {Fact.COORDINATED, Fact.OVERLAPPED} <= manager.facts
+
+
+def test_a_pass_that_does_nothing_provides_nothing():
+    ctx, gm, _ = stage(InsertAllToAll())
+    message = "idle provides 'coordinated', which does not hold after it: mlp: each of 2 tensor"
+    with pytest.raises(PassError, match=message):
+        run_pass(_Idle(), gm, ctx)
+
+
+class _Idle:
+    name = "idle"
+    requires = frozenset({Fact.DISPATCHED})
+    provides: frozenset[str] = frozenset({Fact.COORDINATED})
+
+    def run(self, gm: Any, ctx: PlanContext) -> PassResult:
+        return PassResult(gm, False)
 
 
 def test_overlapped():

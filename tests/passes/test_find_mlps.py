@@ -12,9 +12,16 @@ from torch import Tensor, nn
 from moeify import moeify
 from moeify.capture.capture import capture
 from moeify.passes.find_mlps import FindMlps
-from moeify.passes.infra.base import Fact, PlanContext
+from moeify.passes.infra.base import Fact
 from moeify.passes.infra.printer import print_graph
-from moeify.passes.testing import assert_idempotent
+from moeify.passes.infra.records import record_of
+from moeify.passes.testing import (
+    assert_idempotent,
+    assert_requires,
+    assert_untouched,
+    before_and_after,
+    run_pass,
+)
 from moeify.sites.discovery import Discovery, discover
 from tests.conv_models import Conv, ConvModel
 
@@ -265,8 +272,45 @@ def test_prelu_per_unit_only_where_units_are_its_channels() -> None:
         assert "one parameter per position" in near[0].reason
 
 
+# -- the pass
+
+
 def test_golden(golden: Callable[[str, str], None]) -> None:
     recorded = capture(Model(Gated(True)), x())
-    ctx = PlanContext(facts=frozenset({Fact.CAPTURED}))
-    gm = assert_idempotent(FindMlps(), recorded.graph_module, ctx)
-    golden(print_graph(gm), "find_mlps.txt")
+    golden(before_and_after(FindMlps(), recorded.graph_module), "find_mlps.txt")
+
+
+def test_the_graph_stays_as_it_is() -> None:
+    gm = capture(Model(Gated(True)), x()).graph_module
+    before = print_graph(gm, meta=False)
+    assert run_pass(FindMlps(), gm).modified
+    assert print_graph(gm, meta=False) == before
+
+
+def test_a_second_run_changes_nothing() -> None:
+    assert_idempotent(FindMlps(), capture(Model(Gated(True)), x()).graph_module)
+
+
+def read_outside(hidden: Tensor) -> Tensor:
+    return torch.cat([hidden, hidden.cumsum(-1)], -1)  # mixes hidden units by their place
+
+
+@pytest.mark.parametrize(
+    "model",
+    [nn.Sequential(nn.LayerNorm(D), nn.Linear(D, D)), Model(Body(read_outside, H, 2 * H))],
+    ids=["one projection", "not elementwise"],
+)
+def test_nothing_to_mark(model: nn.Module) -> None:
+    assert_untouched(FindMlps(), capture(model, x()).graph_module)
+
+
+def test_regions_that_are_known_are_not_searched_for() -> None:
+    found = discover(nn.Sequential(Model(Body(F.gelu)), Model(Body(F.gelu))), x())
+    gm = run_pass(FindMlps(found.regions[1:]), found.capture.graph_module).graph_module
+    sites = {r.site for node in gm.graph.nodes if (r := record_of(node)) is not None and r.site}
+    assert sites == {"1.mlp.down.weight"}
+
+
+def test_contract() -> None:
+    gm = torch.fx.symbolic_trace(Model(Body(F.gelu)))
+    assert "no node has a record" in assert_requires(FindMlps(), Fact.CAPTURED, gm)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,55 +10,70 @@ from torch import fx, nn
 
 from moeify.errors import PassOrderError, UnsupportedModuleError
 from moeify.passes.gather_partitions import GatherPartitions
-from moeify.passes.infra.base import Fact
+from moeify.passes.infra.base import Fact, PlanContext
 from moeify.passes.infra.manager import PassManager
-from moeify.passes.infra.printer import print_graph
 from moeify.passes.insert_all_to_all import InsertAllToAll
 from moeify.passes.lower_kernels import LowerKernels
-from moeify.plan.plan import Plan
+from moeify.passes.partition_zero import PartitionZero
+from moeify.passes.testing import (
+    assert_idempotent,
+    assert_requires,
+    assert_untouched,
+    before_and_after,
+    run_pass,
+)
 from moeify.simulate.counter import fake_world
 from moeify.zero import graph_engine
-from tests.passes.parallel_block import block_after, text_of
+from tests.passes.parallel_block import (
+    alone_after,
+    block_after,
+    dense_graph,
+    show_block,
+    stage,
+)
 
 GRAPH = {"engine": "graph", "stage": 3}
 
 
-def gathering(zero: dict[str, Any]) -> tuple[Any, fx.GraphModule, fx.GraphModule, bool]:
-    """Run the pass on a lowered block of four ranks; return (context, graph, block, modified)."""
-    passes = [InsertAllToAll(), LowerKernels(kernel="cpu")]
-    ctx, _, gm, block = block_after(passes, expert=2)
-    ctx = replace(ctx, plan=Plan.of({"layers": [{"select": "all", "experts": 8}], "zero": zero}))
-    return ctx, gm, block, GatherPartitions().run(gm, ctx).modified
+def lowered(zero: dict[str, Any]) -> tuple[Any, fx.GraphModule, fx.GraphModule]:
+    """Return context, graph and block of a lowered block of four ranks, with ZeRO decided."""
+    passes = [InsertAllToAll(), PartitionZero(), LowerKernels(kernel="cpu")]
+    ctx, _, gm, block = block_after(passes, expert=2, zero=zero)
+    return ctx, gm, block
 
 
 def test_golden(golden):
     with fake_world(4, 2):
-        *_, block, modified = gathering(GRAPH)
-        assert modified
-        golden(text_of(block), "gather_partitions.txt")
+        ctx, gm, _ = lowered(GRAPH)
+        text = before_and_after(GatherPartitions(), gm, ctx, show_block)
+        golden(text, "gather_partitions.txt")
 
 
 def test_a_second_run_changes_nothing():
     with fake_world(4, 2):
-        ctx, gm, block, _ = gathering(GRAPH)
-        before = print_graph(block)
-        assert not GatherPartitions().run(gm, ctx).modified
-        assert print_graph(block) == before
+        ctx, gm, _ = lowered(GRAPH)
+        assert_idempotent(GatherPartitions(), gm, ctx)
 
 
 @pytest.mark.parametrize("zero", [{}, {"stage": 3}, {"stage": 2, "engine": "fsdp2"}, {"stage": 1}])
 def test_other_engines_and_stages(zero):
     with fake_world(4, 2):
-        *_, block, modified = gathering(zero)
-        assert not modified
+        ctx, gm, block = lowered(zero)
+        assert_untouched(GatherPartitions(), gm, ctx)
         assert not block.graph.find_nodes(op="call_function", target=graph_engine.gather)
+
+
+def test_without_ranks_nothing_is_gathered():
+    ctx, _, gm, _ = alone_after([])
+    assert_untouched(GatherPartitions(), gm, ctx)
 
 
 def test_where_gathers_stand():
     """Ahead of the block, experts' last; without prefetching right before their module."""
     with fake_world(4, 2):
         for prefetch, ahead in ((1, True), (0, False)):
-            *_, block, _ = gathering({**GRAPH, "prefetch": prefetch})
+            ctx, gm, block = lowered({**GRAPH, "prefetch": prefetch})
+            run_pass(GatherPartitions(), gm, ctx)
             order = [n.target for n in block.graph.nodes]
             gathers = [i for i, target in enumerate(order) if target is graph_engine.gather]
             runs = [i for i, target in enumerate(order) if target is graph_engine.run]
@@ -73,14 +87,18 @@ def test_where_gathers_stand():
 
 
 def test_facts():
+    ctx = PlanContext(facts=frozenset({Fact.MOE_BLOCKS}))
     with pytest.raises(PassOrderError, match="partitioned"):
-        PassManager([GatherPartitions()]).run(fx.symbolic_trace(nn.Identity()), _no_context())
+        PassManager([GatherPartitions()]).run(fx.symbolic_trace(nn.Identity()), ctx)
 
 
-def _no_context() -> Any:
-    from moeify.passes.infra.base import PlanContext
-
-    return PlanContext(facts=frozenset({Fact.MOE_BLOCKS}))
+def test_contract():
+    with fake_world(4, 2):
+        ctx, gm, _ = stage(InsertAllToAll(), zero=GRAPH)
+        message = assert_requires(GatherPartitions(), Fact.MOE_BLOCKS, dense_graph(ctx), ctx)
+        assert "mlp: no node calls its block" in message
+        message = assert_requires(GatherPartitions(), Fact.PARTITIONED, gm, ctx)
+        assert "the graph's meta holds no decision" in message
 
 
 def test_whole_parameters():

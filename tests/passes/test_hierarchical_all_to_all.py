@@ -7,15 +7,22 @@ from dataclasses import replace
 import pytest
 
 from moeify.distributed import collectives, exchange
-from moeify.errors import PassError, PassOrderError, PlanError
+from moeify.errors import PassError, PlanError
 from moeify.passes.hierarchical_all_to_all import HierarchicalAllToAll
+from moeify.passes.infra.base import Fact
 from moeify.passes.infra.printer import print_graph
 from moeify.passes.insert_all_to_all import InsertAllToAll
 from moeify.passes.overlap_chunks import OverlapChunks
 from moeify.passes.slice_experts import SliceExperts
-from moeify.passes.testing import run_pass
+from moeify.passes.testing import (
+    assert_idempotent,
+    assert_requires,
+    assert_untouched,
+    before_and_after,
+    run_pass,
+)
 from moeify.simulate.counter import fake_world
-from tests.passes.parallel_block import assert_unchanged, block_after, plan_of, text_of
+from tests.passes.parallel_block import alone_after, block_after, plan_of, show_block
 
 STAGED = {"expert": 4, "all_to_all": "hierarchical"}
 PASSES = [InsertAllToAll(), HierarchicalAllToAll()]
@@ -23,10 +30,9 @@ PASSES = [InsertAllToAll(), HierarchicalAllToAll()]
 
 def test_golden(golden):
     with fake_world(4, 2):
-        *_, block = block_after([InsertAllToAll()], **STAGED)
-        golden(text_of(block), "insert_all_to_all.txt")
-        *_, block = block_after(PASSES, **STAGED)
-        golden(text_of(block), "hierarchical_all_to_all.txt")
+        ctx, _, gm, _ = block_after([InsertAllToAll()], **STAGED)
+        text = before_and_after(HierarchicalAllToAll(), gm, ctx, show_block)
+        golden(text, "hierarchical_all_to_all.txt")
 
 
 def test_each_piece_travels_in_two_stages():
@@ -36,7 +42,7 @@ def test_each_piece_travels_in_two_stages():
         assert len(_calls(block, exchange.staged_splits)) == 3
         assert len(_calls(block, collectives.all_to_all)) == 3 * 6  # counts, rows, results
         assert not _calls(block, exchange.splits)
-        assert_unchanged(HierarchicalAllToAll(), gm, ctx)
+        assert_untouched(HierarchicalAllToAll(), gm, ctx)
 
 
 def test_what_surrounds_the_experts_stays():
@@ -55,15 +61,15 @@ def _calls(block, target):
 
 def test_a_second_run_changes_nothing():
     with fake_world(4, 2):
-        ctx, _, gm, _ = block_after(PASSES, **STAGED)
-        assert_unchanged(HierarchicalAllToAll(), gm, ctx)
+        ctx, _, gm, _ = block_after([InsertAllToAll()], **STAGED)
+        assert_idempotent(HierarchicalAllToAll(), gm, ctx)
 
 
 @pytest.mark.parametrize("form", ["flat", "allgather"])
 def test_other_forms_stay_as_they_are(form):
     with fake_world(4, 2):
         ctx, _, gm, _ = block_after([InsertAllToAll()], expert=4, all_to_all=form)
-        assert_unchanged(HierarchicalAllToAll(), gm, ctx)
+        assert_untouched(HierarchicalAllToAll(), gm, ctx)
 
 
 def test_stages_need_several_nodes():
@@ -76,12 +82,20 @@ def test_gathered_tokens_are_refused():
         ctx, _, gm, block = block_after([InsertAllToAll()], expert=4, all_to_all="allgather")
         before = print_graph(block)
         with pytest.raises(PassError, match="mlp: its rows travel in no all-to-all"):
-            HierarchicalAllToAll().run(gm, replace(ctx, plan=plan_of(**STAGED)))
+            run_pass(HierarchicalAllToAll(), gm, replace(ctx, plan=plan_of(**STAGED)))
         assert print_graph(block) == before
+
+
+def test_without_ranks_nothing_changes():
+    ctx, _, gm, _ = alone_after([])
+    assert_untouched(HierarchicalAllToAll(), gm, ctx)
 
 
 def test_contract():
     with fake_world(4, 2):
-        ctx, _, gm, _ = block_after([InsertAllToAll()], **STAGED)
-        with pytest.raises(PassOrderError, match="dispatched"):
-            run_pass(HierarchicalAllToAll(), gm, replace(ctx, facts=frozenset()))
+        ctx, _, gm, _ = block_after([], **STAGED)
+        message = assert_requires(HierarchicalAllToAll(), Fact.DISPATCHED, gm, ctx)
+        assert "mlp: its tokens reach only the experts of this rank" in message
+        ctx, _, gm, _ = block_after([InsertAllToAll()], overlap_chunks=2, **STAGED)
+        message = assert_requires(HierarchicalAllToAll(), Fact.OVERLAPPED, gm, ctx)
+        assert "mlp: its rows travel in one piece, not in 2" in message

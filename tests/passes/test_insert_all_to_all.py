@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import fx
+from torch import fx, nn
 
 from moeify.distributed import collectives
-from moeify.errors import PassError, PassOrderError
+from moeify.errors import PassError
 from moeify.passes.coordinate_all_to_all import CoordinateAllToAll
 from moeify.passes.infra.base import Fact, PassResult, PlanContext
 from moeify.passes.insert_all_to_all import InsertAllToAll
@@ -18,9 +17,21 @@ from moeify.passes.lower_kernels import LowerKernels
 from moeify.passes.overlap_chunks import OverlapChunks
 from moeify.passes.rewrite.blocks import blocks_of
 from moeify.passes.shard_experts import ShardExperts
-from moeify.passes.testing import run_pass
+from moeify.passes.testing import (
+    assert_idempotent,
+    assert_requires,
+    assert_untouched,
+    before_and_after,
+    run_pass,
+)
 from moeify.simulate.counter import fake_world
-from tests.passes.parallel_block import alone_after, assert_unchanged, block_after, text_of
+from tests.passes.parallel_block import (
+    alone_after,
+    block_after,
+    dense_graph,
+    hide_experts,
+    show_block,
+)
 
 FORMS: dict[str, dict[str, Any]] = {
     "": {},
@@ -29,44 +40,40 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 
 
-def test_golden_before(golden):
-    with fake_world(4, 2):
-        *_, block = block_after([], expert=4)
-        golden(text_of(block), "insert_all_to_all_before.txt")
-
-
 @pytest.mark.parametrize("form", list(FORMS))
 def test_golden(form, golden):
     with fake_world(4, 2):
-        *_, block = block_after([InsertAllToAll()], expert=4, **FORMS[form])
-        golden(text_of(block), f"insert_all_to_all{form}.txt")
+        ctx, _, gm, _ = block_after([], expert=4, **FORMS[form])
+        text = before_and_after(InsertAllToAll(), gm, ctx, show_block)
+        golden(text, f"insert_all_to_all{form}.txt")
 
 
 def test_golden_lowered(golden):
     """The experts are fused with the sort of the rows that arrived, and nothing else is."""
     with fake_world(4, 2):
-        *_, block = block_after([InsertAllToAll(), LowerKernels(kernel="cpu")], expert=4)
-        golden(text_of(block), "insert_all_to_all_lowered.txt")
+        ctx, _, gm, _ = block_after([InsertAllToAll()], expert=4)
+        text = before_and_after(LowerKernels(kernel="cpu"), gm, ctx, show_block)
+        golden(text, "insert_all_to_all_lowered.txt")
 
 
 @pytest.mark.parametrize("form", list(FORMS))
 def test_a_second_run_changes_nothing(form):
     with fake_world(4, 2):
-        ctx, _, gm, _ = block_after([InsertAllToAll()], expert=4, **FORMS[form])
-        assert_unchanged(InsertAllToAll(), gm, ctx)
+        ctx, _, gm, _ = block_after([], expert=4, **FORMS[form])
+        assert_idempotent(InsertAllToAll(), gm, ctx)
 
 
 def test_experts_that_every_rank_has_need_no_exchange():
     with fake_world(4, 2):
         ctx, _, gm, _ = block_after([], expert=1)
-        assert_unchanged(InsertAllToAll(), gm, ctx)
+        assert_untouched(InsertAllToAll(), gm, ctx)
 
 
 def test_without_ranks_nothing_changes():
     passes = [ShardExperts(), InsertAllToAll(), CoordinateAllToAll(), OverlapChunks()]
     ctx, _, gm, block = alone_after(passes)
     assert not [n for n in block.graph.nodes if "collectives" in str(n.target)]
-    assert_unchanged(InsertAllToAll(), gm, ctx)
+    assert_untouched(InsertAllToAll(), gm, ctx)
 
 
 def test_a_block_that_another_pass_has_changed():
@@ -93,14 +100,22 @@ def test_a_lowered_block_is_refused():
     with fake_world(4, 2):
         ctx, _, gm, block = block_after([LowerKernels(kernel="cpu")], expert=4)
         with pytest.raises(PassError, match="mlp: no dispatch, experts, combine"):
-            InsertAllToAll().run(gm, ctx)
+            run_pass(InsertAllToAll(), gm, ctx)
         assert not block.graph.find_nodes(op="call_function", target=collectives.all_to_all)
 
 
-@pytest.mark.parametrize("missing", [Fact.MOE_BLOCKS, Fact.SHARDED])
-def test_contract(missing):
+def test_contract():
     with fake_world(4, 2):
         ctx, _, gm, _ = block_after([], expert=4)
-        facts = InsertAllToAll.requires - {missing}
-        with pytest.raises(PassOrderError, match=str(missing)):
-            run_pass(InsertAllToAll(), gm, replace(ctx, facts=facts))
+        message = assert_requires(InsertAllToAll(), Fact.MOE_BLOCKS, dense_graph(ctx), ctx)
+        assert "mlp: no node calls its block" in message
+        message = assert_requires(InsertAllToAll(), Fact.EXPERT_CALLS, gm, hide_experts(gm, ctx))
+        assert "mlp: does not call its experts as a module" in message
+
+
+def test_whole_experts_are_refused():
+    with fake_world(4, 2):
+        ctx, _, gm, block = block_after([], expert=4)
+        block.experts.up_proj = nn.Parameter(torch.ones(8, 16, 8))
+        message = assert_requires(InsertAllToAll(), Fact.SHARDED, gm, ctx)
+        assert "mlp: experts.up_proj is whole on each of 4 ranks" in message

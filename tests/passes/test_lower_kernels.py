@@ -21,10 +21,18 @@ from moeify.passes.lower_kernels import LowerKernels, workload
 from moeify.passes.replace_mlps import ReplaceMlps
 from moeify.passes.rewrite.blocks import blocks_of
 from moeify.passes.rewrite.facts import CHECKS
-from moeify.passes.testing import assert_idempotent, assert_requires, run_pass
+from moeify.passes.testing import (
+    assert_idempotent,
+    assert_requires,
+    assert_untouched,
+    before_and_after,
+    run_pass,
+)
 from moeify.plan.plan import Plan
 from moeify.plan.resolve import resolve_sites
+from moeify.simulate.counter import fake_world
 from moeify.sites.discovery import discover
+from tests.passes.parallel_block import hide_experts, stage
 
 D, H = 16, 24
 ALL = {"layers": [{"select": "all", "experts": 3, "top_k": 2}]}
@@ -126,14 +134,14 @@ def check(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float 
         torch.testing.assert_close(got[name], value, rtol=tolerance, atol=atol, msg=name)
 
 
+def show_first(gm: fx.GraphModule) -> str:
+    (_, block), _ = blocks_of(gm)
+    return print_graph(block)
+
+
 def test_before_and_after(golden: Callable[[str, str], None]) -> None:
     gm, ctx = replaced(stack())
-    (_, block), _ = blocks_of(gm)
-    text = f"before\n{print_graph(block)}\n"
-    result = run_pass(LowerKernels(), gm, ctx)
-    assert result.modified
-    (_, block), _ = blocks_of(result.graph_module)
-    golden(f"{text}after\n{print_graph(block)}\n", "lower_kernels.txt")
+    golden(before_and_after(LowerKernels(), gm, ctx, show_first), "lower_kernels.txt")
 
 
 def test_the_call_keeps_its_record() -> None:
@@ -157,6 +165,13 @@ def test_the_fact_is_needed_and_given() -> None:
     manager = PassManager([LowerKernels()], checks=CHECKS)
     manager.run(gm, ctx)
     assert Fact.LOWERED in manager.facts
+
+
+def test_experts_must_be_called_as_modules() -> None:
+    with fake_world(4, 2):
+        ctx, gm, _ = stage()
+        message = assert_requires(LowerKernels(), Fact.EXPERT_CALLS, gm, hide_experts(gm, ctx))
+        assert "mlp: does not call its experts as a module" in message
 
 
 def test_without_a_resolved_plan_every_block_gets_the_default() -> None:
@@ -235,6 +250,15 @@ def test_what_lies_between_is_left_alone(
         ["dispatch", "experts", "combine"],
         ["experts"],
     ]
+
+
+def test_no_block_has_anything_to_fuse() -> None:
+    """Linear experts have no fused kernel, and nothing else here is a block."""
+    model = nn.Sequential(nn.Linear(D, D), nn.LayerNorm(D))
+    gm, ctx = replaced(
+        model, {"layers": [{"select": {"name": "0"}, "expert": "linear", "experts": 2}]}
+    )
+    assert_untouched(LowerKernels(), gm, ctx)
 
 
 def test_linear_experts_stay() -> None:

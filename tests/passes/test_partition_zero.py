@@ -7,21 +7,26 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 import moeify as mf
 from moeify.errors import PassError
-from moeify.passes.infra.base import Fact, PlanContext
+from moeify.passes.infra.base import Fact
 from moeify.passes.infra.printer import print_graph
 from moeify.passes.insert_all_to_all import InsertAllToAll
 from moeify.passes.partition_zero import PartitionZero, zero_of
+from moeify.passes.testing import (
+    assert_idempotent,
+    assert_requires,
+    assert_untouched,
+    before_and_after,
+)
 from moeify.simulate.counter import fake_world
-from moeify.sites.discovery import discover
 from moeify.sites.install import skeleton
 from moeify.sites.record import conversion_of
 from moeify.zero import fsdp2
 from moeify.zero.plan import Part, Unit, ZeroPlan
-from tests.passes.parallel_block import block_after
+from tests.passes.parallel_block import alone_after, dense_graph, stage
 from tests.zoo_models import ZOO
 
 SLICED = {"expert": 2, "tensor": 2, "experts_in_tp": "slice"}
@@ -93,6 +98,11 @@ def test_golden(name, golden):
     """Units, parts and prefetching; slices leave fewer dimensions to cut."""
     with fake_world(8, 4):
         zero = zoo(name, zero={"prefetch": 1}, **GOLDEN[name]).at(3)
+    golden(show(zero), f"partition_zero_{name}.txt")
+
+
+def show(zero: ZeroPlan) -> str:
+    """Print a decision whole."""
     text = "\n".join(zero.lines()) + "\n"
     for unit in zero.units:
         text += f"\n{unit.name or 'the model'} around {unit.around or 'the model'}\n"
@@ -100,7 +110,21 @@ def test_golden(name, golden):
         for part in unit.parts:
             text += f"  {part.name.removeprefix(f'{unit.name}.')} {list(part.shape)}"
             text += f" {part.over} {part.ranks} dim {part.dim}\n"
-    golden(text, f"partition_zero_{name}.txt")
+    return text
+
+
+def show_decision(gm: fx.GraphModule) -> str:
+    zero = zero_of(gm)
+    return "nothing is decided\n" if zero is None else show(zero)
+
+
+def test_golden_before_and_after(golden):
+    with fake_world(4, 2):
+        ctx, gm, _ = stage(InsertAllToAll(), zero={"stage": 3})
+        nodes = print_graph(gm)
+        text = before_and_after(PartitionZero(), gm, ctx, show_decision)
+        assert print_graph(gm) == nodes
+    golden(text, "partition_zero.txt")
 
 
 LAYER0 = ("transformer.h.0", "transformer.h.0.mlp.experts")
@@ -258,20 +282,29 @@ def test_stages_are_logged_and_carried_out(caplog):
 
 def test_a_second_run_decides_the_same():
     with fake_world(4, 2):
-        ctx, _, gm, _ = block_after([InsertAllToAll(), PartitionZero()], expert=2)
+        ctx, gm, _ = stage(InsertAllToAll())
+        assert_idempotent(PartitionZero(), gm, ctx)
         first, before = zero_of(gm), print_graph(gm)
         assert first is not None
-        assert not PartitionZero().run(gm, ctx).modified
-        assert zero_of(gm) == first
+        assert_untouched(PartitionZero(), gm, ctx)
+        assert zero_of(gm) is first
         assert print_graph(gm) == before
 
 
 def test_without_ranks_nothing_is_decided():
-    found = discover(Stack(), torch.ones(4, 8))
-    gm = found.capture.graph_module
-    ctx = PlanContext(facts=frozenset({Fact.MOE_BLOCKS, Fact.DISPATCHED}))
-    assert not PartitionZero().run(gm, ctx).modified
+    ctx, _, gm, _ = alone_after([])
+    assert_untouched(PartitionZero(), gm, ctx)
     assert zero_of(gm) is None
+
+
+def test_contract():
+    with fake_world(4, 2):
+        ctx, gm, block = stage()
+        message = assert_requires(PartitionZero(), Fact.MOE_BLOCKS, dense_graph(ctx), ctx)
+        assert "mlp: no node calls its block" in message
+        block.experts.up_proj = nn.Parameter(torch.ones(8, 16, 8))
+        message = assert_requires(PartitionZero(), Fact.SHARDED, gm, ctx)
+        assert "mlp: experts.up_proj is whole on each of 2 ranks" in message
 
 
 def test_a_decision_about_another_model():

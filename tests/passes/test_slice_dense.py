@@ -5,19 +5,26 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from moeify.passes.find_mlps import FindMlps
 from moeify.passes.infra.base import Fact, PlanContext
-from moeify.passes.infra.manager import PassManager
 from moeify.passes.infra.printer import print_graph
 from moeify.passes.slice_dense import SliceDense, slices_of
-from moeify.passes.testing import assert_idempotent
+from moeify.passes.testing import (
+    assert_idempotent,
+    assert_requires,
+    assert_untouched,
+    before_and_after,
+    run_pass,
+)
 from moeify.plan.layer_plan import ResolvedPlan
 from moeify.plan.plan import Plan
 from moeify.plan.resolve import resolve_sites
@@ -431,24 +438,70 @@ def test_says_which_residual_branches_it_slices() -> None:
 # -- the pass
 
 
-def test_pass_marks_projections(
-    golden: Callable[[str, str], None], caplog: pytest.LogCaptureFixture
-) -> None:
+def deciding(model: nn.Module) -> tuple[SliceDense, GraphModule, PlanContext]:
+    """Record a model and mark its MLPs; return the pass, its graph and its context."""
+    discovery, found = resolved(model, x())
+    ctx = PlanContext(plan=found.plan, resolved=found, model=model)
+    gm = run_pass(FindMlps(discovery.regions), discovery.capture.graph_module, ctx).graph_module
+    return SliceDense(discovery, x()), gm, ctx
+
+
+def test_golden(golden: Callable[[str, str], None]) -> None:
+    golden(before_and_after(*deciding(Layer())), "slice_dense.txt")
+
+
+def test_pass_marks_projections(caplog: pytest.LogCaptureFixture) -> None:
     model = Layer(BakedHeads(), Mlp())
     model.second = model.attention
     model.attention = Attention()
-    discovery, found = resolved(model, x())
-    facts = frozenset({Fact.CAPTURED, Fact.RESOLVED})
-    ctx = PlanContext(plan=found.plan, resolved=found, model=model, facts=facts)
-    passes = [SliceDense(discovery, x()), FindMlps(discovery.regions)]
-    before = print_graph(discovery.capture.graph_module, meta=False)
+    slice_dense, gm, ctx = deciding(model)
+    before = print_graph(gm, meta=False)
     with caplog.at_level(logging.INFO, logger="moeify"):
-        result = PassManager(passes).run(discovery.capture.graph_module, ctx)
+        result = run_pass(slice_dense, gm, ctx)
     assert result.modified  # what it wrote; the graph computes what it did
     assert print_graph(result.graph_module, meta=False) == before
     plan = slices_of(result.graph_module)
-    assert plan == derive(discovery, found, 2, model=model, example_inputs=x())
+    assert plan is not None
+    assert ctx.resolved is not None
+    discovery = slice_dense.discovery
+    assert plan == derive(discovery, ctx.resolved, 2, model=model, example_inputs=x())
     assert list(plan.lines()) == [record.message for record in caplog.records]
     assert "attention: sliced over 2 ranks: q, k, v by column, o by row" in caplog.text
-    golden(print_graph(result.graph_module), "slice_dense.txt")
-    assert_idempotent(SliceDense(discovery, x()), result.graph_module, ctx)
+
+
+def test_roles_in_a_site_stay() -> None:
+    """Whether they were written before or are written after it."""
+    slice_dense, gm, ctx = deciding(Layer())
+    run_pass(slice_dense, gm, ctx)
+    discovery, found = resolved(Layer(), x())
+    ctx = PlanContext(plan=found.plan, resolved=found, model=Layer())
+    other = run_pass(SliceDense(discovery, x()), discovery.capture.graph_module, ctx).graph_module
+    assert "# mlp.up  @ mlp: colwise" in print_graph(other)
+    run_pass(FindMlps(discovery.regions), other, ctx)
+    assert print_graph(other) == print_graph(gm)
+    assert "# mlp.up  @ mlp.down.weight: up" in print_graph(gm)
+
+
+def test_nothing_to_slice() -> None:
+    """The decision is written down all the same, once, and no node is marked."""
+    slice_dense, gm, ctx = deciding(Layer(BakedHeads(), Scaled()))
+    before = print_graph(gm)
+    run_pass(slice_dense, gm, ctx)
+    decided = slices_of(gm)
+    assert decided is not None
+    assert not decided.pairs
+    assert print_graph(gm) == before
+    assert_untouched(slice_dense, gm, ctx)
+
+
+def test_a_second_run_changes_nothing() -> None:
+    slice_dense, gm, ctx = deciding(Layer())
+    assert slices_of(gm) is None
+    assert_idempotent(slice_dense, gm, ctx)
+
+
+def test_contract() -> None:
+    slice_dense, gm, ctx = deciding(Layer())
+    unresolved = replace(ctx, resolved=None)
+    message = assert_requires(slice_dense, Fact.RESOLVED, gm, unresolved)
+    assert "the context has no plan applied to sites" in message

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
+import torch
+from torch import nn
 
-from moeify.errors import PassOrderError, PlanError, UnsupportedModuleError
+from moeify.errors import PlanError, UnsupportedModuleError
+from moeify.passes.infra.base import Fact
 from moeify.passes.insert_all_to_all import InsertAllToAll
 from moeify.passes.slice_experts import SliceExperts
-from moeify.passes.testing import run_pass
+from moeify.passes.testing import (
+    assert_idempotent,
+    assert_requires,
+    assert_untouched,
+    before_and_after,
+)
 from moeify.simulate.counter import fake_world
-from tests.passes.parallel_block import alone_after, assert_unchanged, block_after, text_of
+from tests.passes.parallel_block import (
+    alone_after,
+    block_after,
+    dense_graph,
+    hide_experts,
+    show_block,
+    stage,
+)
 
 SLICED = {"expert": 2, "tensor": 2, "experts_in_tp": "slice"}
 PASSES = [InsertAllToAll(), SliceExperts()]
@@ -19,10 +32,8 @@ PASSES = [InsertAllToAll(), SliceExperts()]
 
 def test_golden(golden):
     with fake_world(4, 2):
-        *_, block = block_after([InsertAllToAll()], **SLICED)
-        golden(text_of(block), "coordinate_all_to_all_before.txt")
-        *_, block = block_after(PASSES, **SLICED)
-        golden(text_of(block), "slice_experts.txt")
+        ctx, _, gm, _ = block_after([InsertAllToAll()], **SLICED)
+        golden(before_and_after(SliceExperts(), gm, ctx, show_block), "slice_experts.txt")
 
 
 def test_slices():
@@ -37,9 +48,10 @@ def test_slices():
 
 def test_a_second_run_changes_nothing():
     with fake_world(4, 2):
-        ctx, _, gm, block = block_after(PASSES, **SLICED)
+        ctx, _, gm, block = block_after([InsertAllToAll()], **SLICED)
+        assert_idempotent(SliceExperts(), gm, ctx)
         before = dict(block.experts.named_parameters())
-        assert_unchanged(SliceExperts(), gm, ctx)
+        assert_untouched(SliceExperts(), gm, ctx)
         assert all(before[name] is p for name, p in block.experts.named_parameters())
 
 
@@ -48,12 +60,12 @@ def test_experts_that_are_not_to_be_sliced(experts_in_tp):
     with fake_world(4, 2):
         parallel = SLICED | {"experts_in_tp": experts_in_tp}
         ctx, _, gm, _ = block_after([InsertAllToAll()], **parallel)
-        assert_unchanged(SliceExperts(), gm, ctx)
+        assert_untouched(SliceExperts(), gm, ctx)
 
 
 def test_without_ranks_nothing_changes():
     ctx, _, gm, _ = alone_after([])
-    assert_unchanged(SliceExperts(), gm, ctx)
+    assert_untouched(SliceExperts(), gm, ctx)
 
 
 def test_widths_that_do_not_slice():
@@ -65,6 +77,16 @@ def test_widths_that_do_not_slice():
 
 def test_contract():
     with fake_world(4, 2):
-        ctx, _, gm, _ = block_after([InsertAllToAll()], **SLICED)
-        with pytest.raises(PassOrderError, match="sharded"):
-            run_pass(SliceExperts(), gm, replace(ctx, facts=frozenset({"moe-blocks"})))
+        ctx, gm, _ = stage(**SLICED)
+        message = assert_requires(SliceExperts(), Fact.MOE_BLOCKS, dense_graph(ctx), ctx)
+        assert "mlp: no node calls its block" in message
+        message = assert_requires(SliceExperts(), Fact.EXPERT_CALLS, gm, hide_experts(gm, ctx))
+        assert "mlp: does not call its experts as a module" in message
+
+
+def test_whole_experts_are_refused():
+    with fake_world(4, 2):
+        ctx, gm, block = stage(**SLICED)
+        block.experts.up_proj = nn.Parameter(torch.ones(8, 16, 8))
+        message = assert_requires(SliceExperts(), Fact.SHARDED, gm, ctx)
+        assert "mlp: experts.up_proj is whole on each of 2 ranks" in message

@@ -1,4 +1,4 @@
-"""Stacks of layers on the graph, and the pass that takes layers out of it."""
+"""Stacks of layers on the graph, and why there is none."""
 
 from __future__ import annotations
 
@@ -7,11 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from moeify.capture.capture import capture
-from moeify.errors import UnsupportedModuleError
-from moeify.passes.drop_layers import DropLayers
-from moeify.passes.infra.base import Fact, PlanContext
-from moeify.passes.infra.manager import PassManager
-from moeify.passes.infra.printer import print_graph
 from moeify.passes.match.stacks import find_stacks
 
 
@@ -51,26 +46,6 @@ class Twice(nn.Module):
         return x
 
 
-class Shares(nn.Module):
-    """A first layer whose bias all layers read."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(PairBlock() for _ in range(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        bias = None
-        for block in self.blocks:
-            x, bias = block(x, bias)
-        return x
-
-
-class PairBlock(Block):
-    def forward(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        bias = self.linear.bias * 2 if bias is None else bias
-        return x + self.linear(x) + bias, bias
-
-
 def row(*blocks: nn.Module) -> nn.Sequential:
     return nn.Sequential(*blocks)
 
@@ -97,30 +72,3 @@ def test_says_why_there_is_none(model, reason):
     stacks, misses = find_stacks(model, capture(model, torch.randn(2, 4)))
     assert not stacks
     assert any(reason in str(miss) for miss in misses), [str(miss) for miss in misses]
-
-
-def test_drops_layers_from_the_graph():
-    model = row(Block(), Block(), Block(), Block())
-    x = torch.randn(2, 4)
-    found = capture(model, x)
-    stacks, _ = find_stacks(model, found)
-    drop = DropLayers(stacks, {"": (0, 3)})
-    manager = PassManager([drop])
-    context = PlanContext(facts=frozenset({Fact.CAPTURED}), model=model)
-    result = manager.run(found.graph_module, context)
-    assert result.modified
-    assert torch.equal(result.graph_module(x)[0], model[3](model[0](x)))
-    text = print_graph(result.graph_module)
-    assert "0.linear" in text
-    assert "1.linear" not in text
-    assert "2.linear" not in text
-    assert not manager.run(found.graph_module, context).modified  # nothing is left to do
-
-
-def test_refuses_a_layer_that_others_read():
-    model = Shares()
-    found = capture(model, torch.randn(2, 4))
-    stacks, _ = find_stacks(model, found)
-    context = PlanContext(facts=frozenset({Fact.CAPTURED}), model=model)
-    with pytest.raises(UnsupportedModuleError, match=r"blocks\.0: cannot be dropped: blocks\.1 "):
-        DropLayers(stacks, {"blocks": (1, 2)}).run(found.graph_module, context)
