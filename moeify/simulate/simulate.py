@@ -301,7 +301,7 @@ def _resized(inputs: Mapping[str, Any], batch: int | None, length: int | None) -
     """Return inputs that were made with another batch size and another number of tokens."""
     tokens = {k for k, v in inputs.items() if isinstance(v, Tensor) and v.shape[1:2] == (LENGTH,)}
     if length is not None and not tokens:
-        raise MoeifyError(f"length: none of the inputs {', '.join(inputs)} is a batch of tokens")
+        raise MoeifyError(f"length: the inputs {', '.join(inputs)} have no tokens to resize")
     resized = {}
     for name, value in inputs.items():
         if isinstance(value, Tensor):
