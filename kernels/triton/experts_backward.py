@@ -55,8 +55,9 @@ def experts_backward(*args: Any) -> Any:
     if not _serves(call):
         return NotImplemented
     call = call._replace(grad=call.grad.to(call.tokens.dtype))
-    call = BackwardCall(*contiguous(*call[:3]), *call[3:])  # strides of parameters are kept
-    grad, tokens, order, offsets = call.grad, call.tokens, call.order, call.offsets
+    grad, tokens, weights = contiguous(*call[:3])  # strides of parameters are kept
+    call = call._replace(grad=grad, tokens=tokens, weights=weights)
+    order, offsets = call.order, call.offsets
     top_k = call.slots.shape[1]
     grad_hidden, activated, shares = _down_backward(call)
     grad_tokens, grad_weights, grad_up, grad_up_bias, grad_down, grad_down_bias = (

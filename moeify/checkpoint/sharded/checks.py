@@ -92,7 +92,7 @@ def _first(path: str, one: Any, other: Any) -> tuple[str, Any, Any]:
 def match(
     state: State,
     masters: dict[str, Tensor],
-    saved: dict[str, tuple[list[int], str, str]],
+    saved: Mapping[str, tuple[list[int], str, str]],
     names: dict[str, str],
     where: str,
     *,

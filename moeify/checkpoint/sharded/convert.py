@@ -122,7 +122,7 @@ def _sharded(
     }
     made = ShardedManifest(
         format="moeify-sharded",
-        version=1,
+        version=2,
         step=step,
         world=1,
         layout={"tensor": 1, "expert": 1, "experts_in_tp": "replicate"},
