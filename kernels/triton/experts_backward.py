@@ -54,11 +54,10 @@ def experts_backward(*args: Any) -> Any:
     call = BackwardCall(*args)
     if not _serves(call):
         return NotImplemented
-    call = call._replace(grad=call.grad.to(call.tokens.dtype))
-    grad, tokens, weights = contiguous(*call[:3])  # strides of parameters are kept
+    # Parameters may have any strides.
+    grad, tokens, weights = contiguous(call.grad.to(call.tokens.dtype), call.tokens, call.weights)
     call = call._replace(grad=grad, tokens=tokens, weights=weights)
-    order, offsets = call.order, call.offsets
-    top_k = call.slots.shape[1]
+    order, offsets, top_k = call.order, call.offsets, call.slots.shape[1]
     grad_hidden, activated, shares = _down_backward(call)
     grad_tokens, grad_weights, grad_up, grad_up_bias, grad_down, grad_down_bias = (
         tokens.new_empty(0)
@@ -70,7 +69,7 @@ def experts_backward(*args: Any) -> Any:
         grad_down = weight_gradient(grad, activated, order, offsets, top_k, gathered="left")
         grad_up = weight_gradient(grad_hidden, tokens, order, offsets, top_k, gathered="right")
         if call.down_bias is not None:
-            grad_down_bias = bias_gradient(grad, call.weights, order, offsets, top_k, gathered=True)
+            grad_down_bias = bias_gradient(grad, weights, order, offsets, top_k, gathered=True)
         if call.up_has_bias:
             grad_up_bias = bias_gradient(grad_hidden, None, order, offsets, top_k, gathered=False)
     if call.needs_tokens:
