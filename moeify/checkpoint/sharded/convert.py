@@ -17,6 +17,7 @@ from moeify.atomic_file import HashedFile, write_new
 from moeify.capture.on_meta import default_device_cpu
 from moeify.checkpoint.rebuild import build, convert_again
 from moeify.checkpoint.sharded.api import find_checkpoint
+from moeify.checkpoint.sharded.manifest import VERSION as SHARDED_VERSION
 from moeify.checkpoint.sharded.manifest import (
     DataFile,
     PieceRecord,
@@ -133,7 +134,7 @@ def _sharded(
     }
     made = ShardedManifest(
         format="moeify-sharded",
-        version=1,
+        version=SHARDED_VERSION,
         versions=manifest.versions,
         step=step,
         world=1,
