@@ -411,7 +411,7 @@ def test_pieces_and_manifest_of_one_process(tmp_path: Path) -> None:
     with Folder(path) as folder:
         manifest = read(folder)
     assert manifest.aliases == {"again.weight": "out.weight"}
-    assert [layer.plan["experts"] for layer in manifest.layers] == [8, 8]
+    assert [layer.plan.experts for layer in manifest.layers] == [8, 8]
     assert manifest.tensors["model.a.router.selection_bias"].role == "buffer"
     with pytest.raises(CheckpointError, match="no checkpoint of step 3, only of 12"):
         load_sharded(build(), tmp_path, step=3)
