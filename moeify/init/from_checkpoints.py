@@ -56,8 +56,8 @@ def sources_for(model: nn.Module, layer: LayerPlan) -> tuple[DenseTensors, ...]:
 def _opened(folder: str, model: nn.Module) -> DenseTensors:
     if not os.path.isdir(folder):
         raise CheckpointError(
-            f"{folder}: is not a folder; `from` names local folders, relative to the plan's file or, "
-            "without one, to the working directory"
+            f"{folder}: is not a folder; `from` names local folders, relative to the plan's file "
+            "or, without one, to the working directory"
         )
     _check_config(folder, model)
     source = open_dense_folder(folder, model)
