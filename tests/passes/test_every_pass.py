@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from moeify.convert.pipeline import PIPELINE, Given
+from moeify.convert.pipeline import PIPELINE, PassInputs
 from moeify.passes.infra.base import Fact, Pass
 from moeify.sites.discovery import discover
 
@@ -24,7 +24,7 @@ NAMES = sorted(p.stem for p in (ROOT / "passes").glob("*.py") if p.stem != "__in
 def pipeline() -> dict[str, Pass]:
     """The passes of `PIPELINE` by name, whatever world they need."""
     model = nn.Sequential(nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)), nn.Tanh())
-    given = Given(discover(model, torch.ones(6, 8)))
+    given = PassInputs(discover(model, torch.ones(6, 8)))
     return {p.name: p for _, make in PIPELINE for p in make(given)}
 
 

@@ -9,48 +9,42 @@ import logging
 import math
 import os
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
 from moeify.capture.on_meta import default_device_cpu
-from moeify.checkpoint.rebuild import build
-from moeify.checkpoint.rebuild import convert_again
+from moeify.checkpoint.rebuild import build, convert_again
 from moeify.checkpoint.sharded.api import find_checkpoint
-from moeify.checkpoint.sharded.manifest import DataFile
-from moeify.checkpoint.sharded.manifest import PieceRecord
-from moeify.checkpoint.sharded.manifest import ShardedManifest
-from moeify.checkpoint.sharded.manifest import StoredTensor
-from moeify.checkpoint.sharded.manifest import VERSION as SHARDED_VERSION
-from moeify.checkpoint.sharded.manifest import check
-from moeify.checkpoint.sharded.manifest import read
+from moeify.checkpoint.sharded.manifest import (
+    DataFile,
+    PieceRecord,
+    ShardedManifest,
+    StoredTensor,
+    check,
+    read,
+)
 from moeify.checkpoint.sharded.storage_reader import PieceReader
-from moeify.checkpoint.sharded.storage_writer import PieceFile
-from moeify.checkpoint.sharded.storage_writer import entry_name
-from moeify.checkpoint.sharded.storage_writer import put
+from moeify.checkpoint.sharded.storage_writer import PieceFile, entry_name, put
 from moeify.convert.replay import layer_records
 from moeify.errors import CheckpointError
 from moeify.plan import strict_yaml
 from moeify.plan.plan import Plan
-from moeify.storage.atomic_folder import Folder
-from moeify.storage.atomic_folder import resolve_target
-from moeify.storage.atomic_folder import staged_folder
-from moeify.storage.manifest import LayerRecord
-from moeify.storage.manifest import MAX_BYTES
-from moeify.storage.manifest import Manifest
-from moeify.storage.manifest import TensorRecord
-from moeify.storage.manifest import VERSION
-from moeify.storage.manifest import read_manifest
-from moeify.storage.safetensors_file import DTYPES
-from moeify.storage.safetensors_file import check_shard
-from moeify.storage.safetensors_file import read_shard
+from moeify.storage.atomic_folder import Folder, resolve_target, staged_folder
+from moeify.storage.manifest import (
+    MAX_BYTES,
+    VERSION,
+    LayerRecord,
+    Manifest,
+    TensorRecord,
+    read_manifest,
+)
+from moeify.storage.safetensors_file import DTYPES, check_shard, read_shard
 from moeify.storage.strict_json import parse_json
-from moeify.storage.tensor_source import ModelFiles
-from moeify.storage.tensor_source import Output
-from moeify.storage.tensor_source import TensorSpec
-from moeify.storage.writer import manifest_writer
-from moeify.storage.writer import write_model_files
+from moeify.storage.tensor_source import ModelFiles, Output, TensorSpec
+from moeify.storage.writer import manifest_writer, write_model_files
 from moeify.units import parse_bytes
-from pathlib import Path
-from torch import nn
-from typing import Any
-
 
 __all__ = ["to_sharded", "to_single"]
 
