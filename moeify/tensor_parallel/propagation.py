@@ -134,7 +134,7 @@ class _Step:
             return self._elementwise
         if name in _REDUCTIONS:
             return self._reduce
-        return {
+        rules: dict[str, Callable[[fx.Node], int]] = {
             "softmax": self._softmax,
             "log_softmax": self._softmax,
             "layer_norm": self._norm,
@@ -145,7 +145,8 @@ class _Step:
             "matmul": self._matmul,
             "bmm": self._matmul,
             "scaled_dot_product_attention": self._attention,
-        }.get(name)
+        }
+        return rules.get(name)
 
     def _sliced(self, node: fx.Node) -> tuple[fx.Node, int]:
         """Return the first input, which must be the sliced one."""
