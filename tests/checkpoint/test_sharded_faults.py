@@ -307,7 +307,7 @@ DAMAGE = {
     ),
     "overlap": (
         edit(lambda d: d["tensors"]["model.norm.weight"].update(pieces=[first(d)] * 2)),
-        "16 elements of 8",
+        "16 of 8 elements",
     ),
     "outside": (edit(lambda d: first(d).update(at=[1])), "is outside"),
     "huge": (
