@@ -308,12 +308,12 @@ DAMAGE = {
     ),
     "overlap": (
         edit(lambda d: d["tensors"]["model.norm.weight"].update(pieces=[first(d)] * 2)),
-        "16 elements of 8",
+        "16 of 8 elements",
     ),
     "outside": (edit(lambda d: first(d).update(at=[1])), "is outside"),
     "huge": (
         edit(lambda d: d["tensors"]["model.norm.weight"].update(shape=[2**62])),
-        "elements of",
+        "8 of 4611686018427387904 elements",
     ),
     "behind the end": (edit(lambda d: first(d).update(begin=2**40)), "after the end"),
     "no such file": (edit(lambda d: first(d).update(file=7)), "there is no file number 7"),
