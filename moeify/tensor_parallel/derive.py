@@ -167,7 +167,7 @@ class _Owners:
             or "forward" in module.__dict__
             or set(module._parameters) != {"weight", "bias"}
         ):
-            return f"{path or name} is no plain nn.Linear"
+            return f"{path or name} is not a plain nn.Linear"
         if linear.bias is not None and linear.bias.name != f"{path}.bias":
             return f"{path}: its bias {linear.bias.name} is added outside"
         if has_hooks(module):

@@ -247,7 +247,7 @@ def _check_is_pass(p: object) -> None:
     if not isinstance(p, Pass):
         members = ("name", "requires", "provides", "run")
         lacks = [member for member in members if not hasattr(p, member)]
-        raise TypeError(f"{type(p).__name__} is no pass: it lacks {', '.join(lacks)}")
+        raise TypeError(f"{type(p).__name__} is not a pass: it lacks {', '.join(lacks)}")
 
 
 def _external_facts(passes: Sequence[Pass]) -> frozenset[str]:

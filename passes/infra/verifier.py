@@ -84,7 +84,7 @@ def _targets_exist(gm: GraphModule, ctx: PlanContext) -> list[str]:
             found = getattr(found, part)
         else:
             if node.op == "call_module" and not isinstance(found, torch.nn.Module):
-                problems.append(f"{where}{node.target!r} is no module, in {format_node(node)}")
+                problems.append(f"{where}{node.target!r} is not a module, in {format_node(node)}")
     return problems
 
 

@@ -432,7 +432,7 @@ def test_the_note_prints_the_graph_that_the_pass_returned(gm):
 
 
 def test_what_is_no_pass():
-    with pytest.raises(TypeError, match="object is no pass: it lacks name, requires, provides"):
+    with pytest.raises(TypeError, match="object is not a pass: it lacks name, requires, provides"):
         PassManager([object()])
     with pytest.raises(TypeError, match=r"give an instance: ReluToSilu\(\)"):
         PassManager([ReluToSilu])

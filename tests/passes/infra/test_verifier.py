@@ -44,7 +44,7 @@ def test_missing_attribute():
 def test_target_that_is_no_module():
     gm = chain()
     nodes(gm)[1].target = "0.weight"
-    assert any("'0.weight' is no module" in problem for problem in find_problems(gm, CTX))
+    assert any("'0.weight' is not a module" in problem for problem in find_problems(gm, CTX))
 
 
 def test_two_names():
