@@ -15,7 +15,7 @@ from tests.scripts import run_script
 EXPECTED = {
     "custom_pass": ["+    clamp = torch.clamp(hidden, -0.05, 0.05)", "plain numbers again: True"],
     "distill": ["student, 3 layers, not trained yet", "staged:", "alpha 0)"],
-    "export_graph": ["moeify.nn.experts.default", "equal after pickling: True", "own router"],
+    "export_graph": ["moeify.experts.default", "equal after pickling: True", "own router"],
     "gpt2_pr_moe": ["whole model", "largest difference", "kernel = 'cpu'"],
     "plan_from_yaml": ["layers.5", "largest difference", "did you mean `residual`?"],
     "train_elastic": ["go on from"],

@@ -416,7 +416,7 @@ def test_foreign_places_are_left_alone(tmp_path: Path) -> None:
         mf.save(model, folder)
     with pytest.raises(CheckpointError, match="is a file"):
         mf.save(model, folder / "thesis.txt")
-    with pytest.raises(CheckpointError, match="is not a folder; make it first"):
+    with pytest.raises(CheckpointError, match="is not a folder; create it first"):
         mf.save(model, tmp_path / "missing" / "m")
     with pytest.raises(CheckpointError, match="give the folder"):
         mf.save(model, "")

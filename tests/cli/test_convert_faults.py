@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 import moeify as mf
+from moeify.atomic_file import HashedFile
 from moeify.checkpoint.single import moeify_files
 from moeify.errors import CheckpointError, MoeifyError
 from moeify.storage import resumable_writer
@@ -87,7 +88,7 @@ def killed_everywhere(root: Path, *, existing: bool) -> int:
 
         def run(n: int = steps, target: Path = target) -> None:
             act = lambda: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
-            Steps(n, root, act).install(setattr, audit=True)
+            Steps(n, root, act, HashedFile).install(setattr, audit=True)
             write(model, target)
 
         status = victim(run)
@@ -167,7 +168,7 @@ def test_errors_at_every_step(
     for step in range(1, 100):
         shutil.rmtree(target, ignore_errors=True)
         with monkeypatch.context() as patch:
-            Steps(step, tmp_path, act).install(patch.setattr, audit=False)
+            Steps(step, tmp_path, act, HashedFile).install(patch.setattr, audit=False)
             raised = failure(lambda: write(model, target))
         if raised is None or target.exists():  # it came after the rename
             break
@@ -251,7 +252,9 @@ def test_changed_shards_are_not_trusted(same_size, begun, monkeypatch):
 def test_resume_refuses_another_job(what, begun):
     model, target = begun
     before = {path: path.stat().st_mtime_ns for path in partial_path(target).rglob("*")}
-    with pytest.raises(CheckpointError, match=f"was begun with another {what}: --resume"):
+    with pytest.raises(
+        CheckpointError, match=f"was begun with another {what}, so it cannot be resumed"
+    ):
         write(model, target, resume=True, made_of={**MADE_OF, what: "changed"})
     assert {p: p.stat().st_mtime_ns for p in partial_path(target).rglob("*")} == before
 

@@ -295,7 +295,7 @@ def test_refuses_what_is_not_a_stack(name):
 BAD = [
     ({"keep": [0, 4]}, PlanError, "there is no layer 4; positions go from 0 to 3"),
     ({"drop": {"every": 5}}, PlanError, "drops none of 4 layers"),
-    ({"depth": 5}, PlanError, "more than the 4 layers"),
+    ({"depth": 5}, PlanError, "more than the model's 4 layers"),
     ({"depth": 4}, PlanError, "nothing to drop"),
     ({"keep": [0, 2]}, UnsupportedModuleError, "is a Mixture of Experts"),
     ({"depth": 2, "stack": "encoder"}, PlanError, "has no encoder, but model.layers"),

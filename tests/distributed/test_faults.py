@@ -146,7 +146,7 @@ def corrupted(rank: int, changes: dict[str, Any], kind: str) -> Any:
             "rows",
             r"its experts; each must be 0 to \d+, the capacity",
         ),
-        ({"router": CAPACITY}, "negative", r" \[-1, .*\] its experts; each must be 0 to"),
+        ({"router": CAPACITY}, "negative", r" \[-1, .*\] rows for its experts; each must be 0 to"),
         ({"router": CAPACITY}, "last", r" a capacity of \d+ rows, but that of rank 0 is \d+"),
     ],
 )

@@ -208,7 +208,7 @@ def test_a_gathering_gives_each_token_its_weighted_experts(data, ranks):
     most = max(len(s.tokens) for s in senders)
 
     def everyone(parts: list[Tensor]) -> Tensor:
-        return torch.cat([allgather._filled(part, most) for part in parts])
+        return torch.cat([allgather._padded(part, most) for part in parts])
 
     tokens, weights = everyone([s.tokens for s in senders]), everyone([s.weights for s in senders])
     routes = everyone([allgather.kept_ids(s.ids, s.slots) for s in senders])

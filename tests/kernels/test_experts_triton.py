@@ -267,7 +267,7 @@ def test_measured_table():
     ("entries", "message"),
     [
         ([{**ENTRY, "bm": 48}], "entry 0: bm: 48 is not a power of two"),
-        ([{**ENTRY, "bn": 8}], "each side must be at least 16"),
+        ([{**ENTRY, "bn": 8}], "each must be at least 16"),
         ([{**ENTRY, "stages": 0}], "stages: 0 is not a positive integer"),
         ([{**ENTRY, "bucket": 63}], "63 is not a bucket"),
         ([{**ENTRY, "dtype": "float64"}], "'float64' is not one of"),
