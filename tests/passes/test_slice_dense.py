@@ -138,7 +138,10 @@ ZOO_SLICED: dict[str, tuple[dict[str, int], dict[str, str]]] = {
     "bart": ({"attention": 6, "mlp": 3}, {}),
     "gpt_neox": (BOTH, {}),  # its fused projection is stored head by head
     "opt": ({"mlp": 1}, {"self_attn": "its code does not run with a slice of its width"}),
-    "gpt2": ({}, {"attn": "c_attn is not a plain nn.Linear", "mlp": "c_fc is no plain nn.Linear"}),
+    "gpt2": (
+        {},
+        {"attn": "c_attn is not a plain nn.Linear", "mlp": "c_fc is not a plain nn.Linear"},
+    ),
     "t5": (
         {"mlp": 3},
         {"Attention": "`scaled_dot_product_attention` in .* a sliced value with a whole one of 4"},
