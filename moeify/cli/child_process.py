@@ -17,7 +17,8 @@ def run_python(
     root = str(Path(moeify.__path__[0]).resolve().parent)
     paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     return subprocess.run(
-        [sys.executable, *arguments],
+        # -P: the working directory may be a folder from a stranger; nothing in it is imported.
+        [sys.executable, "-P", *arguments],
         input=stdin,
         env={**os.environ, "PYTHONPATH": paths, **variables},
         capture_output=True,
