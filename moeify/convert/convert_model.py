@@ -69,7 +69,15 @@ def convert(
         if world is not None:
             assert_same_starts(model, resolved, discovery, rows)
         Installation(
-            model, chosen, resolved, discovery, built, inputs, verify=verify, world=world
+            model,
+            chosen,
+            resolved,
+            discovery,
+            built,
+            inputs,
+            calibrated=rows,
+            verify=verify,
+            world=world,
         ).run()
 
 

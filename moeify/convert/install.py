@@ -8,6 +8,7 @@ dense one again.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from contextlib import ExitStack
 
 from torch import nn
@@ -15,11 +16,21 @@ from torch import nn
 from moeify import compat
 from moeify.capture.capture import ExampleInputs
 from moeify.capture.input_spec import describe_inputs
+from moeify.convert.dense_gradients import ReplacedWeights, untouched
 from moeify.convert.pipeline import Built
-from moeify.convert.verify import Snapshot, check, check_untouched, coarsest, compare, snapshot
+from moeify.convert.verify import (
+    Snapshot,
+    check,
+    check_untouched,
+    coarsest,
+    compare,
+    is_exact,
+    snapshot,
+)
 from moeify.convert.world import Parallel, reduce_gradients, sharded_names
 from moeify.distributed.agreement import run_on_all_ranks
 from moeify.distributed.mesh import World
+from moeify.init.calibration import Calibration
 from moeify.passes.rewrite.blocks import replaced_parameters
 from moeify.plan.layer_plan import ResolvedPlan
 from moeify.plan.plan import Plan
@@ -49,6 +60,7 @@ class Installation:
         built: Built,
         example_inputs: ExampleInputs,
         *,
+        calibrated: Mapping[str, Calibration] | None = None,
         verify: bool = True,
         world: World | None = None,
     ) -> None:
@@ -59,6 +71,8 @@ class Installation:
         self._versions = {name: (id(p), p._version) for name, p in self._before.items()}
         replaced = replaced_parameters(resolved)
         self._untouched = [name for name in self._before if name not in replaced]
+        self._replaced: ReplacedWeights | None = None
+        self._calibrated = calibrated or {}
         self._compares = verify and not any(p.is_meta for p in self._before.values())
         self._installer = Installer(model)
         self._undo = ExitStack()
@@ -86,7 +100,14 @@ class Installation:
     def install(self) -> None:
         """Put the blocks where the dense MLPs stand."""
         if self._compares:
-            self._dense = snapshot(self.model, self.example_inputs, self._untouched)
+            sources = untouched(self.model, self._untouched)
+            # Over ranks each expert sees the tokens of several of them.
+            if self.world is None and all(map(is_exact, self.resolved)):
+                self._replaced = ReplacedWeights(
+                    self.model, self.resolved, self.discovery, self._calibrated
+                )
+                sources += self._replaced.dense()
+            self._dense = snapshot(self.model, self.example_inputs, sources)
         for layer in self.resolved:
             found = find_site(self.discovery, layer)
             path = block_path(found, layer)
@@ -109,7 +130,11 @@ class Installation:
     def verify(self) -> None:
         """Compare with what the dense model gave, then drop the weights that were replaced."""
         if self._dense is not None:
-            now = snapshot(self.model, self.example_inputs, self._untouched)
+            sources = untouched(self.model, self._untouched)
+            if self._replaced is not None:
+                sources += self._replaced.converted(self.model, self._layers)
+                self._replaced = None
+            now = snapshot(self.model, self.example_inputs, sources)
             difference = compare(self._dense, now, self.resolved.layers)
             log.info("step-0 difference: %s", difference)
             check(difference, coarsest(p.dtype for p in self._before.values()))

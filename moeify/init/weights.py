@@ -111,11 +111,36 @@ def expert_weights(
         return scaled(stacked(each), scale)
     if init.experts == "split":
         dense, groups = _split(model, layer, found, inputs)
-        return scaled(split_experts(dense, groups, share, layer.top_k), scale)
-    dense = mlp_weights(model.get_parameter, region)
+        return experts_from(dense, layer, share, scale, groups)
+    dense = mlp_weights(_values_of(model), region)
     if init.experts == "granular":
         _check_independent(layer, region, dense)
-    return init_experts(dense, layer.experts, init, layer.name, scale=scale, share=share)
+    return experts_from(dense, layer, share, scale)
+
+
+def experts_from(
+    dense: MlpWeights,
+    layer: LayerPlan,
+    share: range,
+    scale: float,
+    groups: Tensor | None = None,
+) -> MlpWeights:
+    """Return the stacked weights that experts start from, differentiably, given the dense ones.
+
+    `groups` [E, w] int64 are the hidden neurons of each expert, for `init: split`.
+    """
+    if groups is not None:
+        return scaled(split_experts(dense, groups, share, layer.top_k), scale)
+    return init_experts(dense, layer.experts, layer.init, layer.name, scale=scale, share=share)
+
+
+def split_groups(
+    model: nn.Module, layer: LayerPlan, found: FoundSite, inputs: Calibration | None
+) -> Tensor | None:
+    """Return the hidden neurons [E, w] int64 of each expert of `init: split`; None for others."""
+    if layer.init.experts != "split":
+        return None
+    return _split(model, layer, found, inputs)[1]
 
 
 def _origin(layer: LayerPlan) -> str:
@@ -178,7 +203,7 @@ def _split(
 ) -> tuple[MlpWeights, Tensor]:
     """Return the dense weights of a site that is split, and the neurons of each expert."""
     region = found.region
-    dense, hidden = mlp_weights(model.get_parameter, region), None
+    dense, hidden = mlp_weights(_values_of(model), region), None
     _check_independent(layer, region, dense)
     if layer.init.clusters == "coactivation" and inputs is not None and not dense.up.is_meta:
         hidden = hidden_values(dense, region, inputs.rows)
@@ -222,8 +247,13 @@ def hidden_values(dense: MlpWeights, region: Region, rows: Tensor) -> Tensor:
         return function(gate) * linear
 
 
+def _values_of(model: nn.Module) -> Callable[[str], Tensor]:
+    """Return a function that reads a parameter without its graph, by its name."""
+    return lambda name: model.get_parameter(name).detach()
+
+
 def mlp_weights(parameter: Callable[[str], Tensor], region: Region) -> MlpWeights:
-    """Return the dense weights of a site, detached; `parameter` returns one by its name."""
+    """Return the dense weights of a site; `parameter` returns one by its name."""
     program = region.program
     ups = [_oriented(parameter, up) for up in region.ups]
     biases = [_bias(parameter, up) for up in region.ups]
@@ -241,17 +271,17 @@ def mlp_weights(parameter: Callable[[str], Tensor], region: Region) -> MlpWeight
         up = torch.cat(up.chunk(2)[::-1])
         bias = None if bias is None else torch.cat(bias.chunk(2)[::-1])
     width = region.down.in_features
-    inner = tuple(parameter(n).detach().expand(width) for n in program.params)
+    inner = tuple(parameter(n).expand(width) for n in program.params)
     gated = up.shape[0] == 2 * width
     down = _oriented(parameter, region.down)
     return MlpWeights(up, bias, down, _bias(parameter, region.down), inner, gated)
 
 
 def _oriented(parameter: Callable[[str], Tensor], linear: Linear) -> Tensor:
-    weight = parameter(linear.weight.name).detach()
+    weight = parameter(linear.weight.name)
     weight = weight.flatten(1) if weight.dim() > 2 else weight
     return weight.t() if linear.transposed else weight
 
 
 def _bias(parameter: Callable[[str], Tensor], linear: Linear) -> Tensor | None:
-    return None if linear.bias is None else parameter(linear.bias.name).detach()
+    return None if linear.bias is None else parameter(linear.bias.name)
