@@ -28,7 +28,7 @@ from moeify.plan.plan import Plan
 from moeify.plan.zero_checks import check_process
 
 if TYPE_CHECKING:
-    from moeify.tensor_parallel.apply import PartialSums, SlicePlan
+    from moeify.tensor_parallel.apply import SlicePlan
     from moeify.zero.plan import ZeroPlan
     from moeify.zero.stage1 import Cut, Guard
 
@@ -43,7 +43,6 @@ class Parallel:
     rank: int
     reducer: GradientReducer | None = None
     slices: SlicePlan | None = None
-    sums: PartialSums | None = None  # of gradients of whole parameters within slices
     zero: ZeroPlan | None = None
     # how optimizer states are cut at stages 0 and 1, by parameter name
     cuts: dict[str, Cut] = field(default_factory=dict)

@@ -18,6 +18,7 @@ Source:
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -57,8 +58,9 @@ class Reduction:
     @classmethod
     def of(cls, model: nn.Module, names: Sequence[str], group: str, size: int) -> Reduction:
         """Return the reduction of these parameters of a model."""
+        held = dict(model.named_parameters(remove_duplicate=False))
         owners = [model.get_submodule(name.rpartition(".")[0]) for name in names]
-        return cls([model.get_parameter(name) for name in names], names, owners, group, size)
+        return cls([held[name] for name in names], names, owners, group, size)
 
     def now(self) -> Reduction:
         """Return the reduction of what is in the places of these parameters now.
@@ -115,6 +117,7 @@ class GradientReducer:
             for module in self._watched:
                 module.__dict__[_LINK] = link
                 module.register_forward_pre_hook(_before_forward)
+                module.register_load_state_dict_post_hook(_after_load)
         self._link = link
         link.reducer = weakref.ref(self)
         self._hook()
@@ -138,9 +141,10 @@ class GradientReducer:
         self._unhook()
         self._link.reducer = _none
         for module in self._watched:
-            for key, hook in list(module._forward_pre_hooks.items()):
-                if hook is _before_forward:
-                    del module._forward_pre_hooks[key]
+            for table in (module._forward_pre_hooks, module._load_state_dict_post_hooks):
+                for key, hook in list(table.items()):
+                    if hook in (_before_forward, _after_load):
+                        del table[key]
             module.__dict__.pop(_LINK, None)
         for reduction in self.reductions:
             for owner in reduction.owners:
@@ -188,6 +192,7 @@ class GradientReducer:
     def _follow(self, members: Sequence[_Member]) -> None:
         """Hook what is in the places of these members now; refill buckets if that has changed."""
         if any(_held(m.owner, m.name, m.parameter) is not m.parameter for m in members):
+            self._refuse_fsdp()
             self._hook()
             return
         for member in members:
@@ -196,6 +201,17 @@ class GradientReducer:
         if state != self._state:
             self._state = state
             self._fill()
+
+    def _refuse_fsdp(self) -> None:
+        fsdp = sys.modules.get("torch.distributed.fsdp")
+        modules = (part for module in self._watched for part in module.modules())
+        if fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in modules):
+            raise DispatchError(
+                f"{self._listed[0].name} and others were sharded by `fully_shard` after the "
+                "conversion, and the plan reduces their gradients too: let the plan shard them "
+                "(`zero: {stage: 2}` or 3), or plan `parallel: {gradients: none}` and reduce all "
+                "gradients yourself"
+            )
 
     def _hook(self) -> None:
         """Hook the parameters that are in the modules now."""
@@ -302,9 +318,7 @@ def _current(former: nn.Parameter, name: str, owner: nn.Module) -> nn.Parameter:
     if found is not former and _layout(found) != _layout(former):
         raise DispatchError(
             f"{name}: was {_layout(former)} at the conversion and is {_layout(found)} now, so "
-            "its gradient cannot be reduced as planned: let the plan shard it (`zero: {stage: 2}` "
-            "or 3 instead of `fully_shard`), or plan `parallel: {gradients: none}` and reduce all "
-            "gradients yourself"
+            "its gradient cannot be reduced as planned: convert the model after that change"
         )
     return found
 
@@ -318,8 +332,26 @@ def _layout(parameter: nn.Parameter) -> str:
 
 
 def _before_forward(module: nn.Module, args: Any) -> None:
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled():
         return
+    if torch.compiler.is_compiling():
+        _follow_at_compilation(module)
+    else:
+        _follow(module)
+
+
+def _after_load(module: nn.Module, incompatible: Any) -> None:
+    """Follow what was assigned: compiled code does not look again."""
+    _follow(module)
+
+
+@torch.compiler.assume_constant_result  # a compiler calls it while it traces
+def _follow_at_compilation(module: nn.Module) -> bool:
+    _follow(module)
+    return True
+
+
+def _follow(module: nn.Module) -> None:
     reducer = module.__dict__[_LINK].reducer()
     if reducer is not None:
         reducer.follow(module)

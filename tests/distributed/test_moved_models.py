@@ -9,11 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import moeify as mf
 from moeify.distributed.dtensor import is_sharded, local_of, whole
+from moeify.distributed.gradient_reducer import GradientReducer, Reduction
+from moeify.errors import DispatchError
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_experts_parallel import (
     WIDTH,
@@ -108,7 +113,7 @@ WAYS: dict[str, Way] = {
 }
 WRAPPED: dict[str, Way] = {
     "ddp": lambda m: DistributedDataParallel(m.to("cpu")),
-    "compile": lambda m: torch.compile(m.to("cpu"), backend="aot_eager"),
+    "compile": lambda m: torch.compile(m.to("cpu"), backend="aot_eager", fullgraph=True),
 }
 
 
@@ -165,6 +170,69 @@ def one_way_after_the_other(
         step(outer, model, share, counts)
         wrong[name] = wrong_gradients(model, expected)
     return {name: found for name, found in wrong.items() if found}
+
+
+class Small(nn.Module):
+    """All of its parameters may be replaced at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.one, self.two = nn.Linear(3, 3), nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.one(x).tanh())
+
+
+def compiled_after_all_were_replaced(rank: int) -> list[str]:
+    model = overwritten(reduced(Small()))
+    fast = torch.compile(model, backend="aot_eager", fullgraph=True)
+    found = []
+    for _ in range(2):
+        fast(torch.ones(1, 3) + rank).sum().backward()
+        single = Small()
+        (single(torch.ones(1, 3)).sum() / 2 + single(torch.ones(1, 3) + 1).sum() / 2).backward()
+        found += wrong_gradients(model, {n: p.grad for n, p in single.named_parameters()})
+        model.zero_grad()
+        assigned(model)
+    return found
+
+
+def reduced(model: nn.Module) -> nn.Module:
+    names = [name for name, _ in model.named_parameters()]
+    whole = Reduction.of(model, names, dist.group.WORLD.group_name, 2)
+    model.__dict__["reducer"] = GradientReducer([whole], watched=[model], complete=True)
+    return model
+
+
+def test_compiled_after_all_parameters_were_replaced():
+    assert run_ranks(compiled_after_all_were_replaced, 2) == [[], []]
+
+
+def what_cannot_be_reduced(rank: int) -> list[str]:
+    messages = []
+    later = reduced(Small())
+    later.adapter = nn.Linear(2, 2)
+    wrapped = reduced(Small())
+    fully_shard(wrapped, mesh=init_device_mesh("cpu", (2,)))
+    replaced = reduced(Small())
+    replaced.two.weight = nn.Parameter(torch.ones(2, 3))
+    for model in (later, wrapped, replaced):
+        with pytest.raises(DispatchError) as info:
+            model(torch.ones(1, 3))
+        messages.append(str(info.value))
+    later.adapter.requires_grad_(False)
+    later(torch.ones(1, 3)).sum().backward()
+    return messages
+
+
+def test_what_cannot_be_reduced_is_refused():
+    for added, sharded, replaced in run_ranks(what_cannot_be_reduced, 2):
+        assert added.startswith("adapter.weight: was added after the conversion, so nothing")
+        assert "parallel: {gradients: experts}" in added
+        assert sharded.startswith("one.weight and others were sharded by `fully_shard`")
+        assert "zero: {stage: 2}" in sharded
+        assert replaced.startswith("two.weight: was of shape (1, 3) at the conversion and is of")
 
 
 def test_gradients_after_each_way():
