@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moeify import compat
 from moeify.capture.capture import ExampleInputs
 from moeify.convert.install import Installation
 from moeify.convert.pipeline import prepare, read_plan, run_pipeline
@@ -38,6 +39,20 @@ def convert(
     verify: bool = True,
 ) -> None:
     """Convert a model in place; arguments and errors as of `moeify.moeify`."""
+    try:
+        _convert(model, plan, example_inputs, mesh, passes, verify)
+    finally:
+        compat.release_frames_of_wrap()
+
+
+def _convert(
+    model: nn.Module,
+    plan: Plan | Mapping[str, Any] | str | os.PathLike[str],
+    example_inputs: ExampleInputs | None,
+    mesh: Any,
+    passes: Sequence[Pass],
+    verify: bool,
+) -> None:
     chosen = run_on_all_ranks("take model and plan", lambda: read_plan(model, plan))
     world = init_world(chosen, mesh, model, verify=verify)
     inputs, discovery, resolved = run_on_all_ranks(
@@ -66,6 +81,7 @@ def convert(
                 calibrated=rows,
             ),
         )
+        compat.release_frames_of_wrap()  # before the comparison, which needs memory
         if world is not None:
             assert_same_starts(model, resolved, discovery, rows)
         Installation(

@@ -37,7 +37,7 @@ from moeify.plan.plan import Plan
 from moeify.sites.discovery import Discovery, block_path, find_site
 from moeify.sites.install import Installer, make_ledger, skeleton
 from moeify.sites.record import ATTRIBUTE, Conversion, ConvertedLayer, Fate
-from moeify.tensor_parallel.apply import PartialSums, apply
+from moeify.tensor_parallel.apply import apply
 from moeify.train import losses
 from moeify.zero.apply import Partitioned, partition
 
@@ -80,7 +80,6 @@ class Installation:
         self._layers: list[ConvertedLayer] = []
         self._dense: Snapshot | None = None
         self._ledger: dict[str, tuple[Fate, str]] = {}
-        self._sums: PartialSums | None = None
         self._partitioned = Partitioned()
 
     def run(self) -> None:
@@ -125,7 +124,6 @@ class Installation:
         if self.built.slices is not None and self.world is not None:
             sliced = apply(self.model, self.built.slices, self.world.dense["tp"])
             self._undo.callback(sliced.undo)
-            self._sums = sliced.sums
 
     def verify(self) -> None:
         """Compare with what the dense model gave, then drop the weights that were replaced."""
@@ -198,7 +196,6 @@ class Installation:
             rank=world.rank,
             reducer=reducer,
             slices=self.built.slices,
-            sums=None if in_pieces else self._sums,
             zero=zero,
             cuts=self._partitioned.cuts,
             masters=self._partitioned.masters,

@@ -28,7 +28,7 @@ from moeify.plan.plan import Plan
 from moeify.plan.zero_checks import check_process
 
 if TYPE_CHECKING:
-    from moeify.tensor_parallel.apply import PartialSums, SlicePlan
+    from moeify.tensor_parallel.apply import SlicePlan
     from moeify.zero.plan import ZeroPlan
     from moeify.zero.stage1 import Cut, Guard
 
@@ -43,7 +43,6 @@ class Parallel:
     rank: int
     reducer: GradientReducer | None = None
     slices: SlicePlan | None = None
-    sums: PartialSums | None = None  # of gradients of whole parameters within slices
     zero: ZeroPlan | None = None
     # how optimizer states are cut at stages 0 and 1, by parameter name
     cuts: dict[str, Cut] = field(default_factory=dict)
@@ -153,28 +152,33 @@ def reduce_gradients(
         return None
     reductions = []
     seen: set[int] = set()
+    watched = [model]
     for layer in resolved:
         if layout.ep(layer.experts) == 1:
             continue
-        experts = model.get_submodule(f"{blocks[layer.name]}.experts")
+        path = f"{blocks[layer.name]}.experts"
+        experts: Any = model.get_submodule(path)
         mesh = world.sparse(layer.experts)
         size = layout.edp(layer.experts)
         coordinated = is_coordinated(model.get_submodule(blocks[layer.name]))
-        factor = size / layout.dp / layout.copies(coordinated=coordinated)
-        named = [(n, p) for n, p in experts.named_parameters() if id(p) not in seen]
-        seen |= {id(p) for _, p in named}
+        experts.gradient_factor = size / layout.dp / layout.copies(coordinated=coordinated)
+        names = [f"{path}.{n}" for n, p in experts.named_parameters() if id(p) not in seen]
+        seen |= {id(p) for p in experts.parameters()}
         group = world.reducing(mesh, "edp") if size > 1 else ""
-        names = [f"{blocks[layer.name]}.experts.{n}" for n, _ in named]
-        reductions.append(Reduction([p for _, p in named], names, group, size, factor))
+        reductions.append(Reduction.of(model, names, group, size))
+        watched.append(experts)
     rest = [
-        (name, parameter)
-        for name, parameter in model.named_parameters()
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
         if id(parameter) not in seen and (which == "all" or is_sharded(parameter))
-    ]  # DDP leaves out whatever is sharded, slices of dense layers too
+    ]  # tied parameters under all their names; DDP leaves out what is sharded, slices too
     if rest and layout.dp > 1:
         group = world.reducing(world.dense, "dp")
-        reductions.append(Reduction([p for _, p in rest], [n for n, _ in rest], group, layout.dp))
-    return GradientReducer(reductions) if reductions else None
+        reductions.append(Reduction.of(model, rest, group, layout.dp))
+    if not reductions:
+        return None
+    complete = which == "all" and layout.dp > 1
+    return GradientReducer(reductions, watched=watched, complete=complete)
 
 
 def sharded_names(model: nn.Module) -> list[str]:

@@ -6,7 +6,7 @@ and FSDP2 read this layout from the DTensor.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,10 +20,35 @@ if TYPE_CHECKING:
 __all__ = ["from_local", "is_sharded", "local", "local_of", "shard_parameter", "whole"]
 
 
-def local(tensor: Any, sharded: bool) -> Any:
-    """Return this rank's part of a DTensor, differentiably, if the module is `sharded`."""
+def local(tensor: Any, sharded: bool, factor: float = 1.0) -> Any:
+    """Return this rank's part of a DTensor, differentiably, if the module is `sharded`.
+
+    Its gradient is multiplied by `factor` first: here, in the graph, because whatever hangs on a
+    parameter is lost when torch swaps, casts or replaces it (`model.to()`).
+    """
     # Passed in, because a compiler cannot ask a parameter for its class.
-    return tensor.to_local() if sharded and tensor is not None else tensor
+    if not sharded or tensor is None:
+        return tensor
+    part = tensor.to_local()
+    return part if factor == 1.0 else _scaled(part, factor)
+
+
+class _ScaledGradient(torch.autograd.Function):
+    """The identity; gradients, of any order, are multiplied by a factor."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return part.view_as(part)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None
+
+
+def _scaled(part: Tensor, factor: float) -> Tensor:
+    apply: Callable[..., Tensor] = _ScaledGradient.apply
+    return apply(part, factor)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -194,11 +194,12 @@ class LinearExperts(nn.Module):
         super().__init__()
         self.weight, self.bias = weight, bias
         self.sharded = False
+        self.gradient_factor = 1.0  # of sharded weights, before ranks reduce their gradients
 
     def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
         """Run every row [R, D] through its expert; zeros from row `offsets[-1]` on."""
-        weight: Tensor = local(self.weight, self.sharded)
-        bias: Tensor = local(self.bias, self.sharded)
+        weight: Tensor = local(self.weight, self.sharded, self.gradient_factor)
+        bias: Tensor = local(self.bias, self.sharded, self.gradient_factor)
         if autocast_enabled(rows.device.type):
             dtype = torch.get_autocast_dtype(rows.device.type)
             rows, weight, bias = rows.to(dtype), weight.to(dtype), bias.to(dtype)

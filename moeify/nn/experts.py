@@ -100,6 +100,7 @@ class Experts(nn.Module):
         self.activation, self.gated, self.dropout = activation, gated, dropout
         self.inner, self.inner_params = inner, inner_params
         self.sharded, self.slice_index = False, 0
+        self.gradient_factor = 1.0  # of sharded weights, before ranks reduce their gradients
         first, width = ("gate_up", 2 * d_ff) if gated else ("up", d_ff)
         shapes: dict[str, tuple[int, ...] | None] = {
             f"{first}_proj": (experts, width, d_in),
@@ -202,14 +203,17 @@ class Experts(nn.Module):
             hidden = F.dropout(hidden, self.dropout, self.training)
         return _linear(hidden, *self._down(), offsets)
 
+    def _local(self, parameter: Tensor | None) -> Any:
+        return local(parameter, self.sharded, self.gradient_factor)
+
     def _up(self) -> tuple[Tensor, Tensor | None]:
         first = "gate_up" if self.gated else "up"
         weight, bias = getattr(self, f"{first}_proj"), getattr(self, f"{first}_bias")
-        return local(weight, self.sharded), local(bias, self.sharded)
+        return self._local(weight), self._local(bias)
 
     def _down(self) -> tuple[Tensor, Tensor | None]:
         """Return the last projection; a slice of its bias is padded, because slices are summed."""
-        weight, bias = local(self.down_proj, self.sharded), local(self.down_bias, self.sharded)
+        weight, bias = self._local(self.down_proj), self._local(self.down_bias)
         if bias is not None and bias.shape[1] != self.d_out:
             before = self.slice_index * bias.shape[1]
             bias = F.pad(bias, (before, self.d_out - before - bias.shape[1]))
@@ -237,7 +241,7 @@ class Experts(nn.Module):
         """
         ones = hidden.new_ones(hidden.shape[0], 1)
         names = [f"inner_{i}" for i in range(self.inner_params)]
-        parameters = [local(getattr(self, name), self.sharded) for name in names]
+        parameters = [self._local(getattr(self, name)) for name in names]
         return [
             torch.ops.moeify.grouped_linear(ones.to(p.dtype), p[:, :, None], None, offsets)
             for p in parameters

@@ -11,16 +11,16 @@ Source:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
-from moeify import compat
+from moeify.distributed.collectives import copy_to_slices
+from moeify.distributed.reads import read_through
 from moeify.errors import PlanError
 from moeify.nn.block import DenseMLP, StoredLinear
 from moeify.sites.install import HOOK_TABLES
@@ -78,12 +78,8 @@ class SlicePlan:
 
 @dataclass(slots=True)
 class AppliedSlices:
-    """What has been sliced, and how to undo it.
+    """What has been sliced, and how to undo it."""
 
-    `sums` goes with copies of the model if this is kept where the model is.
-    """
-
-    sums: PartialSums | None = None
     _steps: list[Callable[[], None]] = field(default_factory=list)
 
     def undo(self) -> None:
@@ -99,9 +95,9 @@ def apply(model: nn.Module, plan: SlicePlan, tp_mesh: DeviceMesh) -> AppliedSlic
     """Slice a model in place. Every rank holds the same weights before; nothing is sent.
 
     With dropout between sliced projections each rank drops units of its own slice: in training the
-    numbers are then not those of one process, as with any tensor parallelism. The hooks that sum
-    the gradients of `SlicedPair.partial` are on the parameters: copies of the model have their own
-    (`PartialSums`), and what replaces these objects later has to sum them itself.
+    numbers are then not those of one process, as with any tensor parallelism. The gradients of
+    `SlicedPair.partial` are summed where their modules read these parameters: whatever reads them
+    otherwise has to sum them itself.
     """
     if tp_mesh.ndim != 1 or tp_mesh.size() != plan.tensor:
         raise PlanError(
@@ -122,44 +118,47 @@ def apply(model: nn.Module, plan: SlicePlan, tp_mesh: DeviceMesh) -> AppliedSlic
             for name in branch.up_names:
                 _slice(branch.get_submodule(name), "colwise", tp_mesh, steps)
             _slice(branch.get_submodule(branch.down_name), "rowwise", tp_mesh, steps)
-        names = dict.fromkeys(name for pair in plan.pairs for name in pair.partial)
-        group = tp_mesh.get_group().group_name
-        applied.sums = PartialSums([model.get_parameter(name) for name in names], group)
-        steps.append(applied.sums.remove)
+        for path, leaves in _by_module(plan).items():
+            _sum_reads(model.get_submodule(path), path, leaves, tp_mesh, steps)
     except BaseException:
         applied.undo()
         raise
     return applied
 
 
-class PartialSums:
-    """Sum the gradients of whole parameters that slices use, by hooks on the parameters.
-
-    A copy by `copy.deepcopy` or pickle, together with the model, has hooks on the copied ones.
-    """
-
-    def __init__(self, parameters: Sequence[nn.Parameter], group: str) -> None:
-        self.parameters, self.group = tuple(parameters), group
-        self._handles: list[Any] = [
-            parameter.register_hook(partial(_summed, group))  # type: ignore[no-untyped-call]
-            for parameter in self.parameters
-            if parameter.requires_grad
-        ]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.parameters, self.group)
-
-    def remove(self) -> None:
-        """Take all hooks away."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+def _by_module(plan: SlicePlan) -> dict[str, tuple[str, ...]]:
+    """Return the names of `SlicedPair.partial` by the path of their module."""
+    found: dict[str, tuple[str, ...]] = {}
+    for name in dict.fromkeys(name for pair in plan.pairs for name in pair.partial):
+        path, _, leaf = name.rpartition(".")
+        found[path] = (*found.get(path, ()), leaf)
+    return found
 
 
-def _summed(group: str, grad: Tensor) -> Tensor:
-    total = grad.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=compat.process_group(group))
-    return total
+_SUMS = "_moeify_sums"  # attribute of a module: tensor group, and path for messages
+
+
+def _sum_reads(
+    module: nn.Module,
+    path: str,
+    leaves: tuple[str, ...],
+    mesh: DeviceMesh,
+    undo_steps: list[Callable[[], None]],
+) -> None:
+    """Let reads of whole parameters that slices use sum their gradients over the tensor ranks."""
+    undo = ExitStack()
+    undo_steps.append(undo.close)
+    module.__dict__[_SUMS] = mesh.get_group().group_name, path
+    undo.callback(module.__dict__.pop, _SUMS)
+    read_through(module, leaves, _read_summed, undo)
+
+
+def _read_summed(module: nn.Module, leaf: str) -> Any:
+    parameter: Any = module._parameters[leaf]
+    if parameter is None or not torch.is_grad_enabled():
+        return parameter
+    group, path = module.__dict__[_SUMS]
+    return copy_to_slices(parameter, group, f"{path}.{leaf}")
 
 
 def _slice(

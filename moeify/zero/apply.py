@@ -40,6 +40,7 @@ class Partitioned:
     guard: Guard | None = None  # makes optimizers other than `mf.optimizer`'s refuse the parameters
 
 
+@torch.no_grad()  # parameters of slices then read as themselves (`moeify.distributed.reads`)
 def partition(
     model: nn.Module,
     zero: ZeroPlan,
@@ -58,14 +59,11 @@ def partition(
     if zero.stage >= 2:
         meshes = {unit.name: _mesh(unit, world, counts)[0] for unit in zero.units}
         divisors = {unit.name: _divisor(model, unit, world) for unit in zero.units}
-        partial = _partial(slices)
         if zero.engine == "graph":
+            partial = _partial(slices)
             graph_engine.partition(model, zero, world, counts, divisors, partial, undo)
         else:
             fsdp2.shard(model, zero, meshes, divisors, undo)
-            if partial and world.layout.tensor > 1:
-                group = world.dense["tp"].get_group().group_name
-                fsdp2.sum_in_slices(model, partial, group, undo)
         return Partitioned()
     made = Partitioned()
     for unit in zero.units:
@@ -78,7 +76,7 @@ def partition(
             made.masters = _masters(model, zero, made.cuts, dtype)
         fsdp2.cast(model, dtype, undo)
     if zero.stage or zero.offload != "none" or zero.has_masters:
-        made.guard = Guard(p for p in model.parameters() if p.requires_grad)
+        made.guard = Guard.of(model)
         undo.callback(made.guard.remove)
     return made
 

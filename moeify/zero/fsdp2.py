@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from moeify import compat
-from moeify.distributed import collectives
 from moeify.distributed.dtensor import is_sharded, local_of
 from moeify.errors import PassError, UnsupportedModuleError
 from moeify.zero.plan import Unit, ZeroPlan
@@ -136,34 +135,6 @@ def cast(model: nn.Module, dtype: torch.dtype, undo: ExitStack) -> None:
                 made[id(parameter)] = nn.Parameter(data, requires_grad=parameter.requires_grad)
             undo.callback(module._parameters.__setitem__, key, parameter)
             module._parameters[key] = made[id(parameter)]
-
-
-def sum_in_slices(model: nn.Module, names: tuple[str, ...], group: str, undo: ExitStack) -> None:
-    """Sum the gradients of whole parameters (norms over heads) over the tensor ranks that use them.
-
-    Through a property of the module, because FSDP2 replaces the parameters, and their hooks with
-    them.
-    """
-    owners: dict[str, list[str]] = {}
-    for name in names:
-        owner, _, leaf = name.rpartition(".")
-        owners.setdefault(owner, []).append(leaf)
-    for path, leaves in owners.items():
-        module = model.get_submodule(path)
-        former = type(module)
-        reads = {leaf: property(_reader(leaf, group, f"{path}.{leaf}")) for leaf in leaves}
-        module.__class__ = type(former.__name__, (former,), reads)
-        undo.callback(setattr, module, "__class__", former)
-
-
-def _reader(leaf: str, group: str, where: str) -> Callable[[nn.Module], Any]:
-    def read(module: nn.Module) -> Any:
-        parameter = module._parameters[leaf]
-        if parameter is None or not torch.is_grad_enabled():
-            return parameter
-        return collectives.copy_to_slices(parameter, group, where)
-
-    return read
 
 
 def _divide(module: Any, mesh: DeviceMesh, divisor: float) -> None:

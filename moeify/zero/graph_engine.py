@@ -13,7 +13,7 @@ Source:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from moeify.distributed.dtensor import from_local, is_sharded, local_of
+from moeify.distributed.reads import read_through
 from moeify.errors import PassError, UnsupportedModuleError
 from moeify.zero.fsdp2 import DTYPES
 from moeify.zero.gather import Gathering, gathered, regathering
@@ -93,8 +94,7 @@ def partition(
                 if (id(owner), leaf) not in nodes:
                     classes.setdefault(id(owner), (owner, []))[1].append(leaf)
     for owner, leaves in classes.values():
-        undo.callback(setattr, owner, "__class__", type(owner))
-        owner.__class__ = _reading(type(owner), tuple(sorted(leaves)))
+        read_through(owner, tuple(sorted(leaves)), _read, undo)
     if zero.precision != "model":
         _cast_inputs(model, zero, undo)
     if zero.stage == 3:
@@ -227,37 +227,10 @@ def _replace(
         owner.sharded = False  # type: ignore[assignment]
 
 
-_CLASSES: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
-
-
-def _reading(base: type[nn.Module], leaves: tuple[str, ...]) -> type[nn.Module]:
-    """Return a class like `base`, of the same name, in which these parameters read as whole."""
-    if (base, leaves) not in _CLASSES:
-        made: dict[str, Any] = {leaf: property(_reader(leaf)) for leaf in leaves}
-        made |= {"__module__": base.__module__, "__qualname__": base.__qualname__}
-        made |= {"__doc__": base.__doc__, "__reduce_ex__": _reduce, "_moeify_base": (base, leaves)}
-        _CLASSES[base, leaves] = type(base.__name__, (base,), made)
-    return _CLASSES[base, leaves]
-
-
-def _reader(leaf: str) -> Callable[[nn.Module], Any]:
-    def read(self: nn.Module) -> Any:
-        parameter: Any = self._parameters[leaf]
-        table = self.__dict__.get(_TABLE)
-        return parameter if table is None else gathered(parameter, table[leaf])
-
-    return read
-
-
-def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
-    """Copy and pickle through the base class, because the derived one cannot be imported."""
-    found: Any = object.__reduce_ex__(self, 2)
-    return _rebuilt, self._moeify_base, *found[2:]
-
-
-def _rebuilt(base: type[nn.Module], leaves: tuple[str, ...]) -> nn.Module:
-    made = _reading(base, leaves)
-    return made.__new__(made)
+def _read(module: nn.Module, leaf: str) -> Any:
+    parameter: Any = module._parameters[leaf]
+    table = module.__dict__.get(_TABLE)
+    return parameter if table is None else gathered(parameter, table[leaf])
 
 
 def _cast_inputs(model: nn.Module, zero: ZeroPlan, undo: ExitStack) -> None:

@@ -85,9 +85,7 @@ class Piece:
                     "its optimizer was made; make the optimizer after model.to(...)"
                 )
         elif compat.version(local) != self.version:
-            # Changed values are taken; the others keep the bits that the cast has lost.
-            now = part.to(shard.device)
-            shard.copy_(torch.where(now == shard.to(now.dtype), shard, now.to(shard.dtype)))
+            shard.copy_(_merged(part.to(shard.device), shard))
 
     def gradient(self) -> Tensor | None:
         """Return this piece of the gradient, with the piece's layout, or None."""
@@ -121,7 +119,7 @@ def make_piece(
 ) -> Piece:
     """Return this rank's piece of a parameter, a view unless device or dtype differ.
 
-    A copy starts from `value`, if given, instead of from the parameter.
+    A copy starts from `value`, if given, where that is what the parameter was cast from.
 
     Raises:
         MoeifyError: The cut, or the value, does not fit the parameter.
@@ -143,9 +141,15 @@ def make_piece(
                 f"{tuple(own.shape)}"
             )
         empty = torch.empty(own.shape, dtype=dtype, device=device)
-        own = empty.copy_(own) if value is None else value.detach().to(device, dtype)
+        own = empty.copy_(own if value is None else _merged(own, value.detach()))
     piece.shard = _laid_out(own, parameter, cut).requires_grad_()
     return piece
+
+
+def _merged(now: Tensor, exact: Tensor) -> Tensor:
+    """Return values that were changed, and of the others the bits that a cast has lost."""
+    exact = exact.to(now.device)
+    return torch.where(now == exact.to(now.dtype), exact, now.to(exact.dtype))
 
 
 def local_part(tensor: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ Source:
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -25,9 +26,6 @@ from moeify.errors import CheckpointError, MoeifyError
 from moeify.zero.pieces import Cut, Piece, buckets, gather, local_part, make_piece
 
 __all__ = ["Cut", "Guard", "ShardedOptimizer"]
-
-_MARK = "_moeify_partitioned"
-_registered: list[Any] = []
 
 
 class ShardedOptimizer(Optimizer):
@@ -269,31 +267,47 @@ class Guard:
     by `copy.deepcopy` or pickle together with the model, it guards the copies.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        self.parameters = tuple(parameters)
-        for parameter in self.parameters:
-            setattr(parameter, _MARK, True)
+    def __init__(self, places: Iterable[tuple[nn.Module, str]]) -> None:
+        # Not the parameters, nor marks on them: torch swaps and replaces them (`model.to()`).
+        self.places = tuple(places)
+        _guards.add(self)
         if not _registered:
             _registered.append(register_optimizer_step_pre_hook(_refuse))
 
+    @classmethod
+    def of(cls, model: nn.Module) -> Guard:
+        """Return the guard of all parameters of a model that train."""
+        return cls(
+            (module, leaf)
+            for module in model.modules()
+            for leaf, parameter in module._parameters.items()
+            if parameter is not None and parameter.requires_grad
+        )
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.parameters,)
+        return type(self), (self.places,)
+
+    def held(self) -> set[int]:
+        """Return the ids of the parameters."""
+        return {id(owner._parameters.get(leaf)) for owner, leaf in self.places}
 
     def remove(self) -> None:
         """Let other optimizers update the parameters."""
-        for parameter in self.parameters:
-            parameter.__dict__.pop(_MARK, None)
+        _guards.discard(self)
+
+
+_registered: list[Any] = []
+_guards: weakref.WeakSet[Guard] = weakref.WeakSet()
 
 
 def _refuse(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if isinstance(optimizer, ShardedOptimizer):
+    if isinstance(optimizer, ShardedOptimizer) or not _guards:
         return
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if hasattr(parameter, _MARK):
-                name = type(optimizer).__name__
-                raise MoeifyError(
-                    f"this {name} would step over whole parameters, and the plan (`zero:`) "
-                    "partitions, offloads or keeps master weights of what an optimizer holds: "
-                    f"make it by mf.optimizer(model, torch.optim.{name}, lr=...)"
-                )
+    guarded = {key for guard in list(_guards) for key in guard.held()}
+    if any(id(p) in guarded for group in optimizer.param_groups for p in group["params"]):
+        name = type(optimizer).__name__
+        raise MoeifyError(
+            f"this {name} would step over whole parameters, and the plan (`zero:`) partitions, "
+            "offloads or keeps master weights of what an optimizer holds: make it by "
+            f"mf.optimizer(model, torch.optim.{name}, lr=...)"
+        )

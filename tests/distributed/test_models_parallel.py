@@ -220,6 +220,7 @@ def _copied(rank: int, made: dict[str, Any]) -> list[str]:
     model = mf.moeify(dense("qwen3"), made).train()
     part = tokens(1)
     clone = copy.deepcopy(model)
+    clone.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
     for each in (model, clone):
         step(each, part).backward()
     names = [name for name, _ in model.named_parameters() if "q_norm" in name]

@@ -312,6 +312,9 @@ def converted(rank: int, made: dict[str, Any], counts: tuple[int, ...], want: An
     """Train a model whose plan says stage 1."""
     made = made | {"zero": {"stage": 1}}
     model = mf.moeify(dense(), made, example_inputs=torch.ones(4, WIDTH)).train()
+    model.to("cpu")  # swaps what is sharded
+    with pytest.raises(MoeifyError, match=r"mf\.optimizer"):
+        torch.optim.SGD(model.a.experts.parameters(), lr=0.1).step()
     optim = optimizer(model, torch.optim.SGD, lr=0.1, momentum=0.9)
     assert isinstance(optim, ShardedOptimizer)
     assert {g["name"] for g in optim.param_groups} == {
@@ -339,7 +342,7 @@ def test_converted_model():
 
 def test_other_optimizers_are_refused():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-    model.guard = Guard(model[0].parameters())
+    model.guard = Guard.of(model[0])
     theirs = torch.optim.AdamW(model.parameters(), lr=0.1)
     with pytest.raises(MoeifyError, match=r"zero:.*mf\.optimizer\(model, torch\.optim\.AdamW"):
         theirs.step()
@@ -350,8 +353,31 @@ def test_other_optimizers_are_refused():
     ours = ShardedOptimizer(model.parameters(), torch.optim.AdamW, {}, lr=0.1)
     model(torch.ones(1, 3)).sum().backward()
     assert ours.step(lambda: torch.ones(())) == 1
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    with pytest.raises(MoeifyError, match=r"mf\.optimizer"):
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
     model.guard.remove()
     theirs.step()
+
+
+def test_weights_loaded_before_the_optimizer_was_made_are_kept():
+    layer = nn.Linear(3, 3)
+    exact = layer.weight.detach().clone()
+    layer.bfloat16()
+    with torch.no_grad():
+        layer.weight[0].fill_(7.0)
+    made = ShardedOptimizer(
+        layer.parameters(),
+        torch.optim.SGD,
+        {},
+        master=torch.float32,
+        masters={id(layer.weight): exact},
+        lr=0.0,
+    )
+    layer(torch.ones(1, 3, dtype=torch.bfloat16)).sum().backward()
+    made.step()
+    assert layer.weight[0].tolist() == [7.0] * 3
+    assert torch.equal(made.shard_of(layer.weight)[1:], exact[1:])
 
 
 def test_groups_can_be_added():
