@@ -20,6 +20,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from moeify.convert.world import gradient_factor
+from moeify.distributed.layout import Layout
 from moeify.init.calibration import Calibration
 from moeify.init.weights import branch_scale, experts_from, mlp_weights, split_groups
 from moeify.nn.block import DenseMLP
@@ -28,7 +30,7 @@ from moeify.passes.match.mlp_regions import Region
 from moeify.passes.match.placement import parameter_names
 from moeify.plan.layer_plan import LayerPlan, ResolvedPlan
 from moeify.sites.discovery import Discovery, find_site
-from moeify.sites.record import ConvertedLayer
+from moeify.sites.record import ConvertedLayer, Fate
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,27 +82,35 @@ class ReplacedWeights:
         """Return the weights themselves."""
         return [Source(p, partial(_itself, name)) for name, p in self.weights.items()]
 
-    def converted(self, model: nn.Module, layers: Iterable[ConvertedLayer]) -> list[Source]:
-        """Return what stands for them in the blocks of the converted model."""
-        names = {id(p): name for name, p in self.weights.items()}
-        sources = []
+    def converted(
+        self,
+        model: nn.Module,
+        layers: Iterable[ConvertedLayer],
+        ledger: Mapping[str, tuple[Fate, str]],
+        layout: Layout | None,
+    ) -> list[Source]:
+        """Return what stands for them in the converted model; `layout` is that of its ranks."""
+        sources = [
+            Source(model.get_parameter(ledger[name][1]), partial(_itself, name))
+            for name in self.weights
+            if ledger[name][0] != "copied"
+        ]
         for converted in layers:
             block, layer = model.get_submodule(converted.block), converted.layer
-            for parameter in block.parameters():
-                if id(parameter) in names:  # moved into the block
-                    into = partial(_itself, names[id(parameter)])
-                    sources.append(Source(parameter, into))
             experts = block.get_submodule("experts")
             if isinstance(experts, Experts):
+                factor = 1.0 if layout is None else gradient_factor(layout, layer.experts, block)
                 for name, parameter in experts.named_parameters(recurse=False):
-                    into = partial(self._of_experts, layer, name)
+                    into = partial(self._of_experts, layer, name, factor)
                     sources.append(Source(parameter, into))
             sources += _halved(block, layer)
         return sources
 
-    def _of_experts(self, layer: LayerPlan, name: str, grad: Tensor) -> dict[str, Tensor]:
+    def _of_experts(
+        self, layer: LayerPlan, name: str, factor: float, grad: Tensor
+    ) -> dict[str, Tensor]:
         """Return what the gradient of one tensor of all experts [E, ...] adds."""
-        grad = grad if grad.dtype == torch.float64 else grad.float()
+        grad = (grad if grad.dtype == torch.float64 else grad.float()) * factor
         region = self._sites[layer.name]
         # The map is linear: the values do not matter, and have no memory.
         leaves = {

@@ -25,6 +25,7 @@ from moeify.convert.verify import (
     coarsest,
     compare,
     is_exact,
+    mean_over_ranks,
     snapshot,
 )
 from moeify.convert.world import Parallel, reduce_gradients, sharded_names
@@ -47,8 +48,9 @@ log = logging.getLogger("moeify")
 class Installation:
     """The transaction that turns a dense model into a converted one.
 
-    `run` takes the steps in their order: `install`, `slice_dense`, `verify`, `partition`, and then
-    `commit`; after an error `roll_back`. A model on meta is never compared, whatever `verify` says.
+    `run` takes the steps in their order: `install`, `slice_dense`, `measure`, `verify`,
+    `partition`, and then `commit`; after an error `roll_back`. A model on meta is never compared,
+    whatever `verify` says.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Installation:
         self._undo.callback(self._installer.undo)
         self._layers: list[ConvertedLayer] = []
         self._dense: Snapshot | None = None
+        self._converted: Snapshot | None = None
         self._ledger: dict[str, tuple[Fate, str]] = {}
         self._partitioned = Partitioned()
 
@@ -88,6 +91,7 @@ class Installation:
             # One after the other on all ranks: blocks that run wait for those of other ranks.
             run_on_all_ranks("install its blocks", self.install)
             run_on_all_ranks("slice its dense layers", self.slice_dense)
+            run_on_all_ranks("run its blocks", self.measure)
             run_on_all_ranks("prove its blocks", self.verify)
             run_on_all_ranks("partition its state", self.partition)
             record = self._record()
@@ -100,8 +104,7 @@ class Installation:
         """Put the blocks where the dense MLPs stand."""
         if self._compares:
             sources = untouched(self.model, self._untouched)
-            # Over ranks each expert sees the tokens of several of them.
-            if self.world is None and all(map(is_exact, self.resolved)):
+            if all(map(is_exact, self.resolved)):
                 self._replaced = ReplacedWeights(
                     self.model, self.resolved, self.discovery, self._calibrated
                 )
@@ -125,17 +128,25 @@ class Installation:
             sliced = apply(self.model, self.built.slices, self.world.dense["tp"])
             self._undo.callback(sliced.undo)
 
+    def measure(self) -> None:
+        """Run the converted model, as the dense one was run."""
+        if self._dense is None:
+            return
+        sources = untouched(self.model, self._untouched)
+        if self._replaced is not None:
+            layout = None if self.world is None else self.world.layout
+            sources += self._replaced.converted(self.model, self._layers, self._ledger, layout)
+        self._converted = snapshot(self.model, self.example_inputs, sources)
+
     def verify(self) -> None:
         """Compare with what the dense model gave, then drop the weights that were replaced."""
-        if self._dense is not None:
-            sources = untouched(self.model, self._untouched)
-            if self._replaced is not None:
-                sources += self._replaced.converted(self.model, self._layers)
-                self._replaced = None
-            now = snapshot(self.model, self.example_inputs, sources)
-            difference = compare(self._dense, now, self.resolved.layers)
+        if self._dense is not None and self._converted is not None:
+            if self._replaced is not None and self.world is not None:
+                mean_over_ranks([self._dense, self._converted], self._replaced.weights)
+            difference = compare(self._dense, self._converted, self.resolved.layers)
             log.info("step-0 difference: %s", difference)
             check(difference, coarsest(p.dtype for p in self._before.values()))
+        self._dense = self._converted = self._replaced = None
         for converted in self._layers:
             for swap in converted.swaps:
                 swap.original = skeleton(swap.original)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from moeify import compat
@@ -182,6 +183,27 @@ def _projected(output: Tensor) -> Tensor:
     generator = torch.Generator(device=output.device).manual_seed(0)
     size, device = output.shape, output.device
     return (output.float() * torch.randn(size, generator=generator, device=device)).sum()
+
+
+def mean_over_ranks(snapshots: Sequence[Snapshot], names: Iterable[str]) -> None:
+    """Average the gradients of some dense weights over all ranks, in place.
+
+    An expert sees the tokens of several ranks, so only the mean over the ranks is that of the dense
+    model. The snapshots are of the same weights, on every rank.
+    """
+    known = {name: g for shot in snapshots for name, g in shot.gradients.items()}
+    names = [name for name in names if name in known]
+    tables = [shot.gradients for shot in snapshots]
+    for table in tables:  # a gradient that does not arrive is nil
+        table |= {name: torch.zeros_like(known[name]) for name in names if name not in table}
+    parts = [table[name] for table in tables for name in names]
+    if not parts:
+        return
+    packed = torch.cat([part.to(torch.float64).flatten() for part in parts])
+    dist.all_reduce(packed)
+    packed /= dist.get_world_size()
+    for part, mean in zip(parts, packed.split([p.numel() for p in parts]), strict=True):
+        part.copy_(mean.view_as(part))
 
 
 def compare(dense: Snapshot, moe: Snapshot, layers: Sequence[LayerPlan]) -> Difference:

@@ -160,8 +160,9 @@ def reduce_gradients(
         experts: Any = model.get_submodule(path)
         mesh = world.sparse(layer.experts)
         size = layout.edp(layer.experts)
-        coordinated = is_coordinated(model.get_submodule(blocks[layer.name]))
-        experts.gradient_factor = size / layout.dp / layout.copies(coordinated=coordinated)
+        experts.gradient_factor = gradient_factor(
+            layout, layer.experts, model.get_submodule(blocks[layer.name])
+        )
         names = [f"{path}.{n}" for n, p in experts.named_parameters() if id(p) not in seen]
         seen |= {id(p) for p in experts.parameters()}
         group = world.reducing(mesh, "edp") if size > 1 else ""
@@ -179,6 +180,17 @@ def reduce_gradients(
         return None
     complete = which == "all" and layout.dp > 1
     return GradientReducer(reductions, watched=watched, complete=complete)
+
+
+def gradient_factor(layout: Layout, experts: int, block: nn.Module) -> float:
+    """Return what gradients of a block's experts are multiplied by, before the average over edp.
+
+    It makes them gradients of the mean of the ranks' losses; 1 where experts are not sharded.
+    """
+    if layout.ep(experts) == 1:
+        return 1.0
+    copies = layout.copies(coordinated=is_coordinated(block))
+    return layout.edp(experts) / layout.dp / copies
 
 
 def sharded_names(model: nn.Module) -> list[str]:
