@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeify.compat import compile_cpp
+from moeify.kernels.cpu.cache import load
 
 log = logging.getLogger("moeify")
 
@@ -32,12 +32,11 @@ def library(name: str) -> ctypes.CDLL | None:
     if os.environ.get("MOEIFY_NATIVE", "1") == "0":
         return None
     try:
-        found: ctypes.CDLL = compile_cpp(source(name))
+        return load(source(name))
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         log.warning("%s.cpp does not compile here, CPU ops run on torch alone: %s", name, first)
         return None
-    return found
 
 
 def source(name: str) -> str:
@@ -56,7 +55,10 @@ def function(name: str, symbol: str, arguments: str) -> Any:
     lib = library(name)
     if lib is None:
         return None
-    found = getattr(lib, symbol)
+    found = getattr(lib, symbol, None)
+    if found is None:
+        log.warning("%s.cpp has no %s here, CPU ops run on torch alone", name, symbol)
+        return None
     found.restype = ctypes.c_int64  # not read where a function returns nothing
     found.argtypes = [_TYPES[letter] for letter in arguments]
     return found

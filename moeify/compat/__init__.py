@@ -12,7 +12,7 @@ from moeify.compat.autograd import next_node_number as next_node_number
 from moeify.compat.autograd import node_number as node_number
 from moeify.compat.autograd import restore_hooks as restore_hooks
 from moeify.compat.compilers import call_structure as call_structure
-from moeify.compat.compilers import compile_cpp as compile_cpp
+from moeify.compat.compilers import cpp_command as cpp_command
 from moeify.compat.compilers import disable_fused_encoder as disable_fused_encoder
 from moeify.compat.compilers import is_compiled_module as is_compiled_module
 from moeify.compat.compilers import is_exporting as is_exporting

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import shlex
 from typing import Any
 
 import torch
@@ -99,14 +100,19 @@ def restore_fused_encoder(module: nn.Module, former: tuple[str, Any]) -> None:
     setattr(module, *former)
 
 
-def compile_cpp(source: str) -> Any:
-    """Compile C++ for this processor with Inductor's compiler, and load it as a `ctypes.CDLL`.
+def cpp_command(source: str, target: str) -> list[str]:
+    """Return the command by which Inductor would compile C++ for this processor to a library.
 
-    The library is kept in Inductor's cache, keyed by source and flags, behind a file lock; OpenMP
-    is torch's own, so `torch.set_num_threads` applies. Private because the public
-    `cpp_extension.load_inline` needs ninja and takes a minute for torch's headers. Without a
-    compiler, whatever Inductor raises is raised.
+    Private because the public `cpp_extension.load_inline` needs ninja and takes a minute for
+    torch's headers. Without a compiler, whatever Inductor raises is raised.
     """
-    from torch._inductor.codecache import CppCodeCache
+    from torch._inductor.cpp_builder import CppBuilder, CppTorchDeviceOptions
+    from torch._inductor.cpu_vec_isa import invalid_vec_isa
 
-    return CppCodeCache.load(source, device_type="cpu", extra_flags=("-ffp-contract=fast",))
+    # To pick an instruction set, Inductor loads what lies in its cache, which others may share.
+    options = CppTorchDeviceOptions(
+        device_type="cpu", extra_flags=("-ffp-contract=fast",), vec_isa=invalid_vec_isa
+    )
+    builder = CppBuilder(name="o", sources="i", BuildOption=options)
+    names = {"i": source, builder.get_target_file_path(): target}
+    return [names.get(part, part) for part in shlex.split(builder.get_command_line())]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 from math import log2
@@ -45,16 +44,35 @@ LISTED = BeforeValidator(_tuple_of_list)
 def _check_pattern(text: str) -> str:
     try:
         text.encode()
-        if text.startswith("re:"):
-            re.compile(text[3:])
     except UnicodeEncodeError:
         raise PydanticCustomError("plan", "holds half of a surrogate pair") from None
-    except (re.error, RecursionError, OverflowError) as error:
-        context = {"text": text, "error": str(error)}
-        raise PydanticCustomError(
-            "plan", "`{text}` is not a regular expression: {error}", context
-        ) from None
+    if text.startswith("re:"):
+        try:
+            _compiled(text[3:])
+        except ValueError as error:
+            context = {"text": text, "error": str(error)}
+            raise PydanticCustomError(
+                "plan", "`{text}` is not a regular expression: {error}", context
+            ) from None
     return text
+
+
+def _compiled(pattern: str) -> Any:
+    """Compile a regular expression for an engine whose time is linear in the name's length.
+
+    Plans come from anywhere, and Python's own engine can be held for hours by a few characters. The
+    price is that lookaround and back references are not known.
+    """
+    import re2
+
+    options = re2.Options()
+    options.log_errors = False
+    try:
+        return re2.compile(pattern, options)
+    except re2.error as error:
+        reason = error.args[0] if error.args else error
+        text = reason.decode(errors="replace") if isinstance(reason, bytes) else str(reason)
+        raise ValueError(f"{text} (the syntax is RE2's)") from None
 
 
 def _one_or_many(value: Any) -> str:
@@ -96,8 +114,8 @@ class Select(Strict):
         last: This many sites at the end.
         half: The first half of the sites (with the middle one), or the second.
         index: 0-based position or positions; negative ones count from the end.
-        name: Site name, glob such as `*.h.7.mlp`, or `re:` and a regular expression for the whole
-            name; or a list of these, each of which must match.
+        name: Site name, glob such as `*.h.7.mlp`, or `re:` and a regular expression (RE2) for the
+            whole name; or a list of these, each of which must match.
         of: Count over `all` sites of the model, or over those `selected` by the rules above.
     """
 
@@ -191,7 +209,7 @@ def _between(low: int, high: int, position: int, last: int) -> int:
 def matches(pattern: str, name: str) -> bool:
     """Tell whether a pattern (a glob, or `re:` and a regular expression) matches a whole name."""
     if pattern.startswith("re:"):
-        return re.fullmatch(pattern[3:], name) is not None
+        return _compiled(pattern[3:]).fullmatch(name) is not None
     return fnmatchcase(name, pattern)
 
 

@@ -7,6 +7,7 @@ import json
 import pickle
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from moeify.errors import PlanError
 from moeify.plan.plan import Plan
 from moeify.plan.presets import PRESETS
-from moeify.plan.selection import Schedule
+from moeify.plan.selection import Schedule, matches
 
 RULE = "version: 1\nlayers:\n  - select: {every: 2, start: 1}\n    experts: 8\n"
 
@@ -272,6 +273,24 @@ def test_nothing_heavy_is_imported() -> None:
     )
     root = Path(__file__).resolve().parents[2]
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root, timeout=60)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(a+)+b", "(a|a)*b", "(a|aa)+b", "(.*.*.*.*.*.*.*.*)*b", "((a{0,9}){0,9})b"]
+)
+def test_no_pattern_holds_a_plan_up(pattern):
+    name = "a" * 4000 + "!"
+    start = time.process_time()
+    assert not matches(f"re:{pattern}", name)
+    assert matches(f"re:{pattern}", "aab")
+    assert time.process_time() - start < 5  # Python's own engine needs years for the first
+
+
+@pytest.mark.parametrize("pattern", ["(?!a)b", "(?<=a)b", r"(a)\1", "((a{999}){999}){999}"])
+def test_what_the_engine_does_not_know_is_told(pattern, capfd):
+    with pytest.raises(PlanError, match=r"not a regular expression: .*RE2"):
+        Plan.loads(f"layers: [{{select: {{name: 're:{pattern}'}}, experts: 2}}]")
+    assert capfd.readouterr().err == ""
 
 
 COUNT = st.integers(1, 2**31 - 1)
