@@ -16,7 +16,9 @@ from torch import nn
 from moeify.errors import CheckpointError
 from moeify.formats.save_pretrained import save_pretrained
 from moeify.hf.dense_class import dense_class
-from moeify.sites.record import ATTRIBUTE, Conversion, conversion_of
+from moeify.hf.name_rules import carry_name_rules, restore_name_rules
+from moeify.sites.descent import all_descendants
+from moeify.sites.record import ATTRIBUTE, Conversion, conversion_of, require_conversion
 
 _ONE_EXPERT: Final = re.compile(r"\.experts\.[0-9]+\.")
 
@@ -28,8 +30,9 @@ class SavePretrained:
     a bound function, so that the copy of a model saves the copy.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, rules: Mapping[str, Any]) -> None:
         self.model = model
+        self.rules = rules  # of the dense model, where they changed
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         save_pretrained(self.model, *args, **kwargs)
@@ -60,14 +63,13 @@ class RefusePart:
 def guard(model: nn.Module) -> None:
     """Make a converted model save itself, and refuse weights under names that it does not have.
 
-    Its parts that transformers could save on their own refuse to be.
+    Its parts that transformers could save on their own refuse to be. What its class says of MLPs by
+    name is said of the blocks.
     """
+    record = require_conversion(model)
     if hasattr(model, "save_pretrained"):
-        model.__dict__["save_pretrained"] = SavePretrained(model)
+        model.__dict__["save_pretrained"] = SavePretrained(model, _carry_rules(model, record))
         model.register_load_state_dict_pre_hook(refuse_other_names)  # type: ignore[no-untyped-call]
-    record = conversion_of(model)
-    if record is None:
-        return
     for path, part in _parts(model, record):
         part.__dict__["save_pretrained"] = RefusePart(path, part, model)
         inside = {n.removeprefix(f"{path}.") for n in _replaced(record) if n.startswith(f"{path}.")}
@@ -84,10 +86,19 @@ def unguard(model: nn.Module) -> None:
         if module is not model and isinstance(found, SavePretrained):
             continue  # it was converted by itself
         del module.__dict__["save_pretrained"]
+        if isinstance(found, SavePretrained):
+            restore_name_rules(module, found.rules)
         for key, wrapped in list(module._load_state_dict_pre_hooks.items()):
             hook = getattr(wrapped, "hook", wrapped)
             if hook is refuse_other_names or getattr(hook, "func", None) is _refuse_names:
                 del module._load_state_dict_pre_hooks[key]
+
+
+def _carry_rules(model: nn.Module, record: Conversion) -> dict[str, Any]:
+    swaps = [(swap.original, swap.replacement) for c in record.layers for swap in c.swaps]
+    inside = tuple(f"{layer.block}." for layer in record.layers)
+    names = [name for name in model.state_dict(keep_vars=True) if name.startswith(inside)]
+    return carry_name_rules(model, all_descendants(model, record), swaps, names)
 
 
 def _parts(model: nn.Module, record: Conversion) -> Iterator[tuple[str, nn.Module]]:

@@ -209,7 +209,8 @@ class Placer:
                 return f"{name} is sparse"
         dtypes = {dtype_name(t.dtype) for t in tensors}
         if len(dtypes) > 1:
-            return f"its parameters have different dtypes: {', '.join(sorted(dtypes))}"
+            found = ", ".join(sorted(dtypes))
+            return f"its parameters have different dtypes ({found}): load the model in one dtype"
         if len({t.requires_grad for t in tensors}) > 1:
             frozen = next(n for n, t in zip(names, tensors, strict=True) if not t.requires_grad)
             return f"some of its parameters are frozen ({frozen}) and some are not"
