@@ -8,6 +8,7 @@ saved names another, so that nobody takes the folder for the dense model.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -48,10 +49,11 @@ class ConvertedConfig:
             made["model_type"] = cls.model_type
         return made
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return what is written to disk."""
-        made: dict[str, Any] = super().to_dict()  # type: ignore[misc]
-        return with_decoys(made | {"model_type": self.saved_as})
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """Return what is written to disk; `to_dict` is what the model is in memory."""
+        data = json.loads(super().to_json_string(use_diff))  # type: ignore[misc]
+        data = with_decoys(data | {"model_type": self.saved_as})
+        return json.dumps(data, indent=2, sort_keys=True) + "\n"
 
 
 class ConvertedModel:
