@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import nn
@@ -10,6 +10,7 @@ from torch import nn
 from moeify.hf.name_rules import fits, float32_patterns
 from moeify.nn.block import DenseMLP
 from moeify.nn.experts import Experts
+from moeify.passes.match.attached import attributes_of
 from moeify.sites.record import Conversion, ConvertedLayer
 
 
@@ -69,3 +70,19 @@ def stays_float32(
     made = all_descendants(model, record).items() if patterns else ()
     names = {name for dense, each in made if fits(patterns, dense) for name in each}
     return lambda name: name in names or fits(patterns, name)
+
+
+def carry_attributes(
+    model: nn.Module, before: Mapping[str, nn.Parameter], layers: Iterable[ConvertedLayer]
+) -> None:
+    """Give the blocks' parameters the Python attributes of the dense ones that they come from.
+
+    `before` has the dense model's parameters by name. That those which become one parameter agree
+    was checked when the MLP was found.
+    """
+    now = dict(model.named_parameters(remove_duplicate=False))
+    for converted in layers:
+        for dense, made in descendants(model, converted).items():
+            for name in made:
+                if name in now and now[name] is not before[dense]:
+                    now[name].__dict__.update(attributes_of(before[dense]))
