@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from moeify.errors import CheckpointError, MoeifyError
 from moeify.hf.detect import is_hf
 from moeify.passes.infra.base import Pass
 from moeify.plan import strict_yaml
+from moeify.sites.descent import stays_float32
 from moeify.sites.record import Conversion, require_conversion, require_one_process
 from moeify.storage.atomic_folder import Folder
 from moeify.storage.manifest import MAX_BYTES, VERSION, Manifest, read_manifest
@@ -191,7 +192,8 @@ def load(
         try:
             convert_again(target, manifest, folder.path, passes=passes)
             check_places(target, manifest.tensors, manifest.names(), folder.path)
-            tensors = _read_tensors(folder, manifest, shards, place, dtype, verify)
+            keep = _stays(target, dtype)
+            tensors = _read_tensors(folder, manifest, shards, place, dtype, keep, verify)
             assign(target, tensors, manifest.tensors, manifest.names())
             for item in tensors_of(target):
                 if item.tensor.device != place and item.name not in manifest.names():
@@ -203,6 +205,13 @@ def load(
     if dtype is not None and is_hf(target):
         target.config.dtype = dtype
     return target
+
+
+def _stays(model: nn.Module, dtype: torch.dtype | None) -> Callable[[str], bool]:
+    """Return a test for the tensors that stay in float32 where `dtype` casts the others."""
+    if dtype is None:
+        return lambda name: False
+    return stays_float32(model, require_conversion(model), dtype)
 
 
 def _refuse_sharded(directory: str | os.PathLike[str]) -> None:
@@ -273,6 +282,7 @@ def _read_tensors(
     shards: Sequence[Shard],
     device: torch.device,
     dtype: torch.dtype | None,
+    keep: Callable[[str], bool],
     verify: bool,
 ) -> dict[str, Tensor]:
     """Read every tensor to its device, in its final dtype."""
@@ -280,8 +290,10 @@ def _read_tensors(
 
     def final(name: str, tensor: Tensor) -> Tensor:
         record = manifest.tensors[name]
-        keep = record.role == "scratch" or name.endswith((".selection_bias", ".pending_counts"))
-        wanted = dtype if dtype is not None and tensor.is_floating_point() and not keep else None
+        stays = record.role == "scratch" or name.endswith((".selection_bias", ".pending_counts"))
+        wanted = dtype if dtype is not None and tensor.is_floating_point() and not stays else None
+        if wanted is not None and keep(name):
+            wanted = torch.float32
         return tensor.to(device=device, dtype=wanted)
 
     if device.type == "meta":

@@ -116,6 +116,7 @@ def convert(
         "free_bytes": free_bytes(target),
         "not_in_source": job.missing,
         "notes": [*job.notes, *job.model_files.notes],
+        "warnings": list(job.model_files.warnings),
         "resolved": None if job.resolved is None else job.resolved.to_dict(),
     }
     print_job(job.resolved, report, console)
@@ -253,6 +254,7 @@ def _card(job: _Job, folder: Path, sha256: Mapping[str, str]) -> dict[str, bytes
         active=job.resolved.active_parameters,
         auto=auto_class(config, model_files.kind),
         notes=model_files.notes,
+        warnings=model_files.warnings,
     )
     return {"README.md": text}
 

@@ -43,6 +43,8 @@ def print_job(resolved: ResolvedPlan | None, report: Mapping[str, Any], console:
         console.print(resolved)
     for note in grouped(report["notes"]):
         say(console, f"note: {note}")
+    for warning in report["warnings"]:
+        say(console, f"warning: {warning}")
     if report["not_in_source"]:
         names = shorten(report["not_in_source"], 4)
         say(console, f"warning: the source lacks {names}; drawn at random")

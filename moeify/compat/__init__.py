@@ -35,6 +35,8 @@ from moeify.compat.distributed import sharded_halves as sharded_halves
 from moeify.compat.distributed import span_fsdp as span_fsdp
 from moeify.compat.distributed import take_timeout_of_world as take_timeout_of_world
 from moeify.compat.function_hook import custom_functions as custom_functions
+from moeify.compat.hooks import gradient_hooks as gradient_hooks
+from moeify.compat.hooks import state_dict_hooks as state_dict_hooks
 from moeify.compat.operators import base_name as base_name
 from moeify.compat.operators import before_each_operator as before_each_operator
 from moeify.compat.operators import exposed_operators as exposed_operators

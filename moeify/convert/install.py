@@ -35,11 +35,13 @@ from moeify.init.calibration import Calibration
 from moeify.passes.rewrite.blocks import replaced_parameters
 from moeify.plan.layer_plan import ResolvedPlan
 from moeify.plan.plan import Plan
+from moeify.sites.descent import carry_attributes
 from moeify.sites.discovery import Discovery, block_path, find_site
 from moeify.sites.install import Installer, make_ledger, skeleton
 from moeify.sites.record import ATTRIBUTE, Conversion, ConvertedLayer, Fate
 from moeify.tensor_parallel.apply import apply
 from moeify.train import losses
+from moeify.train.stale_optimizers import watch_optimizers
 from moeify.zero.apply import Partitioned, partition
 
 log = logging.getLogger("moeify")
@@ -173,6 +175,7 @@ class Installation:
         self._undo.pop_all()
         self.model.__dict__[ATTRIBUTE] = record
         losses.attach(self.model)
+        watch_optimizers(self._before, self.model, "moeify")
 
     def roll_back(self) -> None:
         """Make the model the dense one again: undo the steps, the last one first."""
@@ -183,6 +186,7 @@ class Installation:
 
     def _record(self) -> Conversion:
         """Return the record of the conversion; on several ranks hook up their gradients too."""
+        carry_attributes(self.model, self._before, self._layers)
         return Conversion(
             self.plan,
             self._layers,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from moeify import compat
+from moeify.convert.attached import dense_attributes, refuse_attached
 from moeify.distributed.dtensor import is_sharded
 from moeify.errors import UnsupportedModuleError
 from moeify.hf.dense_class import become_dense
@@ -35,6 +36,7 @@ from moeify.sites.record import (
     require_one_process,
 )
 from moeify.train import losses
+from moeify.train.stale_optimizers import watch_optimizers
 
 log = logging.getLogger("moeify")
 
@@ -43,12 +45,14 @@ def revert(model: nn.Module) -> None:
     """Turn a converted model back into the dense one, in place; see `moeify.demoeify`."""
     conversion = require_conversion(model)
     require_one_process(model, "demoeify")
+    before = dict(model.named_parameters())
     with torch.no_grad():
         layers = [RevertedLayer(model, converted) for converted in conversion.layers]
     _warn_of_averages([layer.name for layer in layers if not layer.exact])
     for layer in layers:
         layer.install()
     _forget(model, conversion)
+    watch_optimizers(before, model, "demoeify")
 
 
 def _warn_of_averages(names: Sequence[str]) -> None:
@@ -86,6 +90,7 @@ class RevertedLayer:
         self.model, self.converted = model, converted
         self.name = converted.layer.name
         self.block = _block_of(model, converted)
+        refuse_attached(model, converted)
         self.device = next(self.block.parameters()).device
         self.exact = True  # whether the parts compute what the block does before any training
         self.parameters: dict[str, nn.Parameter] = {}  # those of the block, by dense names
@@ -99,6 +104,8 @@ class RevertedLayer:
         else:
             kind = type(experts).__name__
             raise UnsupportedModuleError(self.name, f"its experts are {kind}, not what was put in")
+        for name, attributes in dense_attributes(model, converted).items():
+            self.parameters[name].__dict__.update(attributes)
 
     def install(self) -> None:
         """Fill the dense modules and put them where the block and its taps stand."""
@@ -106,7 +113,11 @@ class RevertedLayer:
             self._tables[name][name.rpartition(".")[2]] = parameter
         for swap, module in reversed(self.modules):  # the block first: it holds the tap too
             for name in HOOK_TABLES:
-                module.__dict__[name] = swap.replacement.__dict__[name]
+                hooks, own = swap.replacement.__dict__[name], module.__dict__[name]
+                if module is swap.original or not own:
+                    module.__dict__[name] = hooks
+                elif isinstance(own, dict):  # the layer after linear experts kept its own
+                    own.update(hooks)
             for buffer in module.buffers():
                 buffer.data = buffer.data.to(self.device)
             if module.training != swap.replacement.training:

@@ -48,6 +48,7 @@ def model_card(
     active: int,
     auto: str,
     notes: Sequence[str] = (),
+    warnings: Sequence[str] = (),
 ) -> bytes:
     """Return the card's text.
 
@@ -79,6 +80,7 @@ def model_card(
         "",
         *_fenced(_LOAD[kind].format(auto=auto), "python"),
         "",
+        *_warnings(warnings),
         "## Layers",
         "",
         *_layer_table(layers),
@@ -90,6 +92,12 @@ def model_card(
     if notes:
         lines += ["", "## Notes", "", *_fenced("\n".join(notes), "text")]
     return ("\n".join(lines) + "\n").encode("utf-8", "replace")
+
+
+def _warnings(warnings: Sequence[str]) -> list[str]:
+    if not warnings:
+        return []
+    return ["## Before you train it", "", *_fenced("\n".join(warnings), "text"), ""]
 
 
 def _layer_table(layers: Sequence[tuple[LayerDescription, bool]]) -> list[str]:

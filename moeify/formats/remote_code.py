@@ -8,6 +8,7 @@ saved names another, so that nobody takes the folder for the dense model.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -20,7 +21,8 @@ from moeify.errors import CheckpointError, MoeifyError
 from moeify.formats.recipe import read_recipe, recorded
 from moeify.formats.save_hook import guard
 from moeify.hf.dense_class import KEY, dense_config_class, with_decoys, without_decoys
-from moeify.sites.record import require_one_process
+from moeify.plan.selection import shorten
+from moeify.sites.record import require_conversion, require_one_process
 
 
 class ConvertedConfig:
@@ -47,10 +49,11 @@ class ConvertedConfig:
             made["model_type"] = cls.model_type
         return made
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return what is written to disk."""
-        made: dict[str, Any] = super().to_dict()  # type: ignore[misc]
-        return with_decoys(made | {"model_type": self.saved_as})
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """Return what is written to disk; `to_dict` is what the model is in memory."""
+        data = json.loads(super().to_json_string(use_diff))  # type: ignore[misc]
+        data = with_decoys(data | {"model_type": self.saved_as})
+        return json.dumps(data, indent=2, sort_keys=True) + "\n"
 
 
 class ConvertedModel:
@@ -63,6 +66,24 @@ class ConvertedModel:
         assert isinstance(self, nn.Module)
         convert_for_loading(self)
         guard(self)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """Load as the dense class does, and refuse a folder whose blocks are not whole.
+
+        Of tensors outside the blocks the dense class draws those that the files lack, with its own
+        warning, as it does for a dense folder.
+
+        Raises:
+            CheckpointError: The files lack a tensor of a block, have it in another shape, or hold
+                one that the block does not have.
+        """
+        mismatched = bool(kwargs.pop("ignore_mismatched_sizes", False))
+        model, info = super().from_pretrained(  # type: ignore[misc]
+            *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+        _refuse_damaged(model, info, mismatched=mismatched)
+        return (model, info) if output_loading_info else model
 
     def build_dense(self, config: Any, *args: Any, **kwargs: Any) -> None:
         """Build the dense model, whose code may check the class of its config."""
@@ -90,6 +111,33 @@ def convert_for_loading(model: nn.Module) -> None:
         require_one_process(model, "from_pretrained")
     except MoeifyError as error:
         raise CheckpointError(f"{where}: {error}") from error
+
+
+def _refuse_damaged(model: nn.Module, info: Mapping[str, Any], *, mismatched: bool) -> None:
+    """Refuse what transformers draws at random or leaves out; `mismatched` allows other shapes.
+
+    No block may have such a tensor: nothing in the dense class knows how experts start.
+    """
+    conversion = require_conversion(model)
+    blocks = tuple(f"{layer.block}." if layer.block else "" for layer in conversion.layers)
+    replaced = {name for name, (fate, _) in conversion.ledger.items() if fate == "copied"}
+    where = getattr(model, "name_or_path", "") or "the given state dict"
+    other = {
+        name: f"has the shape {list(found)} and not {list(wanted)}"
+        for name, found, wanted in info["mismatched_keys"]
+    }
+    wrong = {name: why for name, why in other.items() if name.startswith(blocks)}
+    cure = "copy the folder again, or save the model again with its save_pretrained"
+    wrong |= {n: "is in none of the files" for n in info["missing_keys"] if n.startswith(blocks)}
+    for name in info["unexpected_keys"]:
+        if name in replaced or name.startswith(blocks):
+            wrong[name] = "is not of this model's experts: another model was saved over it"
+    if not wrong and other and not mismatched:
+        wrong, cure = other, "ignore_mismatched_sizes=True draws such tensors at random"
+    if wrong:
+        names = sorted(wrong)
+        more = f" ({len(names)} such tensors: {shorten(names, 4)})" if len(names) > 1 else ""
+        raise CheckpointError(f"{where}: {names[0]} {wrong[names[0]]}{more}; {cure}")
 
 
 def _build_again(model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -20,6 +21,8 @@ from moeify.storage.strict_json import parse_json
 from moeify.storage.tensor_source import LiveTensors, ModelFiles, Written
 from moeify.storage.writer import INDEX, write_files_into, write_model_files
 from moeify.units import parse_bytes
+
+log = logging.getLogger("moeify")
 
 _CHECKPOINT: Final = re.compile(r"checkpoint-[0-9]+")  # as transformers' Trainer names them
 _WEIGHTS: Final = re.compile(r"model(?:-[0-9]{5}-of-[0-9]{5})?\.safetensors(?:\.index\.json)?")
@@ -45,6 +48,8 @@ def save_pretrained(
     In any other (a trainer's, with its optimizer's state) `config.json` and the older weights are
     removed once all new files are written, then these are moved in, with `config.json` last: after
     a crash in between, nothing loads from the folder, never a mix.
+
+    A warning is logged where the folder's class would train otherwise than this model.
 
     Args:
         model: The converted model; its weights lie whole in this process unless `state_dict` is
@@ -80,6 +85,8 @@ def save_pretrained(
         export = "custom"
     _check(model, state_dict)
     model_files = choose_format(model, LiveTensors(model, state_dict), export)
+    for warning in model_files.warnings:
+        log.warning("%s: %s", os.fspath(save_directory), warning)
     target.parent.mkdir(parents=True, exist_ok=True)
     if _replaceable(target):
         written = write_model_files(model_files, target, max_shard_size=max_shard_size)

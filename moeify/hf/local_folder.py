@@ -17,6 +17,7 @@ from torch import nn
 from moeify.atomic_file import replace_file
 from moeify.capture.on_meta import parameters_on_meta, quiet_random_state
 from moeify.errors import MoeifyError
+from moeify.hf.name_rules import fits, float32_patterns
 from moeify.storage.folder_reader import CheckpointReader
 from moeify.storage.manifest import MAX_BYTES
 from moeify.units import dtype_from_name
@@ -103,17 +104,13 @@ def _stored_dtype(folder: Path) -> torch.dtype:
 
 def _keep_in_float32(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast the parameters that their class keeps in float32."""
-    kept: set[str] = set()
-    if dtype is torch.float16:
-        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    if dtype in (torch.float16, torch.bfloat16):
-        kept |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    kept = float32_patterns(model, dtype)
     if not kept:
         return
     cast: dict[int, nn.Parameter] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for key, parameter in list(module._parameters.items()):
-            if parameter is not None and kept & {*path.split("."), key}:
+            if parameter is not None and fits(kept, f"{path}.{key}" if path else key):
                 wide = nn.Parameter(parameter.detach().float(), parameter.requires_grad)
                 module._parameters[key] = cast.setdefault(id(parameter), wide)
 

@@ -15,6 +15,7 @@ from moeify.distributed.dtensor import local
 from moeify.kernels.grouped_linear import grouped_linear
 from moeify.kernels.precision import autocast_enabled
 from moeify.nn.activations import activation as activation_named
+from moeify.nn.experts import cast_for
 
 
 class Tap(nn.Module):
@@ -134,7 +135,9 @@ class DenseMLP(nn.Module):
             hidden = activation_named(self.activation)(halves[0])
         if self.dropout > 0:
             hidden = F.dropout(hidden, self.dropout, self.training)
-        out: Tensor = self.get_submodule(self.down_name)(hidden)
+        down = self.get_submodule(self.down_name)
+        assert isinstance(down, StoredLinear)
+        out: Tensor = down(cast_for(down.weight, hidden))
         return out
 
     def extra_repr(self) -> str:

@@ -162,9 +162,11 @@ class Experts(nn.Module):
 
     @property
     def fused(self) -> bool:
-        """Whether one op can do it all now: no inner module, and no dropout in training."""
+        """Whether one op can do it all now: no inner module, no dropout in training, one dtype."""
         drops = self.dropout > 0 and self.training
-        return self.inner is None and self.activation in FUSED and not drops
+        up = self.gate_up_proj if self.gated else self.up_proj
+        alike = up.dtype == self.down_proj.dtype
+        return self.inner is None and self.activation in FUSED and not drops and alike
 
     def _fused(
         self,
@@ -201,7 +203,7 @@ class Experts(nn.Module):
             hidden = self._activate(hidden)
         if self.dropout > 0:
             hidden = F.dropout(hidden, self.dropout, self.training)
-        return _linear(hidden, *self._down(), offsets)
+        return _linear(cast_for(self.down_proj, hidden), *self._down(), offsets)
 
     def _local(self, parameter: Tensor | None) -> Any:
         return local(parameter, self.sharded, self.gradient_factor)
@@ -321,6 +323,14 @@ def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) 
     rows, weight, bias = autocast_all(rows, weight, bias)
     out: Tensor = torch.ops.moeify.grouped_linear(rows, weight, bias, offsets)
     return out
+
+
+def cast_for(weight: Tensor, hidden: Tensor) -> Tensor:
+    """Cast what goes into a last projection that is kept in another dtype, as T5's is in float32.
+
+    Under autocast the projection itself casts.
+    """
+    return hidden if autocast_enabled(hidden.device.type) else hidden.to(weight.dtype)
 
 
 def autocast_all(first: Tensor, *others: Tensor | None) -> Any:

@@ -153,6 +153,7 @@ class ModelFiles:
     texts: Mapping[str, bytes]  # small files by name
     manifest: Callable[[Written], bytes]  # makes `moeify.json` when all else is written
     notes: tuple[str, ...] = ()  # for the user, such as how much is padding
+    warnings: tuple[str, ...] = ()  # what may go wrong for a user who does not know it
 
     @property
     def nbytes(self) -> int:

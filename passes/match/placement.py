@@ -22,6 +22,11 @@ from moeify import compat
 from moeify.capture.capture import Capture
 from moeify.capture.recorder import ModuleCall
 from moeify.passes.infra.records import module_path_of
+from moeify.passes.match.attached import (
+    attribute_that_would_be_lost,
+    hook_that_would_be_lost,
+    users_hooks,
+)
 from moeify.passes.match.dataflow import Linear
 from moeify.passes.match.mlp_regions import Region
 from moeify.passes.match.operations import (
@@ -36,6 +41,14 @@ from moeify.passes.match.operations import (
 )
 from moeify.units import dtype_name
 
+_DROPOUT_MODULES = (
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -209,7 +222,8 @@ class Placer:
                 return f"{name} is sparse"
         dtypes = {dtype_name(t.dtype) for t in tensors}
         if len(dtypes) > 1:
-            return f"its parameters have different dtypes: {', '.join(sorted(dtypes))}"
+            found = ", ".join(sorted(dtypes))
+            return f"its parameters have different dtypes ({found}): load the model in one dtype"
         if len({t.requires_grad for t in tensors}) > 1:
             frozen = next(n for n, t in zip(names, tensors, strict=True) if not t.requires_grad)
             return f"some of its parameters are frozen ({frozen}) and some are not"
@@ -235,7 +249,32 @@ class Placer:
         for path in sorted(lost):
             if has_hooks(self.modules[path]):
                 return f"{path} has hooks, which would be lost: remove them first"
-        return ""
+        for path in sorted(patched | lost):
+            if users_hooks(compat.state_dict_hooks(self.modules[path])):
+                return f"{path} has hooks on its state dict, which would be lost: remove them first"
+        whole = self.modules[place.module if place.install == "module" else place.block]
+        for path in sorted(lost):
+            module = self.modules[path]
+            if isinstance(module, _DROPOUT_MODULES) and module.training != whole.training:
+                modes = [("evaluation", "training")[m.training] for m in (module, whole)]
+                return (
+                    f"{path} is in {modes[0]} mode inside a module in {modes[1]} mode: give both "
+                    "the same first, and set the mode of the block's experts afterwards"
+                )
+        return self._attached(regions[0])
+
+    def _attached(self, region: Region) -> str:
+        """Return what hangs on a parameter and would be lost, or ""."""
+
+        def of(*names: str | None) -> dict[str, nn.Parameter]:
+            return {name: self.model.get_parameter(name) for name in names if name is not None}
+
+        weights = of(*(linear.weight.name for linear in region.ups))
+        biases = of(*(b.name for linear in region.ups if (b := linear.bias) is not None))
+        rest = [of(name) for name in parameter_names(region) if name not in {*weights, *biases}]
+        return hook_that_would_be_lost(of(*parameter_names(region))) or next(
+            filter(None, map(attribute_that_would_be_lost, (weights, biases, *rest))), ""
+        )
 
     def _also_read(self, regions: Sequence[Region]) -> str:
         """Return which of the MLP's parameters something else reads, or ""."""

@@ -290,6 +290,21 @@ def test_too_little_memory_to_compare_is_reported(folders, plan, tmp_path, monke
     assert "1,000 are free" in report["verification"]["reason"]
 
 
+def test_a_class_that_trains_otherwise_is_a_warning(folders, tmp_path):
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("version: 1\nlayers:\n  - {select: all, experts: 2}\n")
+    options = ("--plan", plan, "--verify", 0)
+    text = call(folders / "llama", tmp_path / "text", *options).stdout
+    warning = "warning: a MixtralForCausalLM trains otherwise than this model does: its routers"
+    assert warning in " ".join(text.split())
+    as_json = call(folders / "llama", tmp_path / "json", *options, "--json")
+    (found,) = json.loads(as_json.stdout)["warnings"]
+    assert 'export it as "custom"' in found
+    assert found in (tmp_path / "json" / "README.md").read_text()
+    custom = call(folders / "llama", tmp_path / "c", *options, "--export", "custom", "--json")
+    assert json.loads(custom.stdout)["warnings"] == []
+
+
 def test_random_inputs_differ_and_keep_special_tokens(folders):
     model, _ = load_dense(folders / "t5")
     inputs = convert_check.random_inputs(model, 3)

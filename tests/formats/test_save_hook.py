@@ -16,7 +16,8 @@ from moeify.convert.convert_model import convert
 from moeify.convert.revert import revert
 from moeify.errors import CheckpointError
 from moeify.formats.save_hook import SavePretrained, refuse_other_names
-from tests.zoo_models import ZOO
+from moeify.sites.record import conversion_of
+from tests.zoo_models import ZOO, ids
 
 PLAN = {"layers": [{"select": "all", "experts": 2}]}
 
@@ -87,3 +88,74 @@ def test_neither_convert_nor_revert_touches_it(model):
     reverted = copy.deepcopy(model)
     revert(reverted)
     assert guarded(reverted) == (True, 1)
+
+
+def inside(model: nn.Module) -> list[nn.Module]:
+    """The parts of a model that transformers can save on their own."""
+    return [m for m in model.modules() if m is not model and hasattr(m, "save_pretrained")]
+
+
+def test_a_part_of_a_converted_model_is_not_saved_alone(model, tmp_path: Path):
+    """The class's own save_pretrained writes a folder that AutoModel loads with random MLPs."""
+    model.save_pretrained(tmp_path / "out", export="custom")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", trust_remote_code=True
+    )
+    copied = copy.deepcopy(model.base_model)
+    for part in (model.base_model, model.model, copied, loaded.base_model):
+        with pytest.raises(
+            CheckpointError, match="model: this LlamaModel is a part of a converted"
+        ):
+            part.save_pretrained(tmp_path / "part")
+    assert not (tmp_path / "part").exists()
+    dense = mf.demoeify(copy.deepcopy(model))
+    assert not any("save_pretrained" in part.__dict__ for part in inside(dense))
+    dense.base_model.save_pretrained(tmp_path / "part")
+    again = transformers.AutoModel.from_pretrained(tmp_path / "part")
+    assert torch.equal(again(ids())[0], dense.eval().base_model(ids())[0])
+
+
+@pytest.mark.parametrize("name", ["whisper", "clip"])
+def test_every_part_that_holds_a_block_refuses_and_no_other(name, tmp_path: Path):
+    plan = {"layers": [{"select": {"first": 1}, "experts": 2}]}
+    model = mf.moeify(ZOO[name].build(), plan, verify=False)
+    blocks = [layer.block for layer in conversion_of(model).layers]
+    parts = {m: path for path, m in model.named_modules() if m in set(inside(model))}
+    refusing = 0
+    for number, (part, path) in enumerate(parts.items()):
+        if any(block.startswith(f"{path}.") for block in blocks):
+            refusing += 1
+            with pytest.raises(CheckpointError, match=path):
+                part.save_pretrained(tmp_path / str(number))
+        else:
+            part.save_pretrained(tmp_path / str(number))
+    assert 0 < refusing < len(parts)
+
+
+def test_a_part_refuses_dense_weights_too(model):
+    part = copy.deepcopy(model.base_model)
+    dense = ZOO["llama"].build().base_model.state_dict()
+    with pytest.raises(CheckpointError, match="of a dense model"):
+        part.load_state_dict(dense, strict=False)
+    part.load_state_dict(part.state_dict())
+    back = mf.demoeify(copy.deepcopy(model)).base_model
+    assert not back._load_state_dict_pre_hooks
+    back.load_state_dict(dense)
+
+
+def test_inside_a_module_of_the_users_own(tmp_path: Path):
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.llm = ZOO["llama"].build()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.llm(input_ids=x).logits
+
+    wrapper = mf.moeify(Wrapper(), PLAN, example_inputs=ids(), verify=False)
+    with pytest.raises(CheckpointError, match=r"llm: this LlamaForCausalLM .* moeify\.save"):
+        wrapper.llm.save_pretrained(tmp_path)
+    other = Wrapper()
+    mf.moeify(other.llm, PLAN, verify=False)
+    other.llm.save_pretrained(tmp_path / "out", export="custom")
+    assert (tmp_path / "out" / "moeify.json").is_file()

@@ -276,6 +276,7 @@ def test_the_config_survives_a_round_trip(folder, tmp_path):
     again = type(config).from_dict(config.to_dict())
     assert again.moeify == config.moeify == config_of(folder)["moeify"]
     assert copy.deepcopy(config).to_dict() == config.to_dict()
+    assert config.to_dict()["model_type"] == "llama"  # where PEFT looks for its default targets
     config.save_pretrained(tmp_path)
     saved = config_of(tmp_path)
     assert saved["model_type"] == "moeify_llama"  # not what the dense class would load

@@ -115,6 +115,41 @@ def test_autocast_computes_in_bfloat16(gated):
         assert experts.double()(rows.double(), OFFSETS).dtype == torch.float64
 
 
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("whole", [True, False])
+def test_last_projection_in_another_dtype(gated, whole):
+    """T5's is kept in float32, with the rest in float16: it gets what is cast to its dtype."""
+    experts = Experts(experts=3, d_in=8, d_ff=16, gated=gated, dtype=torch.bfloat16)
+    for name in ("down_proj", "down_bias"):
+        setattr(experts, name, nn.Parameter(getattr(experts, name).float() * 1e6))
+    rows = torch.randn(8, 8, dtype=torch.bfloat16, requires_grad=True)
+    order = torch.arange(8, dtype=torch.int32)
+    got = experts(rows, OFFSETS, None, order, order[:, None]) if whole else experts(rows, OFFSETS)
+    act, first, start, expected = (
+        ACTIVATIONS[experts.activation],
+        "gate_up" if gated else "up",
+        0,
+        [],
+    )
+    w1, b1 = getattr(experts, f"{first}_proj"), getattr(experts, f"{first}_bias")
+    for e, end in enumerate(OFFSETS.tolist()):
+        h = F.linear(rows[start:end], w1[e], b1[e])
+        h = act(h[:, :16]) * h[:, 16:] if gated else act(h)
+        expected.append(F.linear(h.float(), experts.down_proj[e], experts.down_bias[e]))
+        start = end
+    want = torch.cat(expected)
+    assert got.dtype == want.dtype == torch.float32
+    torch.testing.assert_close(got, want)
+    wanted, cotangent = [rows, *experts.parameters()], torch.randn_like(want)
+    for a, b in zip(
+        torch.autograd.grad(got, wanted, cotangent),
+        torch.autograd.grad(want, wanted, cotangent),
+        strict=True,
+    ):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2 * float(b.abs().max()))
+
+
 def test_no_rows():
     experts = Experts(experts=2, d_in=5, d_ff=7, gated=True)
     rows = torch.randn(0, 5, requires_grad=True)

@@ -21,6 +21,7 @@ from moeify.formats.manifest import format_manifest
 from moeify.formats.native.architectures import TARGETS, Target, config_of, misfits
 from moeify.formats.native.model_facts import Facts, facts_of
 from moeify.formats.native.tensors import NativeTensorList, names_of
+from moeify.formats.native.training import training_warning
 from moeify.plan import strict_yaml
 from moeify.sites.record import Conversion, require_conversion, require_one_process
 from moeify.storage.tensor_source import ModelFiles, TensorSource
@@ -55,7 +56,8 @@ def native_files(
         architecture: The class to write, such as "MixtralForCausalLM"; the first that fits if None.
 
     Returns:
-        What is to be written; notes list the padding, and why earlier classes do not fit.
+        What is to be written; notes list the padding, and why earlier classes do not fit, and
+        warnings say how the class trains otherwise.
 
     Raises:
         NotNative: No class fits, or not the given one.
@@ -119,7 +121,8 @@ def _files_of(
             source=source,
             details=details | names,
         ),
-        notes=tuple(_notes(target, facts, record, tensors, reasons)),
+        notes=tuple(_notes(target, facts, tensors, reasons)),
+        warnings=training_warning(target, facts),
     )
 
 
@@ -144,7 +147,6 @@ def _check(target: Target, config: Any, tensors: NativeTensorList) -> None:
 def _notes(
     target: Target,
     facts: Facts,
-    record: Conversion,
     tensors: NativeTensorList,
     reasons: Mapping[str, str],
 ) -> list[str]:
@@ -154,23 +156,6 @@ def _notes(
         f"{count / total:.1%} of all"
         for what, count in tensors.padding.items()
     ]
-    routers = [converted.layer.router for converted in record.layers]
-    if any(r.capacity_factor is not None or r.noise != "none" for r in routers):
-        notes.append("training: the class drops no tokens and adds no noise, as the plan does")
-    if any(r.aux_loss or r.z_loss or r.bias_update for r in routers):
-        same = len({layer.plan.router.aux_loss for layer in facts.layers}) == 1
-        balance = (
-            f"has {'the' if same else 'the first layer of the'} plan's weight, is over all layers "
-            "together, and is off until output_router_logits=True"
-            if target.aux_loss
-            else "does not exist"
-        )
-        notes.append(
-            f"training: the class's balance loss {balance}; it has no z-loss, and nothing updates "
-            "a selection bias"
-        )
-    if facts.layers[0].plan.top_k == 1 and facts.layers[0].normalized:
-        notes.append("training: with one expert of weight 1 the class's router has no gradient")
     scores = {layer.plan.router.score for layer in facts.layers}
     if target.score == "sigmoid" and "softmax" in scores:
         notes.append(

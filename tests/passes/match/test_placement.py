@@ -253,9 +253,44 @@ def subclassed(model: Layer) -> None:
     model.mlp.up.weight = Special(model.mlp.up.weight.data)
 
 
+def gradient_hook(model: Layer) -> None:
+    model.mlp.up.weight.register_hook(lambda grad: grad * 0)
+
+
+def accumulate_hook(model: Layer) -> None:
+    model.mlp.down.bias.register_post_accumulate_grad_hook(lambda p: None)
+
+
+def state_hook(model: Layer) -> None:
+    model.mlp.register_state_dict_post_hook(lambda *a: None)
+
+
+def load_hook(model: Layer) -> None:
+    model.mlp.up.register_load_state_dict_pre_hook(lambda *a: None)
+
+
+def mode_inside(model: Layer) -> None:
+    model.mlp.act = nn.Sequential(model.mlp.act, nn.Dropout(0.5).eval())
+
+
+def shaped_attribute(model: Layer) -> None:
+    model.mlp.down.weight.partition_dim = 1
+
+
+def tensor_attribute(model: Layer) -> None:
+    model.mlp.up.bias.main_grad = torch.zeros(1)
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
+        (gradient_hook, "mlp.up.weight has a hook on its gradient"),
+        (accumulate_hook, "mlp.down.bias has a hook on its gradient"),
+        (state_hook, "mlp has hooks on its state dict"),
+        (load_hook, "mlp.up has hooks on its state dict"),
+        (mode_inside, "mlp.act.1 is in evaluation mode inside a module in training mode"),
+        (shaped_attribute, "'partition_dim' of mlp.down.weight"),
+        (tensor_attribute, "'main_grad' of mlp.up.bias"),
         (tied, "tied to"),
         (tied_by_data, "tied to"),
         (read_elsewhere, "is also used by `linear` in the model itself"),
