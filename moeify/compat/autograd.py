@@ -75,7 +75,13 @@ def differentiated_by_formula(args: Sequence[Any]) -> bool:
     if forward_ad._current_level < 0:
         return False
     tensors = (arg for arg in args if isinstance(arg, Tensor))
-    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+    return any(_tangent(tensor) is not None for tensor in tensors)
+
+
+def _tangent(tensor: Tensor) -> Tensor | None:
+    unpack: Callable[[Tensor], Any] = forward_ad.unpack_dual
+    tangent: Tensor | None = unpack(tensor).tangent
+    return tangent
 
 
 def any_requires_grad(args: Sequence[Any]) -> bool:

@@ -189,7 +189,7 @@ def test_what_has_no_derivative_returns_integers(op):
     registered()
     returns = getattr(ops, op).default._schema.returns
     assert returns, op
-    order, slots, offsets = layout()
+    _, slots, offsets = layout()
     counts = torch.tensor([[1, 2, 3]])
     args = {
         "assign": (torch.zeros(2, 1, dtype=torch.int32), torch.rand(2, 1), 3, 1),
