@@ -303,11 +303,12 @@ def _backward(
     if not ctx.save:
         raise RuntimeError("moeify::experts ran without gradients; call it with save=True")
     needs = ctx.needs_input_grad[:6]
+    saved = ctx.saved_tensors  # once: activation checkpointing recomputes them here
     kept: list[Tensor | None] = [None] * 6
     if grad is not None:
         grads = torch.ops.moeify.experts_backward(
             grad,
-            *ctx.saved_tensors,
+            *saved,
             ctx.activation,
             ctx.gated,
             ctx.up_has_bias,
@@ -318,13 +319,15 @@ def _backward(
         )
         kept = [g if needed else None for g, needed in zip(grads, needs, strict=True)]
     if grad_hidden is not None:  # only the derivative of a backward pass has one
-        _add_backward_of_hidden(kept, ctx, grad_hidden)
+        _add_backward_of_hidden(kept, ctx, saved, grad_hidden)
     return (*kept, *(None,) * 7)
 
 
-def _add_backward_of_hidden(grads: list[Tensor | None], ctx: Any, grad: Tensor) -> None:
+def _add_backward_of_hidden(
+    grads: list[Tensor | None], ctx: Any, saved: tuple[Tensor, ...], grad: Tensor
+) -> None:
     """Add the gradients of the inputs of the first projection, given that of its output."""
-    tokens, _, up, _, _, _, order, slots, offsets = ctx.saved_tensors
+    tokens, _, up, _, _, _, order, slots, offsets = saved
     ops = torch.ops.moeify
 
     def add(place: int, more: Tensor) -> None:

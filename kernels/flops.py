@@ -38,15 +38,24 @@ def gate_backward(*args: Any, out_shape: Any = None) -> int:
 def experts(*args: Any, out_shape: Any = None) -> int:
     """Count both projections of T * K rows."""
     call: Any = ExpertsCall(*args)  # of shapes
-    return 2 * prod(call.slots) * (prod(call.up[1:]) + prod(call.down[1:]))
+    up: int = prod(call.up[1:])
+    down: int = prod(call.down[1:])
+    rows: int = prod(call.slots)
+    return 2 * rows * (up + down)
 
 
 def experts_backward(*args: Any, out_shape: Any = None) -> int:
     """Count the gradients that are asked for; that of the activated values always is."""
     call: Any = BackwardCall(*args)  # of shapes
-    up, down = prod(call.up[1:]), prod(call.down[1:])
-    parts = down + call.needs_params * (up + down) + call.needs_tokens * up
-    return 2 * prod(call.slots) * parts
+    up: int = prod(call.up[1:])
+    down: int = prod(call.down[1:])
+    rows: int = prod(call.slots)
+    parts = down
+    if call.needs_params:
+        parts += up + down
+    if call.needs_tokens:
+        parts += up
+    return 2 * rows * parts
 
 
 def grouped_linear(rows: Shape, weight: Shape, *_: Any, out_shape: Any = None) -> int:
@@ -80,4 +89,5 @@ def register_flops() -> None:
     from torch.utils.flop_counter import register_flop_formula
 
     for name, formula in FORMULAS.items():
-        register_flop_formula(getattr(torch.ops.moeify, name))(formula)
+        register: Any = register_flop_formula(getattr(torch.ops.moeify, name))
+        register(formula)

@@ -162,7 +162,7 @@ class Experts(nn.Module):
         return combined
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         register_flops()  # in the process that a model was unpickled in
 
     @property

@@ -228,7 +228,7 @@ class Router(nn.Module):
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         register_flops()  # in the process that a model was unpickled in
 
     def __getstate__(self) -> dict[str, Any]:
