@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moeify.kernels.precision import accumulation_dtype, without_autocast
-from moeify.kernels.registry import define, fake
+from moeify.kernels.registry import define, differentiable, fake
 
 
 def combine_reference(
@@ -36,13 +36,14 @@ def combine_reference(
         Mixture of experts, Shazeer et al. 2017 eq. 1.
     """
     dtype = accumulation_dtype(hidden.dtype)
-    total = torch.zeros(slots.shape[0], hidden.shape[1], dtype=dtype, device=hidden.device)
+    total = hidden.new_zeros(slots.shape[0], hidden.shape[1], dtype=dtype)
     with without_autocast(hidden):
         for choice in range(slots.shape[1]):
             part = _rows_of(hidden, slots[:, choice], dtype)
             if weights is not None:
-                part = part * weights[:, choice, None].to(dtype)
-            total += part.masked_fill((slots[:, choice] < 0)[:, None], 0)
+                kept = weights[:, choice].masked_fill(slots[:, choice] < 0, 0)
+                part = part * kept[:, None].to(dtype)
+            total = total + part
     return total.to(hidden.dtype)
 
 
@@ -75,11 +76,11 @@ def combine_backward_reference(
         token_of_row = order.clamp_min(0).div(top_k, rounding_mode="floor")
         scale = row_weights(weights, order, dtype)[:, None]
         grad_hidden = grad.index_select(0, token_of_row).to(dtype) * scale
-        grad_hidden.masked_fill_((order < 0)[:, None], 0)
+        grad_hidden = grad_hidden.masked_fill((order < 0)[:, None], 0)
         wide = grad.to(dtype)
         grad_weights = torch.stack(
             [(_rows_of(hidden, slots[:, j], dtype) * wide).sum(1) for j in range(top_k)], dim=1
-        ).masked_fill(slots < 0, 0)
+        ).masked_fill(slots < 0, 0)  # the gradient of a dropped route may be NaN
     return grad_hidden.to(hidden.dtype), grad_weights.to(weights.dtype)
 
 
@@ -110,7 +111,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_hidden, grad_weights if weights is not None else None, None, None
 
 
-torch.library.register_autograd("moeify::combine", _backward, setup_context=_setup_context)
+differentiable("combine", combine_reference, backward=_backward, setup_context=_setup_context)
+differentiable("combine_backward", combine_backward_reference)
 
 
 def row_weights(weights: Tensor, order: Tensor, dtype: torch.dtype) -> Tensor:
@@ -126,6 +128,8 @@ def route_values(values: Tensor, slots: Tensor) -> Tensor:
 
 
 def _rows_of(hidden: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the rows [T, D] at `slots` [T]; zeros for dropped routes, so that no NaN is read."""
     if hidden.shape[0] == 0:  # every route is dropped
         return hidden.new_zeros(slots.shape[0], hidden.shape[1], dtype=dtype)
-    return hidden.index_select(0, slots.clamp_min(0)).to(dtype)
+    picked = hidden.index_select(0, slots.clamp_min(0))
+    return picked.masked_fill((slots < 0)[:, None], 0).to(dtype)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moeify.kernels.gate import EPSILON
-from moeify.kernels.registry import define, fake
+from moeify.kernels.registry import define, differentiable, fake
 
 COMBINES = ("probability", "normalized", "straight_through", "sum")
 
@@ -99,4 +99,14 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return torch.ops.moeify.combine_weights_backward(grad, scores, slots, ctx.combine), None, None
 
 
-torch.library.register_autograd("moeify::combine_weights", _backward, setup_context=_setup_context)
+def _formula(scores: Tensor, slots: Tensor, combine: str) -> Tensor:
+    """Return the combine weights, with the gradient of the kept scores where it is a surrogate."""
+    value = combine_weights_reference(scores, slots, combine)
+    if combine in ("probability", "normalized"):
+        return value
+    kept = scores.masked_fill(slots < 0, 0)
+    return value.detach() + (kept - kept.detach())
+
+
+differentiable("combine_weights", _formula, backward=_backward, setup_context=_setup_context)
+differentiable("combine_weights_backward", combine_weights_backward_reference)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moeify.kernels import combine  # noqa: F401  its op is the backward of this one
-from moeify.kernels.registry import define, fake
+from moeify.kernels.registry import define, differentiable, fake
 
 
 def dispatch_reference(tokens: Tensor, order: Tensor, slots: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ def dispatch_reference(tokens: Tensor, order: Tensor, slots: Tensor) -> Tensor:
         return tokens.new_zeros(order.shape[0], tokens.shape[1])
     unused = (order < 0)[:, None]
     token_of_row = order.clamp_min(0).div(slots.shape[1], rounding_mode="floor")
-    return tokens.index_select(0, token_of_row).masked_fill_(unused, 0)
+    return tokens.index_select(0, token_of_row).masked_fill(unused, 0)
 
 
 dispatch = define(
@@ -59,4 +59,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return torch.ops.moeify.combine(grad, None, order, slots), None, None
 
 
-torch.library.register_autograd("moeify::dispatch", _backward, setup_context=_setup_context)
+differentiable("dispatch", dispatch_reference, backward=_backward, setup_context=_setup_context)

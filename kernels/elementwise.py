@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moeify.kernels.precision import accumulation_dtype
+
 
 def _gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
@@ -51,10 +53,25 @@ def activate(hidden: Tensor, activation: str, gated: bool) -> Tensor:
 
 def activate_backward(grad: Tensor, hidden: Tensor, activation: str, gated: bool) -> Tensor:
     """Return the gradient of `hidden`, given that of the activated values [R, F]."""
+    return _backward_with(_slope, grad, hidden, activation, gated)
+
+
+def activate_backward_formula(grad: Tensor, hidden: Tensor, activation: str, gated: bool) -> Tensor:
+    """Return what `activate_backward` returns, by differentiable calls."""
+    return _backward_with(_slope_formula, grad, hidden, activation, gated)
+
+
+def _backward_with(
+    slope: Callable[[Tensor, Tensor, str], Tensor],
+    grad: Tensor,
+    hidden: Tensor,
+    activation: str,
+    gated: bool,
+) -> Tensor:
     if not gated:
-        return _slope(grad, hidden, activation)
+        return slope(grad, hidden, activation)
     gate, up = hidden.chunk(2, dim=1)
-    return torch.cat([_slope(grad * up, gate, activation), grad * _value(gate, activation)], dim=1)
+    return torch.cat([slope(grad * up, gate, activation), grad * _value(gate, activation)], dim=1)
 
 
 def _value(x: Tensor, activation: str) -> Tensor:
@@ -85,6 +102,14 @@ def _slope(grad: Tensor, x: Tensor, activation: str) -> Tensor:
         case _:
             raise _not_fused(activation)
     return result
+
+
+def _slope_formula(grad: Tensor, x: Tensor, activation: str) -> Tensor:
+    if activation != "silu":
+        return _slope(grad, x, activation)
+    wide = x.to(accumulation_dtype(x.dtype))  # torch cannot differentiate its `silu_backward`
+    share = torch.sigmoid(wide)
+    return (grad * (share * (1 + wide * (1 - share)))).to(grad.dtype)
 
 
 def _not_fused(activation: str) -> ValueError:

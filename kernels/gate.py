@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moeify.kernels.precision import accumulation_dtype, without_autocast
-from moeify.kernels.registry import define, fake
+from moeify.kernels.registry import define, differentiable, fake
 
 SCORES = ("softmax", "sigmoid")
 BALANCES = ("all", "first")
@@ -67,18 +67,56 @@ def gate_reference(
         the experts: DeepSeek-V3 (2024) eq. 17-20. z-loss: ST-MoE (Zoph et al. 2022) eq. 5. Jitter:
         Switch Transformers. Gumbel noise on the second expert: DeepSpeed's top-2 gate.
     """
-    dtype = accumulation_dtype(tokens.dtype)
     with without_autocast(tokens):
-        logits = _noisy_tokens(tokens, input_noise, dtype) @ weight.to(dtype).t()
-        probabilities = expert_scores(logits, score)
-        ids = _choose(logits, probabilities, selection_bias, logit_noise, top_k, score, noise)
-        scores = probabilities.gather(1, ids)
-        share = normalized_scores(probabilities, score)
-        mean_share = _mean(share)
-        aux_loss = (mean_share * _balance_target(ids, weight.shape[0], balance, dtype)).sum()
-        z_loss = _mean(logits.logsumexp(1).square())
-        entropy = _mean(torch.special.entr(share).sum(1))
-        counts = count_choices(ids, weight.shape[0]).to(torch.int32)
+        logits = _logits(tokens, weight, input_noise)
+        return _outputs(logits, logits, selection_bias, logit_noise, top_k, score, noise, balance)
+
+
+def _formula(
+    tokens: Tensor,
+    weight: Tensor,
+    selection_bias: Tensor | None,
+    input_noise: Tensor | None,
+    logit_noise: Tensor | None,
+    top_k: int,
+    score: str,
+    noise: str,
+    balance: str,
+    surrogate: bool,
+) -> tuple[Tensor, ...]:
+    """Return what `gate_reference` returns; what is added or multiplied has no derivative."""
+    bias, factor, added = (
+        None if x is None else x.detach() for x in (selection_bias, input_noise, logit_noise)
+    )
+    with without_autocast(tokens):
+        logits = _logits(tokens, weight, factor)
+        scored = _logits(tokens.detach(), weight, factor) if surrogate else logits
+        outputs = _outputs(logits, scored, bias, added, top_k, score, noise, balance)
+    return *outputs[:-1], outputs[-1].detach()
+
+
+def _outputs(
+    logits: Tensor,
+    scored: Tensor,
+    selection_bias: Tensor | None,
+    logit_noise: Tensor | None,
+    top_k: int,
+    score: str,
+    noise: str,
+    balance: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the outputs of `gate`; `scored` are the logits whose derivative the scores have."""
+    experts = logits.shape[1]
+    probabilities = expert_scores(logits, score)
+    ids = _choose(logits, probabilities, selection_bias, logit_noise, top_k, score, noise)
+    own = probabilities if scored is logits else expert_scores(scored, score)
+    scores = own.gather(1, ids)
+    share = normalized_scores(probabilities, score)
+    mean_share = _mean(share)
+    aux_loss = (mean_share * _balance_target(ids, experts, balance, logits.dtype)).sum()
+    z_loss = _mean(logits.logsumexp(1).square())
+    entropy = _mean(torch.special.entr(share).sum(1))
+    counts = count_choices(ids, experts).to(torch.int32)
     return scores, ids.to(torch.int32), logits, counts, aux_loss, z_loss, entropy
 
 
@@ -125,30 +163,81 @@ def gate_backward_reference(
 
     The choice itself (ids, counts) has no gradient. A gradient that is None counts as zero.
     """
+    with without_autocast(tokens):
+        true_grad = _grad_of_losses(grad_logits, grad_aux, grad_z, logits, ids, score, balance)
+        grad = true_grad + _grad_of_scores(grad_scores, logits, ids, score)
+        grad_weight = grad.t() @ _noisy_tokens(tokens, input_noise, logits.dtype)
+        grad_tokens = _noisy_tokens(
+            (true_grad if surrogate else grad) @ weight.to(logits.dtype), input_noise, logits.dtype
+        )
+    return grad_tokens.to(tokens.dtype), grad_weight.to(weight.dtype)
+
+
+def _backward_formula(
+    grad_scores: Tensor | None,
+    grad_logits: Tensor | None,
+    grad_aux: Tensor | None,
+    grad_z: Tensor | None,
+    tokens: Tensor,
+    weight: Tensor,
+    input_noise: Tensor | None,
+    logits: Tensor,
+    ids: Tensor,
+    score: str,
+    balance: str,
+    surrogate: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return what `gate_backward_reference` returns; surrogate scores are constant in the tokens.
+
+    So they are in `_formula`, of whose derivative this is the value.
+    """
+    factor = None if input_noise is None else input_noise.detach()
     dtype = logits.dtype
     with without_autocast(tokens):
-        probabilities = expert_scores(logits, score)
-        grad = torch.zeros_like(logits)
-        if grad_aux is not None:
-            target = _balance_target(ids.long(), weight.shape[0], balance, dtype)
-            grad_share = grad_aux * target / max(tokens.shape[0], 1)
-            grad_probabilities = _normalized_backward(grad_share, probabilities, score)
-            grad += _scores_backward(grad_probabilities, probabilities, score)
-        if grad_z is not None:
-            slope = 2 * grad_z / max(tokens.shape[0], 1)
-            grad += slope * logits.logsumexp(1, keepdim=True) * logits.softmax(1)
-        if grad_logits is not None:
-            grad += grad_logits
-        true_grad = grad
-        if grad_scores is not None:
-            grad_probabilities = torch.zeros_like(probabilities)
-            grad_probabilities.scatter_(1, ids.long(), grad_scores.to(dtype))
-            grad = grad + _scores_backward(grad_probabilities, probabilities, score)
-        grad_weight = grad.t() @ _noisy_tokens(tokens, input_noise, dtype)
-        grad_tokens = (true_grad if surrogate else grad) @ weight.to(dtype)
-        if input_noise is not None:
-            grad_tokens *= input_noise.to(dtype)
+        grad = _grad_of_losses(grad_logits, grad_aux, grad_z, logits, ids, score, balance)
+        noisy = scored_noisy = _noisy_tokens(tokens, factor, dtype)
+        scored = logits
+        if surrogate:
+            scored = _logits(tokens.detach(), weight, factor)
+            scored_noisy = noisy.detach()
+        own = _grad_of_scores(grad_scores, scored, ids, score)
+        grad_weight = grad.t() @ noisy + own.t() @ scored_noisy
+        grad_tokens = (grad if surrogate else grad + own) @ weight.to(dtype)
+        grad_tokens = _noisy_tokens(grad_tokens, factor, dtype)
     return grad_tokens.to(tokens.dtype), grad_weight.to(weight.dtype)
+
+
+def _grad_of_losses(
+    grad_logits: Tensor | None,
+    grad_aux: Tensor | None,
+    grad_z: Tensor | None,
+    logits: Tensor,
+    ids: Tensor,
+    score: str,
+    balance: str,
+) -> Tensor:
+    """Return the gradient of the logits [T, E] through all outputs but the scores."""
+    tokens, experts = logits.shape
+    grad = torch.zeros_like(logits)
+    if grad_aux is not None:
+        probabilities = expert_scores(logits, score)
+        target = _balance_target(ids.long(), experts, balance, logits.dtype)
+        grad_share = grad_aux * target / max(tokens, 1)
+        grad_probabilities = _normalized_backward(grad_share, probabilities, score)
+        grad = grad + _scores_backward(grad_probabilities, probabilities, score)
+    if grad_z is not None:
+        slope = 2 * grad_z / max(tokens, 1)
+        grad = grad + slope * logits.logsumexp(1, keepdim=True) * logits.softmax(1)
+    return grad if grad_logits is None else grad + grad_logits
+
+
+def _grad_of_scores(grad_scores: Tensor | None, logits: Tensor, ids: Tensor, score: str) -> Tensor:
+    """Return the gradient of the logits [T, E] through the scores."""
+    zeros = torch.zeros_like(logits)
+    if grad_scores is None:
+        return zeros
+    grad_probabilities = zeros.scatter(1, ids.long(), grad_scores.to(logits.dtype))
+    return _scores_backward(grad_probabilities, expert_scores(logits, score), score)
 
 
 gate_backward = define(
@@ -191,7 +280,13 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     return grad_tokens, grad_weight, None, None, None, None, None, None, None, None
 
 
-torch.library.register_autograd("moeify::gate", _backward, setup_context=_setup_context)
+differentiable("gate", _formula, backward=_backward, setup_context=_setup_context)
+differentiable("gate_backward", _backward_formula)
+
+
+def _logits(tokens: Tensor, weight: Tensor, input_noise: Tensor | None) -> Tensor:
+    dtype = accumulation_dtype(tokens.dtype)
+    return _noisy_tokens(tokens, input_noise, dtype) @ weight.to(dtype).t()
 
 
 def _noisy_tokens(tokens: Tensor, input_noise: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -271,7 +366,7 @@ def count_choices(ids: Tensor, experts: int) -> Tensor:
     """Return [E] int64: how often each expert is among `ids`."""
     flat = ids.flatten().long()
     zeros = torch.zeros(experts, dtype=torch.int64, device=ids.device)
-    return zeros.scatter_add_(0, flat, torch.ones_like(flat))
+    return zeros.scatter_add(0, flat, torch.ones_like(flat))
 
 
 def _mean(values: Tensor) -> Tensor:

@@ -13,11 +13,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from moeify import compat
 from moeify.errors import DispatchError
 from moeify.kernels.precision import without_autocast
-from moeify.kernels.registry import define, fake
+from moeify.kernels.registry import define, differentiable, fake
 
 
 def grouped_linear_reference(
@@ -140,7 +142,63 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_rows, grad_weight, grad_bias if ctx.with_bias else None, None
 
 
-torch.library.register_autograd("moeify::grouped_linear", _backward, setup_context=_setup_context)
+def grouped_linear_formula(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor
+) -> Tensor:
+    """Return what `grouped_linear_reference` returns, by differentiable calls."""
+    if offsets.shape[0] != weight.shape[0]:
+        raise DispatchError(f"offsets: {offsets.shape[0]} ends for {weight.shape[0]} experts")
+    weights = weight.unbind(0)
+    biases = bias.unbind(0) if bias is not None else [None] * len(weights)
+    unused = rows.new_zeros(rows.shape[0], weight.shape[1])
+    with without_autocast(rows):
+        ends = compat.known_values(offsets)
+        if ends is None:
+            total = unused
+            for inside, own, matrix, vector in zip(
+                *_masked(rows, offsets), weights, biases, strict=True
+            ):
+                total = total + torch.where(inside, F.linear(own, matrix, vector), 0)
+            return total
+        groups = list(_groups(ends, rows.shape[0]))
+        parts = [F.linear(rows[a:b], weights[e], biases[e]) for e, a, b in groups]
+    return torch.cat([*parts, unused[groups[-1][2] if groups else 0 :]])
+
+
+def grouped_linear_backward_formula(
+    grad: Tensor, rows: Tensor, offsets: Tensor, with_bias: bool
+) -> tuple[Tensor, Tensor]:
+    """Return what `grouped_linear_backward_reference` returns, by differentiable calls."""
+    experts = offsets.shape[0]
+    with without_autocast(rows):
+        ends = compat.known_values(offsets)
+        if ends is None:
+            grads, inputs = _masked(grad, offsets)[1], _masked(rows, offsets)[1]
+        else:
+            grads, inputs = [grad[:0]] * experts, [rows[:0]] * experts
+            for expert, start, end in _groups(ends, rows.shape[0]):
+                grads[expert], inputs[expert] = grad[start:end], rows[start:end]
+        grad_weight = torch.stack([g.t() @ x for g, x in zip(grads, inputs, strict=True)])
+        if not with_bias:
+            return grad_weight, grad.new_zeros(0)
+        return grad_weight, torch.stack([g.sum(0) for g in grads])
+
+
+def _masked(rows: Tensor, offsets: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Return for each expert which rows [R, 1] are its own, and the rows with zeros elsewhere.
+
+    For offsets whose values are not known. It takes E times the work.
+    """
+    place = torch.arange(rows.shape[0], device=rows.device)[:, None]
+    starts = torch.cat([offsets.new_zeros(1), offsets[:-1]])
+    inside = [(place >= starts[e]) & (place < offsets[e]) for e in range(offsets.shape[0])]
+    return inside, [torch.where(own, rows, 0) for own in inside]
+
+
+differentiable(
+    "grouped_linear", grouped_linear_formula, backward=_backward, setup_context=_setup_context
+)
+differentiable("grouped_linear_backward", grouped_linear_backward_formula)
 
 
 def expert_groups(offsets: Tensor, rows: int) -> Iterator[tuple[int, int, int]]:
@@ -149,8 +207,12 @@ def expert_groups(offsets: Tensor, rows: int) -> Iterator[tuple[int, int, int]]:
     Raises:
         DispatchError: The offsets decrease, or end beyond the rows.
     """
+    return _groups(offsets.tolist(), rows)
+
+
+def _groups(ends: list[int], rows: int) -> Iterator[tuple[int, int, int]]:
     start = 0
-    for expert, end in enumerate(offsets.tolist()):
+    for expert, end in enumerate(ends):
         if not start <= end <= rows:
             raise DispatchError(
                 f"offsets: expert {expert} ends at row {end}, after a start at {start} and with "

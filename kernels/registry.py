@@ -4,6 +4,11 @@ Every op has a reference in plain torch, the truth that the others are tested ag
 implementation is a function with the reference's arguments that returns `NotImplemented` for what
 it does not serve (a dtype, a size, a machine without a compiler); the reference then runs.
 Implementations are imported on first use, so that Triton is never loaded on a CPU.
+
+Derivatives come from two places. An ordinary backward pass calls another op, as fast as the forward
+one. All others (forward mode, the transforms of `torch.func`, a backward pass that is itself
+differentiated) go through the op's *formula*: the same values by differentiable torch calls, which
+autograd differentiates in any mode and as often as it is asked to.
 """
 
 from __future__ import annotations
@@ -15,6 +20,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+from moeify import compat
 
 Function = Callable[..., Any]
 
@@ -51,6 +58,57 @@ def fake(name: str) -> Callable[[Function], Function]:
     """Return a decorator for the function that computes shapes and dtypes of an op's results."""
     decorator: Callable[[Function], Function] = torch.library.register_fake(f"moeify::{name}")
     return decorator
+
+
+def differentiable(
+    name: str,
+    formula: Function,
+    *,
+    backward: Function | None = None,
+    setup_context: Function | None = None,
+) -> None:
+    """Register the derivatives of the op `moeify::name`.
+
+    Args:
+        name: Name of an op that `define` has registered.
+        formula: Its arguments and results, in torch calls that autograd can differentiate: no
+            `out=`, no changes in place of what it did not make, no values read on the host.
+        backward: The ordinary backward pass, as in `torch.autograd.Function`; without one (an op
+            that is itself part of a backward pass) that is the formula's, too.
+        setup_context: What `backward` reads, as in `torch.library.register_autograd`.
+    """
+    op = getattr(torch.ops.moeify, name).default
+    ordinary = None
+    if backward is not None and setup_context is not None:
+        ordinary = _function(name, op, backward, setup_context)
+
+    def kernel(keys: Any, *args: Any) -> Any:
+        if compat.differentiated_by_formula(args):
+            return formula(*args)
+        if not compat.any_requires_grad(args):
+            return compat.below_autograd(op, keys, args)
+        return formula(*args) if ordinary is None else ordinary(*args, keys)
+
+    _LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+def _function(name: str, op: Any, backward: Function, setup_context: Function) -> Function:
+    """Return the op as an `autograd.Function` whose name a profiler shows."""
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        *given, keys = args
+        result = compat.below_autograd(op, keys, given)
+        setup_context(ctx, tuple(given), result)
+        return result
+
+    def run_backward(ctx: Any, *grads: Any) -> Any:
+        return *backward(ctx, *grads), None
+
+    title = "Moeify" + "".join(word.capitalize() for word in name.split("_"))
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(run_backward)}
+    made: Any = type(title, (torch.autograd.Function,), methods)
+    apply: Function = made.apply
+    return apply
 
 
 @contextmanager

@@ -60,5 +60,9 @@ class CheckpointError(InputError, RuntimeError):
     """A saved model is incomplete, damaged, or does not fit."""
 
 
+class DerivativeError(MoeifyError, RuntimeError):
+    """A derivative that is not computed: of a kind, or at a place, where none is defined."""
+
+
 class DispatchError(MoeifyError, RuntimeError):
     """Token routing is inconsistent: splits, counts or shapes do not agree."""

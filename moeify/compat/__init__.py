@@ -5,9 +5,13 @@ Tested on torch 2.11 and 2.13.
 
 from __future__ import annotations
 
+from moeify.compat.autograd import any_requires_grad as any_requires_grad
 from moeify.compat.autograd import at_end_of_backward as at_end_of_backward
+from moeify.compat.autograd import below_autograd as below_autograd
+from moeify.compat.autograd import differentiated_by_formula as differentiated_by_formula
 from moeify.compat.autograd import graph_task as graph_task
 from moeify.compat.autograd import in_backward as in_backward
+from moeify.compat.autograd import known_values as known_values
 from moeify.compat.autograd import next_node_number as next_node_number
 from moeify.compat.autograd import node_number as node_number
 from moeify.compat.autograd import restore_hooks as restore_hooks

@@ -2,6 +2,8 @@
 
 Functional collectives of torch. A group is its name, a string, so that graphs can be copied,
 pickled and compiled. In compiled code, which cannot catch exceptions, torch's own error stays.
+Backward passes can be differentiated again; forward mode and the transforms of `torch.func`, which
+torch would drop here, are refused.
 
 The argument `where` of each is layer and purpose, for messages.
 
@@ -16,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeify.errors import DispatchError
+from moeify import compat
+from moeify.errors import DerivativeError, DispatchError
 
 __all__ = [
     "all_to_all",
@@ -38,10 +41,12 @@ def start(op: Any, *args: Any, where: str) -> Tensor:
 
     Raises:
         DispatchError: A peer died, stalled or runs other collectives.
+        DerivativeError: In forward mode or a transform of `torch.func`, which torch would drop.
     """
     if torch.compiler.is_compiling():
         compiled: Tensor = op(*args)
         return compiled
+    _check_mode(args, where)
     try:
         started: Tensor = op(*args)
     except RuntimeError as error:
@@ -80,7 +85,24 @@ def all_to_all(
     return _apply(_AllToAll, rows, list(receive), list(send), group, where)
 
 
+def _check_mode(args: Sequence[Any], where: str) -> None:
+    if compat.differentiated_by_formula(args):
+        raise DerivativeError(
+            f"{where}: forward-mode derivatives and transforms of torch.func do not pass between "
+            "ranks; use torch.autograd.grad (create_graph=True for second derivatives), or a model "
+            "converted without `parallel`"
+        )
+
+
+def _twice(grad: Tensor) -> bool:
+    """Tell whether a backward pass is to be differentiated again."""
+    return grad.requires_grad and not torch.compiler.is_compiling()
+
+
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
+    if not torch.compiler.is_compiling():
+        *_, where = args
+        _check_mode(args, where)
     apply: Callable[..., Tensor] = function.apply
     return apply(*args)
 
@@ -104,7 +126,7 @@ class _AllToAll(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         receive, send, group, where = ctx.call
         where = f"gradient of {where}"
-        back = wait(_all_to_all(grad, send, receive, group, where), where)
+        back = wait(all_to_all(grad, send, receive, group, where), where)
         return back, None, None, None, None
 
 
@@ -130,25 +152,31 @@ def unshare(rows: Tensor, index: int, ranks: int, group: str, where: str) -> Ten
 class _Share(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, index: int, ranks: int, group: str, where: str) -> Tensor:
-        ctx.call = ranks, group, where
+        ctx.call = index, ranks, group, where
         return _part(rows, index, ranks)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ranks, group, where = ctx.call
-        return _gather(grad, ranks, group, f"gradient of {where}"), None, None, None, None
+        index, ranks, group, where = ctx.call
+        where = f"gradient of {where}"
+        if _twice(grad):
+            return unshare(grad, index, ranks, group, where), None, None, None, None
+        return _gather(grad, ranks, group, where), None, None, None, None
 
 
 class _Unshare(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, index: int, ranks: int, group: str, where: str) -> Tensor:
-        ctx.part = index, ranks
+        ctx.call = index, ranks, group, where
         return _gather(rows, ranks, group, where)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # Every rank goes on with the same rows, so their gradients are the same everywhere.
-        return _part(grad, *ctx.part), None, None, None, None
+        index, ranks, group, where = ctx.call
+        if _twice(grad):
+            return share(grad, index, ranks, group, f"gradient of {where}"), *[None] * 4
+        return _part(grad, index, ranks), None, None, None, None
 
 
 def _part(rows: Tensor, index: int, ranks: int) -> Tensor:
@@ -192,16 +220,22 @@ class _CopyToSlices(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         group, where = ctx.call
-        return summed(grad, group, f"gradient of {where}"), None, None
+        where = f"gradient of {where}"
+        add = sum_of_slices if _twice(grad) else summed
+        return add(grad, group, where), None, None
 
 
 class _SumOfSlices(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, group: str, where: str) -> Tensor:
+        ctx.call = group, where
         return summed(rows, group, where)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if _twice(grad):
+            group, where = ctx.call
+            grad = copy_to_slices(grad, group, f"gradient of {where}")
         return grad, None, None
 
 
@@ -214,7 +248,8 @@ class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         group, where = ctx.call
-        return summed(grad, group, f"gradient of {where}"), None, None
+        add = sum_over_ranks if _twice(grad) else summed
+        return add(grad, group, f"gradient of {where}"), None, None
 
 
 def summed(tensor: Tensor, group: str, where: str) -> Tensor:

@@ -18,6 +18,7 @@ from moeify.distributed.dtensor import local
 from moeify.kernels import experts as _fused_experts  # noqa: F401  registers the op
 from moeify.kernels import grouped_linear as _grouped_linear  # noqa: F401  registers the op
 from moeify.kernels.elementwise import FUSED
+from moeify.kernels.flops import register_flops
 from moeify.kernels.precision import autocast_enabled
 from moeify.nn.activations import activation as activation_named
 
@@ -87,6 +88,7 @@ class Experts(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        register_flops()
         if min(experts, d_in, d_ff) < 1:
             raise ValueError(f"experts, d_in, d_ff: {experts}, {d_in}, {d_ff} must be at least 1")
         if not 0 <= dropout <= 1:
@@ -159,6 +161,10 @@ class Experts(nn.Module):
         hidden = self._rows(rows, offsets)
         combined: Tensor = torch.ops.moeify.combine(hidden, weights, order, slots)
         return combined
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        register_flops()  # in the process that a model was unpickled in
 
     @property
     def fused(self) -> bool:

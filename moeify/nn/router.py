@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from moeify.compat import in_backward, is_exporting, record_under_compiled_checkpointing
 from moeify.distributed.collectives import from_first
+from moeify.kernels.flops import register_flops
 from moeify.kernels.precision import accumulation_dtype, without_autocast
 from moeify.kernels.route import BALANCES, COMBINES, DROPS, SCORES, Routing, route
 from moeify.nn.capacity import expert_capacity
@@ -132,6 +133,7 @@ class Router(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        register_flops()
         self.hidden, self.experts, self.top_k = hidden, experts, top_k
         self.score, self.combine, self.balance = score, combine, balance
         self.noise, self.jitter_eps = noise, jitter_eps
@@ -224,6 +226,10 @@ class Router(nn.Module):
             f"{self.hidden}, experts={self.experts}, top_k={self.top_k}, score={self.score}, "
             f"combine={self.combine}, noise={self.noise}, drop={self.drop}, {factors}"
         )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        register_flops()  # in the process that a model was unpickled in
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the state of the last forward: a loss with a graph cannot be copied."""

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import (
 from moeify import compat
 from moeify.distributed.collectives import run, summed
 from moeify.distributed.dtensor import from_local, is_sharded
-from moeify.errors import MoeifyError
+from moeify.errors import DerivativeError, MoeifyError
 
 __all__ = ["Gathering", "gathered", "regathering"]
 
@@ -118,6 +118,11 @@ class _Gather(torch.autograd.Function):
         name, ranks, dim, reducing, factor, slices, reduce = ctx.call
         dtype, length = ctx.like
         where = f"gradient of {name}"
+        if grad.requires_grad and not torch.compiler.is_compiling():
+            raise DerivativeError(
+                f"{name}: the gradient of a partitioned parameter cannot be differentiated again; "
+                "use a plan without `zero` for second derivatives"
+            )
         grad = (grad if reduce is None else grad.to(reduce)) * factor
         if slices:
             grad = summed(grad, slices, where)
