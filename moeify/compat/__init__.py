@@ -39,6 +39,7 @@ from moeify.compat.operators import before_each_operator as before_each_operator
 from moeify.compat.operators import exposed_operators as exposed_operators
 from moeify.compat.operators import named_arguments as named_arguments
 from moeify.compat.operators import operator_name as operator_name
+from moeify.compat.tensors import assert_async as assert_async
 from moeify.compat.tensors import copy_of as copy_of
 from moeify.compat.tensors import fake_like as fake_like
 from moeify.compat.tensors import fake_mode as fake_mode

@@ -112,3 +112,11 @@ def foreach_norm(tensors: list[Tensor], order: float, dtype: torch.dtype) -> lis
 def foreach_mul_(tensors: list[Tensor], factor: Tensor) -> None:
     """Multiply tensors (of one device and dtype) in place by a 0-dim tensor; see `foreach_norm`."""
     torch._foreach_mul_(tensors, factor)
+
+
+def assert_async(condition: Tensor, message: str) -> None:
+    """Assert inside a compiled graph that a tensor of one boolean is true.
+
+    Private by its name only: the public `torch._check` does not take values of tensors.
+    """
+    torch._assert_async(condition, message)
