@@ -48,7 +48,8 @@ class Slot:
                 "had interrupted the layer, run it once more."
             )
         self._held.value = value
-        self._held.version = _version(value)
+        if not torch.compiler.is_compiling():  # to it, a number is a constant
+            self._held.version = None if value.is_inference() else compat.version(value)
 
     def take(self) -> Tensor:
         """Return the value and release it.
@@ -62,9 +63,9 @@ class Slot:
                 f"{self.block} ran before its tap {self.tap}, from which the MoE block gets its "
                 "input: call the whole layer, in the order of the dense model"
             )
-        version = self._held.version
+        changed = not torch.compiler.is_compiling() and self._was_changed(value)
         self.drop()
-        if version is not None and version != _version(value):
+        if changed:
             raise RuntimeError(
                 f"the input of {self.tap} was changed in place before {self.block} had run, which "
                 "reads it: change a copy, or leave this layer out of the plan (`select`)"
@@ -74,21 +75,20 @@ class Slot:
     def drop(self) -> None:
         """Release the value, if there is one."""
         self._held.value = None
+        if not torch.compiler.is_compiling():
+            self._held.version = None
 
     @property
     def is_full(self) -> bool:
         """Whether a value waits for the block."""
         return getattr(self._held, "value", None) is not None
 
+    def _was_changed(self, value: Tensor) -> bool:
+        version = getattr(self._held, "version", None)  # None where nothing counts
+        return version is not None and version != compat.version(value)
+
     def __reduce__(self) -> tuple[Any, ...]:
         return Slot, (self.tap, self.block)
-
-
-def _version(value: Tensor) -> int | None:
-    """Return how often a tensor was written to; None where nothing counts that."""
-    if torch.compiler.is_compiling() or value.is_inference():
-        return None
-    return compat.version(value)
 
 
 class Tap(nn.Module):
