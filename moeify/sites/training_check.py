@@ -63,7 +63,7 @@ class TrainingCheck:
         if _meaning(trained[0].program) != _meaning(region.program):
             why = "between its projections it does something else in training mode"
             return _refused(placement, why)
-        there = self.placer.placement(trained)
+        there = self.placer.placement(trained, whole=placement.install == "module")
         if placement.install == "module" and there != placement:
             placement = placer.placement(runs, whole=False)
             there = self.placer.placement(trained, whole=False)
