@@ -34,6 +34,7 @@ _ROWS = 256
 """Rows of one expert that the backward takes at a time."""
 
 
+@torch.compiler.disable
 def experts(*args: Any) -> Any:
     """Do what `experts_reference` does, in float32 and bfloat16, where there is a C++ compiler."""
     call = ExpertsCall(*args)
@@ -52,6 +53,7 @@ def experts(*args: Any) -> Any:
     return _by_panels(call)
 
 
+@torch.compiler.disable
 def experts_backward(*args: Any) -> Any:
     """Do what `experts_backward_reference` does, for what `experts` serves."""
     call = BackwardCall(*args)

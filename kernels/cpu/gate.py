@@ -35,6 +35,7 @@ BLOCK_BYTES = 4 << 20
 """Size of a float32 block of tokens: small enough for a cache, large enough for a product."""
 
 
+@torch.compiler.disable
 def gate(
     tokens: Tensor,
     weight: Tensor,
@@ -81,6 +82,7 @@ def gate(
     return scores, ids, logits, counts, aux_loss, z_loss, entropy
 
 
+@torch.compiler.disable
 def gate_backward(
     grad_scores: Tensor | None,
     grad_logits: Tensor | None,

@@ -31,6 +31,7 @@ ARGUMENTS = {
 """Types of the functions of rows.cpp, as `compile.function` reads them."""
 
 
+@torch.compiler.disable
 def assign(ids: Tensor, priority: Tensor | None, experts: int, capacity: int) -> Any:
     """Serve int32 ids with priorities of at most 32 bits."""
     kernel = _kernel("assign")
@@ -59,6 +60,7 @@ def assign(ids: Tensor, priority: Tensor | None, experts: int, capacity: int) ->
     return slots, order, offsets
 
 
+@torch.compiler.disable
 def combine_weights(scores: Tensor, slots: Tensor, combine: str) -> Any:
     """Serve float32 scores."""
     kernel = _kernel("combine_weights")
@@ -73,6 +75,7 @@ def combine_weights(scores: Tensor, slots: Tensor, combine: str) -> Any:
     return weights
 
 
+@torch.compiler.disable
 def combine_weights_backward(grad: Tensor, scores: Tensor, slots: Tensor, combine: str) -> Any:
     """Serve float32 gradients and scores."""
     kernel = _kernel("combine_weights_backward")
@@ -92,6 +95,7 @@ def combine_weights_backward(grad: Tensor, scores: Tensor, slots: Tensor, combin
     return grad_scores
 
 
+@torch.compiler.disable
 def dispatch(tokens: Tensor, order: Tensor, slots: Tensor) -> Any:
     """Serve any dtype."""
     kernel = _kernel("dispatch")
@@ -109,6 +113,7 @@ def dispatch(tokens: Tensor, order: Tensor, slots: Tensor) -> Any:
     return rows
 
 
+@torch.compiler.disable
 def combine(hidden: Tensor, weights: Tensor | None, order: Tensor, slots: Tensor) -> Any:
     """Serve float32 and bfloat16 rows."""
     if not hidden.is_cpu or hidden.dtype not in ROWS:
@@ -128,6 +133,7 @@ def combine(hidden: Tensor, weights: Tensor | None, order: Tensor, slots: Tensor
     return out
 
 
+@torch.compiler.disable
 def combine_backward(
     grad: Tensor, hidden: Tensor, weights: Tensor, order: Tensor, slots: Tensor
 ) -> Any:

@@ -136,7 +136,7 @@ def _describe(inputs: object) -> str:
 
 def _refuse_unready(model: nn.Module) -> None:
     for path, module in model.named_modules():
-        if compat.is_compiled_module(module):
+        if compat.is_compiled_module(module) or compat.is_compiled_in_place(module):
             raise CaptureError(f"{path or 'the model'} is compiled: convert first, compile after")
     for name, tensor in model.named_parameters():
         if isinstance(tensor, nn.parameter.UninitializedParameter):

@@ -14,6 +14,7 @@ from moeify.compat.autograd import restore_hooks as restore_hooks
 from moeify.compat.compilers import call_structure as call_structure
 from moeify.compat.compilers import compile_cpp as compile_cpp
 from moeify.compat.compilers import disable_fused_encoder as disable_fused_encoder
+from moeify.compat.compilers import is_compiled_in_place as is_compiled_in_place
 from moeify.compat.compilers import is_compiled_module as is_compiled_module
 from moeify.compat.compilers import is_exporting as is_exporting
 from moeify.compat.compilers import program_module as program_module
