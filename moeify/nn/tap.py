@@ -47,9 +47,9 @@ class Slot:
                 "them once per MLP, or leave this layer out of the plan (`select`). If an error "
                 "had interrupted the layer, run it once more."
             )
+        uncounted = torch.compiler.is_compiling() or value.is_inference()
         self._held.value = value
-        if not torch.compiler.is_compiling():  # to it, a number is a constant
-            self._held.version = None if value.is_inference() else compat.version(value)
+        self._held.version = None if uncounted else compat.version(value)
 
     def take(self) -> Tensor:
         """Return the value and release it.
@@ -74,9 +74,7 @@ class Slot:
 
     def drop(self) -> None:
         """Release the value, if there is one."""
-        self._held.value = None
-        if not torch.compiler.is_compiling():
-            self._held.version = None
+        self._held.value = self._held.version = None
 
     @property
     def is_full(self) -> bool:

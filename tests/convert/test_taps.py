@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import threading
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import moeify as mf
 from moeify.sites.record import conversion_of
+from tests.threads import in_threads
 
 D, H = 8, 12
 PLAN = {"layers": [{"select": "all", "experts": 2}], "router": {"capacity_factor": None}}
@@ -88,23 +87,6 @@ def convert(model: nn.Module, x: Tensor | None = None) -> nn.Module:
     assert record is not None
     assert all(layer.layer.site.install == "across modules" for layer in record.layers)
     return model
-
-
-def in_threads(work: Callable[[int], None], count: int = 4) -> None:
-    failed: list[BaseException] = []
-
-    def guarded(index: int) -> None:
-        try:
-            work(index)
-        except BaseException as error:
-            failed.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(i,)) for i in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failed, failed[0]
 
 
 def assert_runs(model: nn.Module, dense: nn.Module) -> None:
