@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-
 _Replaced = dict[int, tuple[nn.Parameter, nn.Parameter]]
 
 
