@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 import moeify as mf
 from moeify import compat
-from moeify.capture.capture import capture
 from moeify.capture.on_meta import parameters_on_meta
 from tests.threads import in_threads
 
@@ -47,19 +46,23 @@ class Mlp(nn.Module):
         return self.down(self.act(self.up(x)))
 
 
-class Caches(nn.Module):
-    """Keeps a tensor that it makes in a cache that all models share, and takes its time."""
+class Busy(nn.Module):
+    """Keeps a tensor in a cache that all models share, and notes how many of them run at once."""
+
+    now = most = 0
 
     def __init__(self) -> None:
         super().__init__()
         self.mlp = Mlp(nn.functional.gelu)
 
     def forward(self, x: Tensor) -> Tensor:
-        offset = CACHE.get("offset")
-        if offset is None:
-            offset = CACHE["offset"] = torch.ones(D)
-            time.sleep(0.15)
-        return self.mlp(x + offset)
+        Busy.now += 1
+        Busy.most = max(Busy.most, Busy.now)
+        offset = CACHE.setdefault("offset", torch.ones(D))
+        time.sleep(0.02)
+        out = self.mlp(x + offset)
+        Busy.now -= 1
+        return out
 
 
 def gradient(model: nn.Module, x: Tensor) -> Tensor:
@@ -81,18 +84,23 @@ def test_custom_gradients_stay_their_own() -> None:
     in_threads(convert, 6)
 
 
-def test_fake_tensors_in_a_shared_cache() -> None:
+def test_models_that_share_a_cache_run_one_at_a_time() -> None:
     x = torch.randn(4, D)
-    models = [Caches() for _ in range(4)]
+    models = [Busy() for _ in range(3)]
     wanted = [model(x) for model in models]
-    CACHE.clear()
+
+    def find(index: int) -> None:
+        assert len(mf.find_mlps(models[index], x)) == 1
 
     def convert(index: int) -> None:
-        assert capture(models[index], x).fallback == ""
         mf.moeify(models[index], PLAN, example_inputs=x)
 
-    in_threads(convert)
-    assert not any(compat.is_fake(value) for value in CACHE.values())
+    for work in (find, convert):
+        CACHE.clear()
+        Busy.most = 0
+        in_threads(work, len(models))
+        assert Busy.most == 1
+    assert not compat.is_fake(CACHE["offset"])
     for model, want in zip(models, wanted, strict=True):
         torch.testing.assert_close(model(x), want)
 
