@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from moeify import compat
-from moeify.capture.leaked_fakes import Variables, remove_leaked
+from moeify.capture.leaked_fakes import ONE_AT_A_TIME, Variables, remove_leaked
 from moeify.capture.preserve import preserved
 from moeify.capture.recorder import ModuleCall, Recorder
 from moeify.capture.torch_calls import Args, Kwargs, tensors_in
@@ -92,13 +92,14 @@ def record_fake(
 ) -> tuple[tuple[fx.GraphModule, Recorder] | None, str]:
     """Record on fake tensors and leave none of them behind; or return None and the reason."""
     fakes: list[weakref.ref[Tensor]] = []
-    variables = Variables(model)
     found, reason = None, ""
-    try:
-        found = _record(model, args, kwargs, training, fakes)
-    except Exception as error:  # a model may raise anything
-        reason = f"{type(error).__name__}: {_first_line(error)}"
-    remove_leaked(fakes, variables)
+    with ONE_AT_A_TIME:
+        variables = Variables(model)
+        try:
+            found = _record(model, args, kwargs, training, fakes)
+        except Exception as error:  # a model may raise anything
+            reason = f"{type(error).__name__}: {_first_line(error)}"
+        remove_leaked(fakes, variables)
     return found, reason
 
 
@@ -136,7 +137,7 @@ def _describe(inputs: object) -> str:
 
 def _refuse_unready(model: nn.Module) -> None:
     for path, module in model.named_modules():
-        if compat.is_compiled_module(module):
+        if compat.is_compiled_module(module) or compat.is_compiled_in_place(module):
             raise CaptureError(f"{path or 'the model'} is compiled: convert first, compile after")
     for name, tensor in model.named_parameters():
         if isinstance(tensor, nn.parameter.UninitializedParameter):

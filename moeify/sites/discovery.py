@@ -88,10 +88,7 @@ def _placement(placer: Placer, check: TrainingCheck | None, runs: list[Region]) 
     place = placer.placement(runs)
     if check is None or place.install == "refused":
         return place
-    verdict = check.verdict(runs, place)
-    if verdict.reason:
-        return Placement("refused", verdict.reason, module=place.module)
-    return place if verdict.whole else placer.placement(runs, whole=False)
+    return check.check(runs, place, placer)
 
 
 def find_mlps(model: nn.Module, example_inputs: ExampleInputs | None = None) -> list[Site]:

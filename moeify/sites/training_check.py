@@ -9,26 +9,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 from torch import nn
 
 from moeify.capture.capture import ExampleInputs, capture
 from moeify.errors import CaptureError
-from moeify.passes.match.dataflow import linears_of
 from moeify.passes.match.inner_program import InnerProgram
 from moeify.passes.match.mlp_regions import Region, find_regions
 from moeify.passes.match.placement import Placement, Placer
 
 log = logging.getLogger("moeify")
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """The result of the check for one site."""
-
-    reason: str = ""  # why it cannot be replaced
-    whole: bool = True  # whether its whole module may be swapped
 
 
 class TrainingCheck:
@@ -37,7 +28,6 @@ class TrainingCheck:
     def __init__(self, model: nn.Module, example_inputs: ExampleInputs) -> None:
         self.placer: Placer | None = None
         self.regions: dict[tuple[str, ...], list[Region]] = {}
-        self.ran: set[str] = set()
         self.reasons: Mapping[str, str] = {}
         try:
             recorded = capture(model, example_inputs, training=True)
@@ -48,24 +38,45 @@ class TrainingCheck:
         regions, missed = find_regions(graph, training=True)
         for region in regions:
             self.regions.setdefault(region.key, []).append(region)
-        self.ran = {linear.weight.name for linear in linears_of(graph)}
         self.reasons = {miss.name: miss.reason for miss in missed}
         self.placer = Placer(model, recorded)
 
-    def verdict(self, runs: Sequence[Region], placement: Placement) -> Verdict:
-        """Judge one site by all its runs in evaluation and the placement found there."""
+    def check(self, runs: Sequence[Region], placement: Placement, placer: Placer) -> Placement:
+        """Return where one site goes, by all its runs in evaluation and its placement there.
+
+        Where it is not the whole module in training it is not swapped whole; where it cannot be
+        replaced as training runs it, or only part of it runs there, it is refused.
+        """
         region = runs[0]
-        if self.placer is None or not set(region.key) <= self.ran:
-            return Verdict()
+        if self.placer is None:
+            return placement
+        missing = [name for name in region.key if name not in self.placer.sources]
+        if len(missing) == len(region.key):
+            return placement
         trained = self.regions.get(region.key)
         if trained is None:
             name = region.down.weight.name.rpartition(".")[0]
             why = self.reasons.get(name, "something else happens to its hidden value")
-            return Verdict(f"in training mode it is not such an MLP: {why}")
+            if missing:
+                why = f"{missing[0]} is not used there"
+            return _refused(placement, f"in training mode it is not such an MLP: {why}")
         if _meaning(trained[0].program) != _meaning(region.program):
-            return Verdict("between its projections it does something else in training mode")
-        whole = self.placer.whole_module(trained)
-        return Verdict(whole=whole == placement or placement.install != "module")
+            why = "between its projections it does something else in training mode"
+            return _refused(placement, why)
+        there = self.placer.placement(trained, whole=placement.install == "module")
+        if placement.install == "module" and there != placement:
+            placement = placer.placement(runs, whole=False)
+            there = self.placer.placement(trained, whole=False)
+        if placement.install == "refused" or there == placement:
+            return placement
+        if there.install == "refused":
+            return _refused(placement, f"in training mode {there.reason}")
+        around = tuple(dict.fromkeys((*placement.around, *there.around)))
+        return replace(placement, around=around)
+
+
+def _refused(placement: Placement, reason: str) -> Placement:
+    return Placement("refused", reason, module=placement.module)
 
 
 def _meaning(program: InnerProgram) -> tuple[object, ...]:
