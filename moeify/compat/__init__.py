@@ -16,6 +16,7 @@ from moeify.compat.compilers import compile_cpp as compile_cpp
 from moeify.compat.compilers import disable_fused_encoder as disable_fused_encoder
 from moeify.compat.compilers import is_compiled_module as is_compiled_module
 from moeify.compat.compilers import is_exporting as is_exporting
+from moeify.compat.compilers import never_compiled_alone as never_compiled_alone
 from moeify.compat.compilers import program_module as program_module
 from moeify.compat.compilers import (
     record_under_compiled_checkpointing as record_under_compiled_checkpointing,
