@@ -279,11 +279,25 @@ def _add_router_losses(gm: fx.GraphModule, model: nn.Module) -> None:
     name = "router_losses"
     while hasattr(gm, name):
         name += "_"
-    gm.add_submodule(name, RouterLosses([(r.aux_loss, r.z_loss) for _, r in found]))
+    balanced = [(gate, r) for gate, r in found if r.pending_counts is not None]
+    steps = [router.bias_update for _, router in balanced]
+    gm.add_submodule(name, RouterLosses([(r.aux_loss, r.z_loss) for _, r in found], steps))
     parts: list[fx.Node] = []
     for gate, _ in found:
         with gm.graph.inserting_after(gate):
             parts += [gm.graph.call_function(operator.getitem, (gate, i)) for i in (_AUX, _Z)]
+    for gate, router in balanced:
+        weight, bias = gate.args[1:3]
+        counts = _buffer_of(gm, router.pending_counts)
+        assert isinstance(weight, fx.Node)
+        assert isinstance(bias, fx.Node)
+        parts += [weight, bias]
+        with gm.graph.inserting_before(gate):
+            parts.append(gm.graph.get_attr(counts))
     with gm.graph.inserting_before(gm.graph.output_node()):
         gm.graph.call_module(name, tuple(parts))
     gm.graph.lint()
+
+
+def _buffer_of(gm: fx.GraphModule, buffer: Tensor | None) -> str:
+    return next(name for name, value in gm.named_buffers() if value is buffer)

@@ -130,7 +130,7 @@ class Router(nn.Module):
         self._records = Records()
         self.group = self.tensor_group = self.where = ""
         self.lift_capacity = False
-        follow_optimizers(self)
+        self._follow_optimizers()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -224,7 +224,7 @@ class Router(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._records = Records()
-        follow_optimizers(self)
+        self._follow_optimizers()
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -258,6 +258,14 @@ class Router(nn.Module):
             return drawn
         return from_first(drawn, self.tensor_group, f"{self.where}: random draws")
 
+    def balanced(self) -> tuple[Router]:
+        """Return itself: what has a selection bias."""
+        return (self,)
+
+    def _follow_optimizers(self) -> None:
+        if self.pending_counts is not None:
+            follow_optimizers(self)
+
     def update_bias(self) -> None:
         """Lower the bias of experts with more than the mean pending load, and raise the others'.
 
@@ -268,12 +276,23 @@ class Router(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or cast, but keep the bias in float32: in bfloat16 its small steps get lost."""
-        before = self.selection_bias
+        before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        after = self.selection_bias
-        if before is not None and after is not None and after.dtype != before.dtype:
-            self.selection_bias = before.to(after.device)
+        for name, buffer in before.items():
+            after = self._buffers[name]
+            if buffer is not None and after is not None and after.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(after.device)
         return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Load values of any dtype, but keep the bias in float32, also with `assign=True`."""
+        for name, buffer in self._buffers.items():
+            value = state_dict.get(prefix + name)
+            if buffer is not None and isinstance(value, Tensor):
+                state_dict[prefix + name] = value.to(buffer.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _record(self, routing: Routing, tokens: int | Tensor) -> None:
         loss = self.aux_loss * routing.aux_loss

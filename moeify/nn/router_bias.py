@@ -26,7 +26,7 @@ _FOREIGN_STEPS = 3
 
 
 class Balanced(Protocol):
-    """A module with a selection bias: a router, or what stands for one in an exported graph."""
+    """What has a selection bias: a router, or the tensors of one in an exported graph."""
 
     weight: nn.Parameter
     selection_bias: Tensor | None
@@ -36,6 +36,18 @@ class Balanced(Protocol):
     where: str
 
 
+@dataclass(eq=False)
+class BalancedGate:
+    """A router in an exported graph: its tensors, and the step of its bias."""
+
+    weight: nn.Parameter
+    selection_bias: Tensor | None
+    pending_counts: Tensor | None
+    bias_update: float
+    group: str = ""
+    where: str = ""
+
+
 @dataclass
 class _Known:
     model: weakref.ref[nn.Module] | None = None  # the outermost module of its last forward
@@ -43,25 +55,29 @@ class _Known:
     foreign: int = 0  # steps of optimizers that hold nothing of this model
 
 
-_known: weakref.WeakKeyDictionary[Balanced, _Known] = weakref.WeakKeyDictionary()
+class Owner(Protocol):
+    """A module with selection biases."""
+
+    def balanced(self) -> tuple[Balanced, ...]:
+        """Return what has them."""
+        ...
 
 
-def follow_optimizers(router: Balanced) -> None:
-    """Let the bias of a router move with the steps of the optimizer that holds its weight."""
-    if router.pending_counts is None:
-        return
+_known: weakref.WeakKeyDictionary[Owner, _Known] = weakref.WeakKeyDictionary()
+
+
+def follow_optimizers(owner: Owner) -> None:
+    """Let the biases of a module, while it lives, move with the steps of torch's optimizers."""
     if not _known:
         _register()
-    _known[router] = _Known()
+    _known[owner] = _Known()
 
 
-def note_forward(router: Balanced, model: nn.Module) -> None:
-    """Remember the model whose training forward runs a router."""
-    if router.pending_counts is None:
+def note_forward(owner: Owner, model: nn.Module) -> None:
+    """Remember the model whose training forward runs a module with biases."""
+    known = _known.get(owner)
+    if known is None:
         return
-    if router not in _known:
-        follow_optimizers(router)
-    known = _known[router]
     known.ran = True
     if known.model is None or known.model() is not model:
         known.model = weakref.ref(model)
@@ -96,24 +112,18 @@ _hook: list[Any] = []
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    routers = list(_known.items())
-    if not routers:
+    found = [(each, known) for owner, known in list(_known.items()) for each in owner.balanced()]
+    if not found:
         return
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for router, known in routers:
+    for router, known in found:
         if _belongs(router, known, held):
             move_bias(router)
             known.foreign = 0
         elif known.ran and known.foreign <= _FOREIGN_STEPS:
             known.foreign += 1
-            if known.foreign == _FOREIGN_STEPS and _trains(known):
-                log.warning(
-                    "%s: bias_update has no effect, because the optimizer that steps (%s) does "
-                    "not hold the model's own parameters: call moeify.update_router_biases(model) "
-                    "after each of its steps",
-                    router.where or "a router",
-                    type(optimizer).__name__,
-                )
+            if known.foreign == _FOREIGN_STEPS:
+                _warn(known, optimizer)
         known.ran = False
 
 
@@ -127,6 +137,17 @@ def _belongs(router: Balanced, known: _Known, held: set[int]) -> bool:
     return any(id(parameter) in held for parameter in model.parameters())
 
 
-def _trains(known: _Known) -> bool:
+def _warn(known: _Known, optimizer: Optimizer) -> None:
     model = None if known.model is None else known.model()
-    return model is not None and any(p.requires_grad for p in model.parameters())
+    if model is None or not any(p.requires_grad for p in model.parameters()):
+        return
+    for other in _known.values():
+        if other.model is not None and other.model() is model:
+            other.foreign = _FOREIGN_STEPS + 1
+    log.warning(
+        "bias_update has no effect on this %s, because the optimizer that steps (%s) does not hold "
+        "the parameters of the model itself: call moeify.update_router_biases(model) after each of "
+        "its steps",
+        type(model).__name__,
+        type(optimizer).__name__,
+    )
