@@ -11,6 +11,7 @@ from moeify.compat.autograd import in_backward as in_backward
 from moeify.compat.autograd import next_node_number as next_node_number
 from moeify.compat.autograd import node_number as node_number
 from moeify.compat.autograd import restore_hooks as restore_hooks
+from moeify.compat.checkpointing import checkpoint_regions as checkpoint_regions
 from moeify.compat.compilers import call_structure as call_structure
 from moeify.compat.compilers import compile_cpp as compile_cpp
 from moeify.compat.compilers import disable_fused_encoder as disable_fused_encoder

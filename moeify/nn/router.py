@@ -23,6 +23,7 @@ from moeify.kernels.precision import accumulation_dtype, without_autocast
 from moeify.kernels.route import BALANCES, COMBINES, DROPS, SCORES, Routing, route
 from moeify.nn.capacity import expert_capacity
 from moeify.nn.global_losses import over_ranks
+from moeify.nn.recomputed_noise import repeated_draws
 from moeify.nn.router_bias import follow_optimizers, move_bias
 from moeify.nn.router_record import ForwardRecord, Records, RouterStats, at_least_one
 
@@ -146,11 +147,13 @@ class Router(nn.Module):
         drop = self.drop
         if drop == "random" and (factor is None or not stochastic):
             drop = "position"
-        input_noise, logit_noise = self._draw_noise(tokens) if stochastic else (None, None)
-        priority: Tensor | None = None
-        if drop == "random":  # float32 whatever the default: ties would favour the first tokens
-            drawn = torch.rand(count, dtype=torch.float32, device=tokens.device)
-            priority = self._from_first_rank(drawn)
+        input_noise = logit_noise = priority = None
+        if stochastic and (self.noise != "none" or drop == "random"):
+            if torch.compiler.is_compiling():  # the graph repeats its draws itself
+                input_noise, logit_noise, priority = self._draw(tokens, drop)
+            else:
+                with repeated_draws(self, tokens.device):
+                    input_noise, logit_noise, priority = self._draw(tokens, drop)
         capacity = self.capacity(count)
         routing = route(
             tokens,
@@ -235,9 +238,11 @@ class Router(nn.Module):
         finally:
             self.record.restore(before)
 
-    def _draw_noise(self, tokens: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Return the factor on the tokens [T, D] and the Gumbel noise [T, E], or None."""
-        input_noise = logit_noise = None
+    def _draw(
+        self, tokens: Tensor, drop: str
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return factors on the tokens [T, D], Gumbel noise [T, E] and priorities [T], or None."""
+        input_noise = logit_noise = priority = None
         dtype, device = accumulation_dtype(tokens.dtype), tokens.device
         with without_autocast(tokens):
             if self.noise in ("jitter", "jitter+gumbel"):
@@ -250,7 +255,10 @@ class Router(nn.Module):
                 uniform = self._from_first_rank(uniform)
                 exponential = -uniform.clamp_min(torch.finfo(dtype).tiny).log()
                 logit_noise = -exponential.log()
-        return input_noise, logit_noise
+        if drop == "random":  # float32 whatever the default: ties would favour the first tokens
+            drawn = torch.rand(tokens.shape[0], dtype=torch.float32, device=device)
+            priority = self._from_first_rank(drawn)
+        return input_noise, logit_noise, priority
 
     def _from_first_rank(self, drawn: Tensor) -> Tensor:
         """Return what the first rank of the tensor group has drawn."""
