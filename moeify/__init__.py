@@ -30,6 +30,7 @@ _HOMES = {
     "to_sharded": "moeify.checkpoint.sharded.convert",
     "aux_loss": "moeify.train.losses",
     "router_stats": "moeify.train.losses",
+    "update_router_biases": "moeify.train.losses",
     "RouterCallback": "moeify.train.trainer_callback",
     "report": "moeify.reporting.page",
     "RunLog": "moeify.train.run_log",
@@ -101,6 +102,7 @@ if TYPE_CHECKING:
     from moeify.train.clip_grad import clip_grad_norm_ as clip_grad_norm_
     from moeify.train.losses import aux_loss as aux_loss
     from moeify.train.losses import router_stats as router_stats
+    from moeify.train.losses import update_router_biases as update_router_biases
     from moeify.train.optimizer import optimizer as optimizer
     from moeify.train.optimizer import param_groups as param_groups
     from moeify.train.run_log import RunLog as RunLog

@@ -15,12 +15,14 @@ from moeify.compat.autograd import known_values as known_values
 from moeify.compat.autograd import next_node_number as next_node_number
 from moeify.compat.autograd import node_number as node_number
 from moeify.compat.autograd import restore_hooks as restore_hooks
+from moeify.compat.checkpointing import checkpoint_regions as checkpoint_regions
 from moeify.compat.compilers import call_structure as call_structure
 from moeify.compat.compilers import cpp_command as cpp_command
 from moeify.compat.compilers import disable_fused_encoder as disable_fused_encoder
 from moeify.compat.compilers import is_compiled_in_place as is_compiled_in_place
 from moeify.compat.compilers import is_compiled_module as is_compiled_module
 from moeify.compat.compilers import is_exporting as is_exporting
+from moeify.compat.compilers import never_compiled_alone as never_compiled_alone
 from moeify.compat.compilers import program_module as program_module
 from moeify.compat.compilers import (
     record_under_compiled_checkpointing as record_under_compiled_checkpointing,

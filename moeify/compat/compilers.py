@@ -5,10 +5,13 @@ from __future__ import annotations
 import gc
 import inspect
 import shlex
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def is_exporting() -> bool:
@@ -46,6 +49,19 @@ def record_under_compiled_checkpointing() -> None:
 
     if hasattr(config, "skip_fwd_side_effects_in_bwd_under_checkpoint"):
         config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+
+
+def never_compiled_alone(function: Function) -> Function:
+    """Let dynamo compile a function as a part of what calls it only.
+
+    The hooks of a compiled module are code of their own for dynamo, which would compile each with
+    guards on its module and soon reach its limit of recompilations. Private because the public
+    `torch.compiler.disable` also forbids to inline the function.
+    """
+    from torch._dynamo.eval_frame import skip_code
+
+    skip_code(function.__code__)
+    return function
 
 
 def program_module(program: torch.export.ExportedProgram) -> fx.GraphModule:

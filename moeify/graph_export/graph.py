@@ -181,40 +181,34 @@ def _every_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 @contextmanager
 def _recording(model: nn.Module) -> Iterator[None]:
-    """Let routers record their losses and move their biases while the model is traced.
+    """Let routers record their losses while the model is traced.
 
     They do not under torch.export, but what adds the losses to a Hugging Face loss must find them
     as part of the graph. The model is left as it was.
     """
     routers = [router for _, router in routers_of(model)]
-    former = [router.last_aux_loss for router in routers]
+    former = [router.record.snapshot() for router in routers]
 
     def record(router: nn.Module, args: Any, routing: route.Routing) -> None:
         assert isinstance(router, Router)
         loss = router.aux_loss * routing.aux_loss + router.z_loss * routing.z_loss
-        last = router.last_aux_loss
-        router.last_aux_loss = loss if last is None else last + loss
-
-    def move_biases(*_: Any) -> None:
-        for router in routers:
-            if model.training and not router.lift_capacity:
-                router.update_bias()
+        last = router.record.loss
+        router.record.loss = loss if last is None else last + loss
 
     def forget(*_: Any) -> None:
         for router in routers:
-            router.last_aux_loss = None
+            router.record.loss = None
 
     forget()
     hooks = [router.register_forward_hook(record) for router in routers]
-    hooks.append(model.register_forward_pre_hook(move_biases))
     hooks.append(model.register_forward_hook(forget))
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-        for router, loss in zip(routers, former, strict=True):
-            router.last_aux_loss = loss
+        for router, state in zip(routers, former, strict=True):
+            router.record.restore(state)
 
 
 def _check_dynamic(program: torch.export.ExportedProgram) -> None:
@@ -281,11 +275,25 @@ def _add_router_losses(gm: fx.GraphModule, model: nn.Module) -> None:
     name = "router_losses"
     while hasattr(gm, name):
         name += "_"
-    gm.add_submodule(name, RouterLosses([(r.aux_loss, r.z_loss) for _, r in found]))
+    balanced = [(gate, r) for gate, r in found if r.pending_counts is not None]
+    steps = [router.bias_update for _, router in balanced]
+    gm.add_submodule(name, RouterLosses([(r.aux_loss, r.z_loss) for _, r in found], steps))
     parts: list[fx.Node] = []
     for gate, _ in found:
         with gm.graph.inserting_after(gate):
             parts += [gm.graph.call_function(operator.getitem, (gate, i)) for i in (_AUX, _Z)]
+    for gate, router in balanced:
+        weight, bias = gate.args[1:3]
+        counts = _buffer_of(gm, router.pending_counts)
+        assert isinstance(weight, fx.Node)
+        assert isinstance(bias, fx.Node)
+        parts += [weight, bias]
+        with gm.graph.inserting_before(gate):
+            parts.append(gm.graph.get_attr(counts))
     with gm.graph.inserting_before(gm.graph.output_node()):
         gm.graph.call_module(name, tuple(parts))
     gm.graph.lint()
+
+
+def _buffer_of(gm: fx.GraphModule, buffer: Tensor | None) -> str:
+    return next(name for name, value in gm.named_buffers() if value is buffer)

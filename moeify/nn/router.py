@@ -10,9 +10,9 @@ Shapes: T tokens, D model width, E experts, K top-k.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypedDict
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -24,24 +24,13 @@ from moeify.kernels.precision import accumulation_dtype, without_autocast
 from moeify.kernels.route import BALANCES, COMBINES, DROPS, SCORES, Routing, route
 from moeify.nn.capacity import expert_capacity
 from moeify.nn.global_losses import over_ranks
+from moeify.nn.recomputed_noise import repeated_draws
+from moeify.nn.router_bias import follow_optimizers, move_bias
+from moeify.nn.router_record import ForwardRecord, Records, RouterStats, at_least_one
 
 record_under_compiled_checkpointing()
 
 NOISES = ("none", "jitter", "rsample", "gumbel", "jitter+gumbel")
-
-_NO_FORWARD: Mapping[str, Any] = {
-    "last_aux_loss": None, "last_stats": None, "last_logits": (), "loss_taken": True, "_call": 0,
-}  # fmt: skip
-"""The state of the last forward, before there was one."""
-
-
-class RouterStats(TypedDict):
-    """Statistics of one forward, without gradient."""
-
-    counts: Tensor  # [E] int32, routes per expert before dropping
-    dropped: Tensor  # [] float, fraction of the routes that were dropped
-    entropy: Tensor  # [] float, mean entropy of the scores, in nats
-    tokens: int | Tensor  # a tensor if they were counted over ranks
 
 
 class Router(nn.Module):
@@ -66,10 +55,8 @@ class Router(nn.Module):
         balance: Choices that the balance loss counts: "all" or "first".
         aux_loss: Coefficient of the balance loss in `last_aux_loss`.
         z_loss: Coefficient of the z-loss in `last_aux_loss`.
-        bias_update: Step of auxiliary-loss-free balancing; 0 is off. `update_bias` moves the
-            selection bias by it, away from the load since the last update.
-        calls: How often one forward of the model calls this router; losses and counts are summed
-            over that many consecutive calls.
+        bias_update: Step of auxiliary-loss-free balancing; 0 is off. Each step of an optimizer that
+            trains the router moves the selection bias by it, away from the load since the last one.
         device: Device of the weight.
         dtype: Dtype of the weight.
 
@@ -77,11 +64,8 @@ class Router(nn.Module):
         weight: [E, D] parameter.
         selection_bias: [E] float32 buffer, if `bias_update` > 0.
         pending_counts: [E] int64 buffer, load since the last bias update.
-        last_aux_loss: Weighted sum of the losses of the last forward, with its graph; or None.
-        last_stats: `RouterStats` of the last forward, or None.
-        keep_logits: True keeps the logits of the next forwards in `last_logits`.
-        last_logits: [T, E] of each call since it was emptied, with their graph.
-        loss_taken: Whether `last_aux_loss` was read since the last forward.
+        record: Losses and statistics of this thread's last forward: in a converted model the sum
+            over all calls in one forward of the model, elsewhere those of the last call.
         group: Process group of the ranks that hold different tokens, whose losses and statistics
             in training are over all their tokens; "" for this process alone.
         tensor_group: Process group of the ranks that hold the same tokens, which all use what the
@@ -98,8 +82,7 @@ class Router(nn.Module):
 
     Note:
         Reentrant checkpointing runs the real forward without a graph, so `last_aux_loss` cannot
-        train the router there; use `use_reentrant=False`. With `bias_update`, run backward before
-        the next training forward if activations are checkpointed: it reads the bias again.
+        train the router there; use `use_reentrant=False`.
 
     Example:
         >>> routing = Router(16, experts=4, top_k=2)(torch.randn(8, 16))
@@ -128,7 +111,6 @@ class Router(nn.Module):
         aux_loss: float = 0.0,
         z_loss: float = 0.0,
         bias_update: float = 0.0,
-        calls: int = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -140,7 +122,6 @@ class Router(nn.Module):
         self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
         self.min_capacity, self.drop = min_capacity, drop
         self.aux_loss, self.z_loss, self.bias_update = aux_loss, z_loss, bias_update
-        self.calls = calls
         self._check()
         self.weight = nn.Parameter(torch.empty(experts, hidden, device=device, dtype=dtype))
         bias = counts = None
@@ -149,13 +130,10 @@ class Router(nn.Module):
             counts = torch.zeros(experts, device=device, dtype=torch.int64)
         self.register_buffer("selection_bias", bias)
         self.register_buffer("pending_counts", counts)
-        self.last_aux_loss: Tensor | None = None
-        self.last_stats: RouterStats | None = None
-        self.keep_logits, self.loss_taken = False, True
-        self.last_logits: tuple[Tensor, ...] = ()
+        self._records = Records()
         self.group = self.tensor_group = self.where = ""
         self.lift_capacity = False
-        self._call = 0
+        self._follow_optimizers()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -171,11 +149,13 @@ class Router(nn.Module):
         drop = self.drop
         if drop == "random" and (factor is None or not stochastic):
             drop = "position"
-        input_noise, logit_noise = self._draw_noise(tokens) if stochastic else (None, None)
-        priority: Tensor | None = None
-        if drop == "random":  # float32 whatever the default: ties would favour the first tokens
-            drawn = torch.rand(count, dtype=torch.float32, device=tokens.device)
-            priority = self._from_first_rank(drawn)
+        input_noise = logit_noise = priority = None
+        if stochastic and (self.noise != "none" or drop == "random"):
+            if torch.compiler.is_compiling():  # the graph repeats its draws itself
+                input_noise, logit_noise, priority = self._draw(tokens, drop)
+            else:
+                with repeated_draws(self, tokens.device):
+                    input_noise, logit_noise, priority = self._draw(tokens, drop)
         capacity = self.capacity(count)
         routing = route(
             tokens,
@@ -227,27 +207,45 @@ class Router(nn.Module):
             f"combine={self.combine}, noise={self.noise}, drop={self.drop}, {factors}"
         )
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        register_flops()  # in the process that a model was unpickled in
+    @property
+    def record(self) -> ForwardRecord:
+        """What this thread's last forward left here."""
+        return self._records.own
+
+    @property
+    def last_aux_loss(self) -> Tensor | None:
+        """Weighted sum of the losses of the last forward, with its graph; None before one."""
+        return self.record.loss
+
+    @property
+    def last_stats(self) -> RouterStats | None:
+        """Statistics of the last forward; None before one."""
+        return self.record.stats
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the state of the last forward: a loss with a graph cannot be copied."""
-        return {**self.__dict__, **_NO_FORWARD}
+        """Leave out the records: a loss with a graph cannot be copied."""
+        return {name: value for name, value in self.__dict__.items() if name != "_records"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._records = Records()
+        self._follow_optimizers()
+        register_flops()  # in the process that a model was unpickled in
 
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Restore losses and statistics after forwards that should not count."""
-        before = {name: self.__dict__[name] for name in _NO_FORWARD}
-        self._call = 0
+        before = self.record.snapshot()
         try:
             yield
         finally:
-            self.__dict__.update(before)
+            self.record.restore(before)
 
-    def _draw_noise(self, tokens: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Return the factor on the tokens [T, D] and the Gumbel noise [T, E], or None."""
-        input_noise = logit_noise = None
+    def _draw(
+        self, tokens: Tensor, drop: str
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return factors on the tokens [T, D], Gumbel noise [T, E] and priorities [T], or None."""
+        input_noise = logit_noise = priority = None
         dtype, device = accumulation_dtype(tokens.dtype), tokens.device
         with without_autocast(tokens):
             if self.noise in ("jitter", "jitter+gumbel"):
@@ -260,7 +258,10 @@ class Router(nn.Module):
                 uniform = self._from_first_rank(uniform)
                 exponential = -uniform.clamp_min(torch.finfo(dtype).tiny).log()
                 logit_noise = -exponential.log()
-        return input_noise, logit_noise
+        if drop == "random":  # float32 whatever the default: ties would favour the first tokens
+            drawn = torch.rand(tokens.shape[0], dtype=torch.float32, device=device)
+            priority = self._from_first_rank(drawn)
+        return input_noise, logit_noise, priority
 
     def _from_first_rank(self, drawn: Tensor) -> Tensor:
         """Return what the first rank of the tensor group has drawn."""
@@ -268,38 +269,54 @@ class Router(nn.Module):
             return drawn
         return from_first(drawn, self.tensor_group, f"{self.where}: random draws")
 
+    def balanced(self) -> tuple[Router]:
+        """Return itself: what has a selection bias."""
+        return (self,)
+
+    def _follow_optimizers(self) -> None:
+        if self.pending_counts is not None:
+            follow_optimizers(self)
+
     def update_bias(self) -> None:
         """Lower the bias of experts with more than the mean pending load, and raise the others'.
 
-        A converted model calls it at the start of a training forward, outside of any region that
-        is recomputed, so that a recomputation sees the bias that its forward saw.
+        The steps of any optimizer of torch that trains this router do it; `pending_counts` are
+        zero then.
         """
-        if self.selection_bias is None or self.pending_counts is None:
-            return
-        # Nothing here has a gradient, and a `no_grad` region without results would vanish from the
-        # graph of `moeify.export`.
-        load = self.pending_counts.to(torch.float32)
-        self.selection_bias.add_((load.mean() - load).sign(), alpha=self.bias_update)
-        self.pending_counts.zero_()
+        move_bias(self)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or cast, but keep the bias in float32: in bfloat16 its small steps get lost."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in before.items():
+            after = self._buffers[name]
+            if buffer is not None and after is not None and after.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(after.device)
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Load values of any dtype, but keep the bias in float32, also with `assign=True`."""
+        for name, buffer in self._buffers.items():
+            value = state_dict.get(prefix + name)
+            if buffer is not None and isinstance(value, Tensor):
+                state_dict[prefix + name] = value.to(buffer.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _record(self, routing: Routing, tokens: int | Tensor) -> None:
         loss = self.aux_loss * routing.aux_loss
         if self.z_loss:
             loss = loss + self.z_loss * routing.z_loss
-        if self.keep_logits:
-            self.last_logits = (*self.last_logits, routing.logits)
-        routes = _at_least_one(tokens) * self.top_k
+        routes = at_least_one(tokens) * self.top_k
         stats: RouterStats = {
             "counts": routing.counts,
             "dropped": routing.dropped / routes,
             "entropy": routing.entropy,
             "tokens": tokens,
         }
-        if self._call > 0 and self.last_aux_loss is not None and self.last_stats is not None:
-            loss, stats = self.last_aux_loss + loss, _merged(self.last_stats, stats)
-        self.last_aux_loss, self.last_stats = loss, stats
-        if self.calls > 1:
-            self._call = (self._call + 1) % self.calls
+        self.record.add(loss, stats, routing.logits)
 
     def _check(self) -> None:
         if self.experts < 1:
@@ -335,8 +352,6 @@ class Router(nn.Module):
         ):
             if not (number >= 0 and math.isfinite(number)):
                 raise ValueError(f"{name}: {number} must be a number of at least 0")
-        if self.calls < 1:
-            raise ValueError(f"calls: {self.calls} is not at least 1")
 
 
 @contextmanager
@@ -355,19 +370,3 @@ def lifted_capacity(model: nn.Module) -> Iterator[None]:
     finally:
         for router, value in zip(routers, former, strict=True):
             router.lift_capacity = value
-
-
-def _at_least_one(tokens: int | Tensor) -> int | Tensor:
-    return tokens.clamp_min(1) if isinstance(tokens, Tensor) else max(tokens, 1)
-
-
-def _merged(first: RouterStats, second: RouterStats) -> RouterStats:
-    """Return the statistics of both: sums of counts and tokens, means weighted by tokens."""
-    tokens = first["tokens"] + second["tokens"]
-    share = first["tokens"] / _at_least_one(tokens)
-    return {
-        "counts": first["counts"] + second["counts"],
-        "dropped": share * first["dropped"] + (1 - share) * second["dropped"],
-        "entropy": share * first["entropy"] + (1 - share) * second["entropy"],
-        "tokens": tokens,
-    }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import field, is_dataclass, make_dataclass
@@ -13,14 +12,15 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from moeify.compat import in_backward, is_exporting
+from moeify.compat import is_exporting
 from moeify.errors import MoeifyError
 from moeify.hf.detect import is_hf
+from moeify.nn import outer_forward
+from moeify.nn.outer_forward import begin_forward, end_forward
 from moeify.nn.router import Router
 from moeify.nn.router_losses import RouterLosses
+from moeify.nn.router_record import read_losses
 from moeify.sites.record import routers_of
-
-log = logging.getLogger("moeify")
 
 _NO_LAYER = "this model has no MoE layer: convert it with moeify(model, plan) first"
 
@@ -68,10 +68,7 @@ def aux_loss(model: nn.Module) -> Tensor:
         if exported:
             return torch.zeros(()) if exported[0] is None else exported[0]
         raise MoeifyError(_NO_LAYER)
-    if not torch.compiler.is_compiling():
-        for router in routers:
-            router.loss_taken = True
-    losses = [r.last_aux_loss for r in routers if r.last_aux_loss is not None]
+    losses = read_losses([router.record for router in routers])
     if not losses:
         weight = routers[0].weight
         return torch.zeros((), dtype=torch.float32, device=weight.device)
@@ -161,7 +158,6 @@ class ForwardWithRouterLosses:
         self.shifts = shifts_labels(model)
         # A model that has routers itself returns their logits.
         self.gives_logits = "output_router_logits" in self.__signature__.parameters
-        self.warned = False
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -177,22 +173,29 @@ class ForwardWithRouterLosses:
             asked = kwargs.pop("output_router_logits", None)
             wanted = bool(default if asked is None else asked) and not is_exporting()
         training = model.training and not is_exporting()
-        if training and not torch.compiler.is_compiling():
-            self._watch()
-        if wanted:
-            routers = [router for _, router in live_routers(model)]
-            for router in routers:
-                router.keep_logits, router.last_logits = True, ()
-        output = type(model).forward(model, *args, **kwargs)
+        outermost = begin_forward(model)  # where `model.forward` is called, past its hooks
+        try:
+            return self._run(args, kwargs, training, wanted)
+        finally:
+            if outermost:
+                end_forward(model)
+
+    def _run(self, args: Any, kwargs: dict[str, Any], training: bool, wanted: bool) -> Any:
+        model = self.model
+        records = [router.record for _, router in live_routers(model)] if wanted else []
+        for record in records:
+            record.keep_logits, record.logits = True, ()
+        try:
+            output = type(model).forward(model, *args, **kwargs)
+            logits = tuple(each for record in records for each in record.logits)
+        finally:
+            for record in records:
+                record.keep_logits, record.logits = False, ()
         if training:
             labels = kwargs.get("labels")
             share = self._share(labels, kwargs)
             output = with_router_losses(model, output, labels is not None, share)
         if wanted:
-            logits: tuple[Tensor, ...] = ()
-            for router in routers:
-                logits = (*logits, *router.last_logits)
-                router.keep_logits, router.last_logits = False, ()
             output = _with_logits(output, logits, aux_loss(model))
         return output
 
@@ -209,28 +212,6 @@ class ForwardWithRouterLosses:
         if not isinstance(total, Tensor):
             return items / max(total, 1)
         return items / total.to(items).flatten()[0].clamp_min(1)  # one entry per replica
-
-    def _watch(self) -> None:
-        """Warn once if nobody read the trainable losses of the last forward."""
-        routers = [router for _, router in live_routers(self.model)]
-        lost = any(
-            (router.aux_loss or router.z_loss)
-            and not router.loss_taken
-            and router.last_aux_loss is not None
-            and router.last_aux_loss.requires_grad
-            for router in routers
-        )
-        if lost and not self.warned:
-            self.warned = True
-            log.warning(
-                "the router losses of the last training forward are not in any loss, so nothing "
-                "balances the experts: the model got no labels (Trainer removes them for label "
-                "smoothing and for compute_loss_func). Add moeify.aux_loss(model) to the loss "
-                "after each forward"
-            )
-        if torch.is_grad_enabled():
-            for router in routers:
-                router.loss_taken = False
 
 
 def shifts_labels(model: nn.Module) -> bool:
@@ -304,31 +285,37 @@ def _is_loss(value: object) -> bool:
     return isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point()
 
 
-def update_router_biases(model: nn.Module, args: tuple[Any, ...]) -> None:
-    """Forward pre-hook: update the selection biases before a training forward, not a recompute.
+def update_router_biases(model: nn.Module) -> None:
+    """Move the selection biases of all routers of a model by their pending loads.
+
+    Steps of torch's optimizers do it by themselves. Call this after each step of anything else that
+    trains the model's weights, or a copy of them; a second call does nothing.
+
+    Args:
+        model: A converted model, also compiled or wrapped.
+
+    Raises:
+        MoeifyError: The model has no MoE layer.
 
     Source:
         Auxiliary-loss-free load balancing (Wang et al. 2024) algorithm 1.
     """
-    if not model.training or in_backward() or is_exporting():
-        return
-    for _, router in routers_of(model):
-        if not router.lift_capacity:
-            router.update_bias()
+    routers = list(live_routers(model))
+    if not routers:
+        raise MoeifyError(_NO_LAYER)
+    for _, router in routers:
+        router.update_bias()
 
 
 def attach(model: nn.Module) -> None:
-    """Add router losses to a Hugging Face model's loss, and bias updates to any model's forward."""
-    if any(router.bias_update > 0 for _, router in routers_of(model)):
-        model.register_forward_pre_hook(update_router_biases)
+    """Let forwards collect router losses, and add them to the loss of a Hugging Face model."""
+    outer_forward.attach(model)
     if is_hf(model) and "forward" not in model.__dict__:
         model.__dict__["forward"] = ForwardWithRouterLosses(model)
 
 
 def detach(model: nn.Module) -> None:
     """Undo `attach`."""
-    for key, hook in list(model._forward_pre_hooks.items()):
-        if hook is update_router_biases:
-            del model._forward_pre_hooks[key]
+    outer_forward.detach(model)
     if isinstance(model.__dict__.get("forward"), ForwardWithRouterLosses):
         del model.__dict__["forward"]

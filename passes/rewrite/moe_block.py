@@ -117,7 +117,6 @@ def _router(layer: LayerPlan, like: Tensor, weight: Tensor) -> Router:
         aux_loss=spec.aux_loss,
         z_loss=spec.z_loss,
         bias_update=spec.bias_update,
-        calls=layer.site.calls,
         device="meta",
         dtype=like.dtype,
     )

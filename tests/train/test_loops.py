@@ -144,8 +144,10 @@ def test_a_tensor_group_draws_alike(router):
 
 def _biases(rank: int, made: dict[str, Any]) -> list[bool]:
     model = converted(made)
+    step = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(3):
         backward(model, model, batches((5, 0, 9, 3))[rank])
+        step.step()
     same: list[bool] = []
     for _, router in routers_of(model):
         assert router.selection_bias.abs().max() > 0
