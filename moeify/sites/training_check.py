@@ -16,7 +16,7 @@ from torch import nn
 from moeify.capture.capture import ExampleInputs, capture
 from moeify.errors import CaptureError
 from moeify.passes.match.dataflow import linears_of
-from moeify.passes.match.inner_program import InnerProgram
+from moeify.passes.match.meaning import difference
 from moeify.passes.match.mlp_regions import Region, find_regions
 from moeify.passes.match.placement import Placement, Placer
 
@@ -62,14 +62,11 @@ class TrainingCheck:
             name = region.down.weight.name.rpartition(".")[0]
             why = self.reasons.get(name, "something else happens to its hidden value")
             return Verdict(f"in training mode it is not such an MLP: {why}")
-        if _meaning(trained[0].program) != _meaning(region.program):
-            return Verdict("between its projections it does something else in training mode")
+        for run in trained:
+            how = difference(region.program, run.program)
+            if how:
+                return Verdict(
+                    f"between its projections it does something else in training mode: {how}"
+                )
         whole = self.placer.whole_module(trained)
         return Verdict(whole=whole == placement or placement.install != "module")
-
-
-def _meaning(program: InnerProgram) -> tuple[object, ...]:
-    code = "" if program.module is None else program.module.code
-    parts = () if program.module is None else tuple(map(repr, program.module.children()))
-    names = (program.activation, program.gated, program.swap, program.dropout)
-    return (*names, program.params, code, parts)
