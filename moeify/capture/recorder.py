@@ -8,12 +8,12 @@ operator. An `autograd.Function` is one node, because its gradient is not that o
 from __future__ import annotations
 
 import operator
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, fx, nn
@@ -31,6 +31,12 @@ from moeify.capture.torch_calls import (
 )
 from moeify.passes.infra.records import NodeRecord, ParamRef, record_of, set_record
 from moeify.units import dtype_name
+
+_LITERAL: Final = (
+    bool, int, float, complex, str, type, torch.dtype, torch.device, torch.layout,
+    torch.memory_format, torch.SymInt, torch.SymFloat, torch.SymBool,
+)  # fmt: skip
+"""What has a literal form in generated code; everything else becomes an attribute of the graph."""
 
 
 @dataclass(slots=True)
@@ -131,9 +137,12 @@ class Recorder(TorchFunctionMode):
             return {key: self._as_argument(part) for key, part in value.items()}
         if isinstance(value, slice):
             return slice(*map(self._as_argument, (value.start, value.stop, value.step)))
-        if isinstance(value, torch.ScriptObject | torch.Generator | FunctionType | MethodType):
-            return self._object(value)  # has no literal form in generated code
-        return value
+        if value is None or value is Ellipsis or isinstance(value, _LITERAL):
+            return value
+        numpy = sys.modules.get("numpy")
+        if numpy is not None and isinstance(value, numpy.generic):
+            return value.item()
+        return self._object(value)
 
     def _object(self, value: Any) -> fx.Node:
         name = next((n for n, known in self.objects.items() if known is value), None)

@@ -70,6 +70,11 @@ def target_of(func: Callable[..., Any], name: str, args: Args) -> tuple[str, Any
         return "call_method", name
     if getattr(torch.Tensor, name, None) is func:
         return "call_method", name
+    if kind == "function" and getattr(func, "__module__", "") == "torch._tensor":
+        # `x ** 2` runs a wrapper that is called `pow` and is an attribute `__pow__` of tensors.
+        found = next((key for key, value in vars(torch.Tensor).items() if value is func), None)
+        if found is not None:
+            return "call_method", found
     return "call_function", func
 
 

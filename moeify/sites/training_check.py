@@ -15,7 +15,7 @@ from torch import nn
 
 from moeify.capture.capture import ExampleInputs, capture
 from moeify.errors import CaptureError
-from moeify.passes.match.inner_program import InnerProgram
+from moeify.passes.match.meaning import difference
 from moeify.passes.match.mlp_regions import Region, find_regions
 from moeify.passes.match.placement import Placement, Placer
 
@@ -60,9 +60,11 @@ class TrainingCheck:
             if missing:
                 why = f"{missing[0]} is not used there"
             return _refused(placement, f"in training mode it is not such an MLP: {why}")
-        if _meaning(trained[0].program) != _meaning(region.program):
-            why = "between its projections it does something else in training mode"
-            return _refused(placement, why)
+        for run in trained:
+            how = difference(region.program, run.program)
+            if how:
+                why = f"between its projections it does something else in training mode: {how}"
+                return _refused(placement, why)
         there = self.placer.placement(trained, whole=placement.install == "module")
         if placement.install == "module" and there != placement:
             placement = placer.placement(runs, whole=False)
@@ -77,10 +79,3 @@ class TrainingCheck:
 
 def _refused(placement: Placement, reason: str) -> Placement:
     return Placement("refused", reason, module=placement.module)
-
-
-def _meaning(program: InnerProgram) -> tuple[object, ...]:
-    code = "" if program.module is None else program.module.code
-    parts = () if program.module is None else tuple(map(repr, program.module.children()))
-    names = (program.activation, program.gated, program.swap, program.dropout)
-    return (*names, program.params, code, parts)

@@ -20,6 +20,7 @@ from torch import Tensor, fx
 
 from moeify.passes.infra.records import module_path_of, record_of
 from moeify.passes.match.dataflow import Linear
+from moeify.passes.match.elementwise import acts_elementwise
 from moeify.passes.match.operations import (
     CASTS,
     DROPOUTS,
@@ -32,7 +33,6 @@ from moeify.passes.match.operations import (
     opaque_call,
     shape_of,
 )
-from moeify.passes.match.probing import acts_elementwise
 
 _ELEMENTWISE = (ELEMENTWISE | DROPOUTS) - {"softmax", "prelu", "glu"}
 _STRIDED = TRANSPOSES | SPLITS | {"getitem", "expand", "narrow", "select", "detach"}

@@ -2,12 +2,14 @@
 
 The recorded nodes carry the sizes of one run. Their rows are independent, so the program is
 rewritten over `[rows, width]`: reshapes vanish, dimensions become the last one, an affine norm is
-split in norm and per-row scale. Then it is *probed*: evaluated on random numbers and compared with
-the canonical activations, so that a GELU written out by hand is recognised as one.
+split in norm and per-row scale. Where its operations are one of the known forms of a canonical
+activation (`known_forms`), such as a GELU written out by hand, the program is that activation.
+Every other one is kept, operation by operation.
 """
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,18 +21,21 @@ from torch import fx, nn
 
 from moeify import compat
 from moeify.passes.match.dataflow import Linear, is_parameter, weight_of
+from moeify.passes.match.elementwise import acts_elementwise
+from moeify.passes.match.known_forms import recognise
+from moeify.passes.match.norms import only_normalises
 from moeify.passes.match.operations import (
     CASTS,
     DROPOUTS,
     OVER_WIDTH,
     RESHAPES,
     SPLITS,
+    OpaqueCall,
     dtype_of,
     op_name,
     opaque_call,
     shape_of,
 )
-from moeify.passes.match.probing import acts_elementwise, only_normalises, recognise
 from moeify.units import dtype_from_name
 
 
@@ -63,17 +68,41 @@ def build_program(
     """
     writer = _Writer(ups, interior, down, lift_dropout=True, training=training)
     plain = not writer.params and not writer.has_dropout
-    named = recognise(writer.module, writer.width) if plain else None
+    named = recognise(writer.module, writer.width, writer.dtype) if plain else None
     narrow = _narrow_width(interior)
     if named is not None:
         activation, gated, swap = named
         return InnerProgram(activation, gated, swap, writer.dropout, (), None, narrow)
-    if only_normalises(writer.module, writer.width, len(writer.params)):
+    if only_normalises(writer.module):
         raise NotTokenwise("between its projections is only a normalisation, no activation")
     if writer.dropout:  # a custom program keeps every dropout where it was
         writer = _Writer(ups, interior, down, lift_dropout=False, training=training)
     gated = len(ups) > 1
     return InnerProgram("custom", gated, False, 0.0, tuple(writer.params), writer.module, narrow)
+
+
+def _out_of_place(func: Callable[..., Any], args: list[Any]) -> list[Any]:
+    """Return the arguments of a call with `inplace` off, where it is given by position."""
+    try:
+        names = list(inspect.signature(func).parameters)
+    except (TypeError, ValueError):  # written in C: it has no such argument
+        return args
+    place = names.index("inplace") if "inplace" in names else len(args)
+    return [*args[:place], False, *args[place + 1 :]] if place < len(args) else args
+
+
+def _is_cast(value: fx.Node) -> bool:
+    """Tell whether a value of the program may have another dtype than the hidden value."""
+    seen, todo = set(), [value]
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if op_name(node) in CASTS:
+            return True
+        todo += node.all_input_nodes
+    return False
 
 
 def _narrow_width(interior: Sequence[fx.Node]) -> int:
@@ -121,7 +150,7 @@ class _Writer:
         self.hidden = self.graph.placeholder("hidden")
         self._slots: dict[str, fx.Node] = {}
         self._unfit = ""
-        self._dtype = dtype_of(ups[0].out)
+        self.dtype = dtype_from_name(dtype_of(ups[0].out))
         for node in self.interior:  # parameters are arguments: they come first
             self._collect_params(node)
         self._emit_ups()
@@ -154,11 +183,11 @@ class _Writer:
             start = stop
 
     def _last_dropout(self) -> fx.Node | None:
-        """Return the dropout whose value goes straight into the last projection, if any."""
+        """Return the plain dropout whose value goes straight into the last projection, if any."""
         node = self.down.source
         while op_name(node) in RESHAPES and node in self.interior:
             node = node.all_input_nodes[0]
-        return node if op_name(node) in DROPOUTS and node in self.interior else None
+        return node if op_name(node) == "dropout" and node in self.interior else None
 
     def _collect_params(self, node: fx.Node) -> None:
         for value in node.all_input_nodes:
@@ -251,7 +280,12 @@ class _Writer:
             kwargs.pop(key, None)
             kwargs["dim"] = -1
 
-    def _opaque(self, node: fx.Node, module: nn.Module) -> fx.Node:
+    def _opaque(self, node: fx.Node, module: OpaqueCall) -> fx.Node:
+        if module.unfit:
+            raise NotTokenwise(
+                f"`{op_name(node)}` takes {module.unfit}, which may change after the conversion: "
+                "pass it numbers"
+            )
         if not acts_elementwise(module):
             raise NotTokenwise(f"`{op_name(node)}` is not elementwise")
         name = f"custom_{len(list(self.root.children()))}"
@@ -268,6 +302,8 @@ class _Writer:
             return self.graph.call_method(target, tuple(args), kwargs)
         func: Callable[..., Any] = node.target  # type: ignore[assignment]
         space, plain = compat.base_name(func)
+        if not space:
+            args = _out_of_place(func, args)
         if plain.endswith("_") and not plain.endswith("__"):
             if space:
                 func = getattr(getattr(torch.ops, space), plain[:-1])
@@ -276,21 +312,32 @@ class _Writer:
         return self.graph.call_function(func, tuple(args), kwargs)
 
     def _cast(self, node: fx.Node, first: fx.Node) -> fx.Node:
-        value = self.env[first]
-        if dtype_of(first) == dtype_of(node):
+        """Keep a cast, also one that changed nothing when recorded: the model may be cast later.
+
+        One to the hidden value's dtype is written so, unless the method names its dtype.
+        """
+        value, dtype = self.env[first], dtype_from_name(dtype_of(node))
+        if op_name(node) in ("float", "double", "half", "bfloat16"):
+            return self.graph.call_method("to", (value, dtype))
+        if dtype != self.dtype:
+            return self.graph.call_method("to", (value, dtype))
+        if dtype_of(first) == dtype_of(node) and not _is_cast(value):
             return value
-        if dtype_of(node) == self._dtype:
-            dtype: Any = self.graph.call_function(getattr, (self.hidden, "dtype"))
-        else:
-            dtype = dtype_from_name(dtype_of(node))
-        return self.graph.call_method("to", (value, dtype))
+        own = self.graph.call_function(getattr, (self.hidden, "dtype"))
+        return self.graph.call_method("to", (value, own))
 
     def _dropout(self, node: fx.Node) -> fx.Node:
         p = self._probability(node)
         value = self.env[node.all_input_nodes[0]]
         if p == 0.0:
             return value
-        kind = nn.Dropout if op_name(node) == "dropout" else nn.AlphaDropout
+        kinds: dict[str, type[nn.Module]] = {
+            "dropout": nn.Dropout,
+            "alpha_dropout": nn.AlphaDropout,
+        }
+        if op_name(node) not in kinds:
+            raise NotTokenwise(f"`{op_name(node)}` drops whole channels of a sample")
+        kind: Any = kinds[op_name(node)]
         name = f"dropout_{len(list(self.root.children()))}"
         self.root.add_module(name, kind(p))
         return self.graph.call_module(name, (value,))

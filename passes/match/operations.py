@@ -75,15 +75,16 @@ def op_name(node: fx.Node) -> str:
     return name.strip("_").removeprefix("linalg_")
 
 
-def opaque_call(node: fx.Node) -> nn.Module | None:
+def opaque_call(node: fx.Node) -> OpaqueCall | None:
     """Return a module that runs what only its author knows: a custom function or operator.
 
-    None where the node is an operation of torch, or takes anything but one tensor.
+    None where the node is an operation of torch, or takes several tensors.
     """
     if node.op != "call_function" or node.kwargs or len(node.args) < 1:
         return None
     first, *rest = node.args
-    if not isinstance(first, fx.Node) or len(node.all_input_nodes) != 1:
+    tensors = [source for source in node.all_input_nodes if not _is_object(source)]
+    if tensors != [first]:
         return None
     target: Any = node.target
     if isinstance(target, FunctionCall):
@@ -101,13 +102,30 @@ class OpaqueCall(nn.Module):
         # The function's class, or the operator; what to call on it, or ""; no tensor in the rest.
         self.owner, self.method, self.rest = owner, method, rest
 
+    @property
+    def unfit(self) -> str:
+        """Say which argument is an object, whose state may change later; "" if none is."""
+        held: list[fx.Node] = []
+        fx.node.map_arg(self.rest, held.append)
+        if not held:
+            return ""
+        value = getattr(held[0].graph.owning_module, str(held[0].target), None)
+        return f"an argument of type {type(value).__name__}"
+
     def forward(self, value: Tensor) -> Tensor:
         call = getattr(self.owner, self.method) if self.method else self.owner
         result: Tensor = call(value, *self.rest)
         return result
 
     def extra_repr(self) -> str:
-        return getattr(self.owner, "__name__", str(self.owner))
+        name = getattr(self.owner, "__name__", str(self.owner))
+        return ", ".join([name, *map(repr, self.rest)])
+
+
+def _is_object(node: fx.Node) -> bool:
+    """Tell whether a node is an argument that is no tensor and has no literal form."""
+    record = record_of(node)
+    return node.op == "get_attr" and record is not None and not record.params
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:

@@ -1,120 +1,100 @@
-"""Telling what a small program computes, by its numbers.
+"""What a small program does, seen from its numbers: a check on top of what its operations say.
 
-A program is run on random numbers and compared: with the canonical activations, with itself on
-scaled inputs, with itself on single values.
+The values reach from tiny ones over all powers of ten up to 1e5 to the infinities: two programs
+that differ beyond a clamp differ here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from moeify.nn.activations import ACTIVATIONS
-
-_probed: dict[tuple[Any, ...], tuple[str, bool, bool] | None] = {}
-_norms: dict[tuple[Any, ...], bool] = {}
-_MOST = 1024
-
-
-def _identity(module: fx.GraphModule) -> tuple[Any, ...]:
-    """Return what makes two programs the same: code, and the custom functions behind it."""
-    if len(_probed) + len(_norms) > _MOST:
-        _probed.clear()
-        _norms.clear()
-    own = tuple((repr(child), getattr(child, "owner", None)) for child in module.children())
-    return module.code, own
+_SIZES = (1e-30, 1e-7, 1e-3, 0.1, 0.3, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0)
+_LARGE = (14.0, 16.0, 18.0, 20.0, 25.0, 32.0, 50.0, 64.0, 100.0, 128.0, 1e3, 1e4, 65504.0, 1e5)
+_FINITE = tuple(sign * size for size in (0.0, *_SIZES, *_LARGE) for sign in (1.0, -1.0))
+_SPECIAL = (float("inf"), float("-inf"), float("nan"))
 
 
-def recognise(module: fx.GraphModule, width: int) -> tuple[str, bool, bool] | None:
-    """Return (activation, gated, swap) where the program equals a canonical one, else None."""
-    key = (*_identity(module), width)
-    if key not in _probed:
-        _probed[key] = _probe(module, width)
-    return _probed[key]
+def same_numbers(
+    module: fx.GraphModule,
+    activation: Callable[[Tensor], Tensor],
+    width: int,
+    *,
+    gated: bool,
+    swap: bool,
+    dtype: torch.dtype,
+) -> bool:
+    """Tell whether a program over rows [R, width] has the numbers and gradients of an activation.
 
-
-def _probe(module: fx.GraphModule, width: int) -> tuple[str, bool, bool] | None:
-    """Compare outputs, and gradients too: a custom function may have a gradient of its own."""
-    generator = torch.Generator(device="cpu").manual_seed(0)
-    hidden = torch.randn(4, width, generator=generator, device="cpu") * 3
-    candidates: list[tuple[int, int | None, bool, bool]] = []
-    try:
-        got, slope = _run(module, hidden)
-    except RuntimeError:  # a custom operator without a gradient
-        return None
-    if got.shape == hidden.shape:
-        candidates.append((0, None, False, False))
-    elif got.shape[-1] * 2 == width:
-        candidates += [(0, 1, True, False), (1, 0, True, True)]
-    for name, function in ACTIVATIONS.items():
-        for gate, linear, gated, swap in candidates:
-
-            def canonical(
-                hidden: Tensor, f: Any = function, gate: int = gate, linear: int | None = linear
-            ) -> Tensor:
-                halves = (hidden,) if linear is None else hidden.chunk(2, -1)
-                out: Tensor = f(halves[gate])
-                return out if linear is None else out * halves[linear]
-
-            want, want_slope = _run(canonical, hidden)
-            if torch.allclose(got, want, rtol=1e-5, atol=1e-6) and torch.allclose(
-                slope, want_slope, rtol=1e-3, atol=1e-4
-            ):
-                return name, gated, swap
-    return None
-
-
-def _run(function: Callable[[Tensor], Tensor], hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a function's output and its gradient for one fixed direction, in evaluation mode."""
-    hidden = hidden.detach().requires_grad_()
-    module = function if isinstance(function, nn.Module) else None
-    if module is not None:
-        module.eval()
-    try:
-        with torch.enable_grad():
-            out = function(hidden)
-            direction = torch.linspace(-1, 1, out.numel()).reshape(out.shape)
-            slope = torch.zeros_like(hidden)
-            if out.requires_grad:
-                slope = torch.autograd.grad(out, hidden, direction)[0]
-    finally:
-        if module is not None:
-            module.train()
-    return out.detach(), slope
-
-
-def only_normalises(module: fx.GraphModule, width: int, params: int) -> bool:
-    """Tell whether a program is a norm: unaffected by the scale of its input, and odd.
-
-    `params` is the number of its arguments after the rows.
+    Wherever the program gives a number, the activation must give the same. Where the program gives
+    NaN for a number, as `inf / inf` in a hand-written form, the activation may give its limit.
     """
-    generator = torch.Generator(device="cpu").manual_seed(1)
-    hidden = torch.randn(4, width, generator=generator, device="cpu") + 0.1
-    others = [torch.randn((), generator=generator, device="cpu") for _ in range(params)]
-    module.eval()
-    with torch.no_grad():
-        small, large = module(100 * hidden, *others), module(1600 * hidden, *others)
-        mirrored = module(-100 * hidden, *others) + small
-    module.train()
-    if not small.isfinite().all() or torch.equal(small.sign(), small):  # a step is scale-free too
-        return False
-    same = torch.allclose(small, large, rtol=1e-3, atol=1e-4)
-    return same and torch.allclose(mirrored, mirrored[:1].expand_as(mirrored), atol=1e-3)
 
+    def canonical(hidden: Tensor) -> Tensor:
+        if not gated:
+            return activation(hidden)
+        first, second = hidden.chunk(2, -1)
+        return activation(second) * first if swap else activation(first) * second
 
-def acts_elementwise(module: nn.Module) -> bool:
-    """Tell by numbers whether each value that a module returns depends on one value only."""
-    generator = torch.Generator(device="cpu").manual_seed(2)
-    values = torch.randn(3, 4, generator=generator, device="cpu") * 2
+    module.eval()  # what is compared has no dropout
     try:
-        with torch.no_grad():
-            whole = module(values)
-            if not isinstance(whole, Tensor) or whole.shape != values.shape:
+        for kind in (torch.float32, torch.float64):
+            exact = kind == dtype == torch.float64
+            tolerance = 1e-11 if exact else 1e-5
+            hidden = _grid(width, gated, swap, kind)
+            got, slope = _with_slope(module, hidden)
+            want, want_slope = _with_slope(canonical, hidden)
+            size, unset = hidden.abs(), hidden.isnan()
+            if gated:
+                size = size[:, : width // 2] * size[:, width // 2 :]
+                unset = unset[:, : width // 2] | unset[:, width // 2 :]
+            if not _agree(got, want, size, tolerance) or not bool(got[unset].isnan().all()):
                 return False
-            alone = torch.stack([module(v.reshape(1, 1)).reshape(()) for v in values.flatten()])
-    except Exception:  # the user's code, on a shape that it may not support
+            # A gradient is near one, or near the other factor, whatever the hidden value.
+            steep = torch.cat([size, size], -1) if gated else size
+            slope = torch.where(hidden.isnan(), torch.nan, slope)
+            if not _agree(slope, want_slope, steep.clamp(min=1), 10 * tolerance):
+                return False
+    except Exception:  # a program of the user's may raise anything, on numbers it never saw
         return False
-    return torch.allclose(whole.flatten(), alone, rtol=1e-5, atol=1e-6, equal_nan=True)
+    finally:
+        module.train()
+    return True
+
+
+def _grid(width: int, gated: bool, swap: bool, dtype: torch.dtype) -> Tensor:
+    """Return rows [R, width] that hold every probed value, beside several factors if gated."""
+    values = torch.tensor((*_FINITE, *_SPECIAL), dtype=dtype, device="cpu")
+    columns = width // 2 if gated else width
+    factors = torch.tensor((1.0, -0.5, 3.0, 40.0, -1e4), dtype=dtype, device="cpu")
+    count = len(values) * (len(factors) if gated else 1)
+    rows = -(-count // columns)
+    place = torch.arange(rows * columns, device="cpu").reshape(rows, columns)
+    gate = values[place % len(values)]
+    if not gated:
+        return gate
+    linear = factors[(place // len(values)) % len(factors)]
+    return torch.cat([linear, gate] if swap else [gate, linear], -1)
+
+
+def _agree(got: Tensor, want: Tensor, size: Tensor, tolerance: float) -> bool:
+    """Compare where `got` is no NaN, relative to the value and to the size of what made it."""
+    if got.shape != want.shape:
+        return False
+    size = torch.where(size.isfinite(), size, 0.0)
+    both = got.isfinite() & want.isfinite()
+    close = (got - want).abs() <= tolerance * want.abs() + 0.1 * tolerance * size
+    return bool((torch.where(both, close, got == want) | got.isnan()).all())
+
+
+def _with_slope(function: Callable[[Tensor], Tensor], hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a function's output and the gradient of its sum."""
+    hidden = hidden.detach().requires_grad_()
+    with torch.enable_grad():
+        out = function(hidden)
+        slope = torch.zeros_like(hidden)
+        if out.requires_grad:
+            slope = torch.autograd.grad(out, hidden, torch.ones_like(out))[0]
+    return out.detach(), slope
