@@ -41,25 +41,14 @@ def convert(
     verify: bool = True,
 ) -> None:
     """Convert a model in place; arguments and errors as of `moeify.moeify`."""
-    try:
-        _convert(model, plan, example_inputs, mesh, passes, verify)
-    finally:
-        compat.release_frames_of_wrap()
-
-
-def _convert(
-    model: nn.Module,
-    plan: Plan | Mapping[str, Any] | str | os.PathLike[str],
-    example_inputs: ExampleInputs | None,
-    mesh: Any,
-    passes: Sequence[Pass],
-    verify: bool,
-) -> None:
     chosen = run_on_all_ranks("take model and plan", lambda: read_plan(model, plan))
     world = init_world(chosen, mesh, model, verify=verify)
-    # Ranks wait for each other, and may be threads of one process.
-    with ONE_AT_A_TIME if world is None else nullcontext():
-        _convert(model, chosen, example_inputs, world, passes, verify)
+    try:
+        # Ranks wait for each other, and may be threads of one process.
+        with ONE_AT_A_TIME if world is None else nullcontext():
+            _convert(model, chosen, example_inputs, world, passes, verify)
+    finally:
+        compat.release_frames_of_wrap()
 
 
 def _convert(
