@@ -33,7 +33,9 @@ from moeify.compat.distributed import leave_out_of_ddp as leave_out_of_ddp
 from moeify.compat.distributed import process_group as process_group
 from moeify.compat.distributed import sharded_halves as sharded_halves
 from moeify.compat.distributed import span_fsdp as span_fsdp
+from moeify.compat.distributed import store_of_world as store_of_world
 from moeify.compat.distributed import take_timeout_of_world as take_timeout_of_world
+from moeify.compat.distributed import timeout_of_world as timeout_of_world
 from moeify.compat.function_hook import custom_functions as custom_functions
 from moeify.compat.operators import base_name as base_name
 from moeify.compat.operators import before_each_operator as before_each_operator

@@ -18,8 +18,9 @@ from moeify import compat
 from moeify.capture.capture import ExampleInputs
 from moeify.convert.install import Installation
 from moeify.convert.pipeline import prepare, read_plan, run_pipeline
-from moeify.convert.world import assert_same_layers, init_world
+from moeify.convert.world import assert_same_layers, check_whole_world, init_world
 from moeify.distributed.agreement import run_on_all_ranks
+from moeify.distributed.meeting import LONG, meet
 from moeify.errors import CaptureError
 from moeify.init.calibration import mlp_inputs
 from moeify.init.from_checkpoints import averaging
@@ -53,6 +54,8 @@ def _convert(
     passes: Sequence[Pass],
     verify: bool,
 ) -> None:
+    check_whole_world(mesh)
+    meet("take model and plan", LONG)
     chosen = run_on_all_ranks("take model and plan", lambda: read_plan(model, plan))
     world = init_world(chosen, mesh, model, verify=verify)
     inputs, discovery, resolved = run_on_all_ranks(
