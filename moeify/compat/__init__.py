@@ -20,7 +20,6 @@ from moeify.compat.compilers import program_module as program_module
 from moeify.compat.compilers import (
     record_under_compiled_checkpointing as record_under_compiled_checkpointing,
 )
-from moeify.compat.compilers import release_frames_of_wrap as release_frames_of_wrap
 from moeify.compat.compilers import restore_fused_encoder as restore_fused_encoder
 from moeify.compat.compilers import set_call_structure as set_call_structure
 from moeify.compat.distributed import dtensor_like as dtensor_like

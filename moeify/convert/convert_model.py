@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from moeify import compat
 from moeify.capture.capture import ExampleInputs
 from moeify.convert.install import Installation
+from moeify.convert.memory import release
 from moeify.convert.pipeline import prepare, read_plan, run_pipeline
 from moeify.convert.world import assert_same_layers, check_whole_world, init_world
 from moeify.distributed.agreement import run_on_all_ranks
@@ -43,7 +43,7 @@ def convert(
     try:
         _convert(model, plan, example_inputs, mesh, passes, verify)
     finally:
-        compat.release_frames_of_wrap()
+        release(model)
 
 
 def _convert(
@@ -84,7 +84,7 @@ def _convert(
                 calibrated=rows,
             ),
         )
-        compat.release_frames_of_wrap()  # before the comparison, which needs memory
+        release(model)  # the comparison needs memory
         if world is not None:
             assert_same_starts(model, resolved, discovery, rows)
         Installation(

@@ -111,6 +111,7 @@ class Installation:
             difference = compare(self._dense, now, self.resolved.layers)
             log.info("step-0 difference: %s", difference)
             check(difference, coarsest(p.dtype for p in self._before.values()))
+            self._dense = None  # gradients, as large as their parameters
         for converted in self._layers:
             for swap in converted.swaps:
                 swap.original = skeleton(swap.original)

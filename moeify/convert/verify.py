@@ -6,7 +6,7 @@ of the parameters that were left alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -124,11 +124,20 @@ def compare(dense: Snapshot, moe: Snapshot, layers: Sequence[LayerPlan]) -> Diff
     if not dense.failure:
         for name, want in dense.gradients.items():
             got = moe.gradients.get(name)  # None: it no longer reaches this parameter
-            gap = want.double() if got is None else want.double() - got.double()
-            size += float(want.double().square().sum())
-            error += float(gap.square().sum())
+            for a, b in _in_parts(want, torch.zeros_like(want) if got is None else got):
+                size += float(a.square().sum())
+                error += float((a - b).square().sum())
     gradients = (error / max(size, _SMALL**2)) ** 0.5
     return Difference(outputs, gradients, all(is_exact(layer) for layer in layers))
+
+
+def _in_parts(one: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield two tensors in float64, a part at a time: an embedding's copies would be large."""
+    for a, b in zip(one.flatten().split(_PART), other.flatten().split(_PART), strict=True):
+        yield a.double(), b.double()
+
+
+_PART = 1 << 20  # elements
 
 
 def coarsest(dtypes: Iterable[torch.dtype]) -> torch.dtype:

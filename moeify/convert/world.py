@@ -143,8 +143,8 @@ def _checksum(tensor: torch.Tensor) -> int:
     return total
 
 
-_PIECE = 1 << 24
-"""Elements at a time: a checksum needs 8 bytes for each."""
+_PIECE = 1 << 20
+"""Elements at a time: a checksum needs 32 bytes for each."""
 
 
 def reduce_gradients(
