@@ -133,7 +133,8 @@ def compare(dense: Snapshot, moe: Snapshot, layers: Sequence[LayerPlan]) -> Diff
 
 def _in_parts(one: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield two tensors in float64, a part at a time: an embedding's copies would be large."""
-    for a, b in zip(one.flatten().split(_PART), other.flatten().split(_PART), strict=True):
+    parts = torch.split(one.flatten(), _PART), torch.split(other.flatten(), _PART)
+    for a, b in zip(*parts, strict=True):
         yield a.double(), b.double()
 
 

@@ -117,7 +117,7 @@ class GradientReducer:
             for module in self._watched:
                 module.__dict__[_LINK] = link
                 module.register_forward_pre_hook(_before_forward)
-                module.register_load_state_dict_post_hook(_after_load)
+                module.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
         self._link = link
         link.reducer = weakref.ref(self)
         self._hook()
@@ -345,8 +345,9 @@ def _after_load(module: nn.Module, incompatible: Any) -> None:
     _follow(module)
 
 
-@torch.compiler.assume_constant_result  # a compiler calls it while it traces
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _follow_at_compilation(module: nn.Module) -> bool:
+    """Follow now, while the compiler traces: the decorator lets it call this."""
     _follow(module)
     return True
 

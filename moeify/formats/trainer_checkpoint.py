@@ -64,8 +64,8 @@ def attach(model: nn.Module) -> None:
     """Let every Trainer that trains this model, which is spread over ranks, save it sharded."""
     model.__dict__["save_pretrained"] = _SaveMarker(model)
     model.register_load_state_dict_pre_hook(_note_marker)  # type: ignore[no-untyped-call]
-    model.register_load_state_dict_post_hook(_nothing_is_missing)
-    callbacks = transformers.trainer.DEFAULT_CALLBACKS
+    model.register_load_state_dict_post_hook(_nothing_is_missing)  # type: ignore[no-untyped-call]
+    callbacks: Any = transformers.trainer.DEFAULT_CALLBACKS
     if TrainerCheckpoints not in callbacks:
         callbacks.append(TrainerCheckpoints)
 

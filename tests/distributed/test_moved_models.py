@@ -111,6 +111,7 @@ WAYS: dict[str, Way] = {
     "within another": within_another,
     "twice": lambda m: m.to("cpu").to("cpu"),
 }
+MOVES = ["untouched", "to", "float", "cpu", "within another", "twice"]
 WRAPPED: dict[str, Way] = {
     "ddp": lambda m: DistributedDataParallel(m.to("cpu")),
     "compile": lambda m: torch.compile(m.to("cpu"), backend="aot_eager", fullgraph=True),
@@ -248,11 +249,14 @@ def test_gradients_after_each_way():
         (2, (5, 3), [*WAYS, "ddp"], {"expert": 2}),
         (4, (5, 3, 2, 4), [*WAYS, "ddp"], {"expert": 2}),
         (4, (5, 3), [*WAYS], {"expert": 2, "tensor": 2, "experts_in_tp": "slice"}),
+        (2, (5, 3), MOVES, {"expert": 2, "zero": {"stage": 2}}),
+        (2, (5, 3), [*MOVES, "swap"], {"expert": 2, "zero": {"stage": 3, "engine": "graph"}}),
         pytest.param(2, (5, 3), ["compile"], {"expert": 2}, marks=pytest.mark.slow),
     ],
-    ids=["dp2", "ep2", "ep2 dp2", "ep2 tp2", "compiled"],
+    ids=["dp2", "ep2", "ep2 dp2", "ep2 tp2", "fsdp2", "zero3", "compiled"],
 )
 def test_gradients_after_one_way_after_the_other(world, counts, ways, changes):
-    made = plan(**changes)
+    made = plan(**{key: value for key, value in changes.items() if key != "zero"})
     expected = alone(made, counts, 1)[0]["gradients"]
+    made |= {"zero": changes["zero"]} if "zero" in changes else {}
     assert run_ranks(one_way_after_the_other, world, made, ways, counts, expected) == [{}] * world

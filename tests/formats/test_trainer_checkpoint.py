@@ -77,7 +77,7 @@ def over_ranks(rank: int, want: dict[str, Tensor], root: Path) -> dict[str, Tens
 def test_a_trainer_over_ranks(tmp_path: Path) -> None:
     _, want = by_hand(converted(), 1, True)
     trained, _ = run_ranks(over_ranks, 2, want, tmp_path)
-    with pytest.raises((OSError, ValueError), match="model_type|config"):
+    with pytest.raises((OSError, ValueError), match=r"model_type|config"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out/checkpoint-4")
     mf.to_single(tmp_path / "out/checkpoint-4", tmp_path / "single")
     single = dict(mf.load(tmp_path / "single").named_parameters())
