@@ -27,6 +27,7 @@ from moeify.compat.distributed import fake_store as fake_store
 from moeify.compat.distributed import forget_fsdp as forget_fsdp
 from moeify.compat.distributed import full_tensor as full_tensor
 from moeify.compat.distributed import group_ranks as group_ranks
+from moeify.compat.distributed import inside_ddp as inside_ddp
 from moeify.compat.distributed import is_halves as is_halves
 from moeify.compat.distributed import leave_out_of_ddp as leave_out_of_ddp
 from moeify.compat.distributed import process_group as process_group

@@ -165,6 +165,16 @@ def leave_out_of_ddp(model: nn.Module, names: list[str]) -> None:
         ignore(model, names)
 
 
+def inside_ddp() -> bool:
+    """Tell whether the forward pass of a DistributedDataParallel is running.
+
+    Private because torch keeps that for its compiler.
+    """
+    from torch.nn.parallel import DistributedDataParallel
+
+    return getattr(DistributedDataParallel, "_active_ddp_module", None) is not None
+
+
 def span_fsdp(inner: Any, around: Any) -> None:
     """Gather the parameters of an FSDP2 module for the whole forward of a module around it.
 

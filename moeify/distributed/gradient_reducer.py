@@ -180,7 +180,8 @@ class GradientReducer:
         inside = {id(part) for part in module.modules()}
         members = [member for member in self._listed if id(member.owner) in inside]
         held = {id(member.parameter) for member in self._listed}
-        for name, parameter in module.named_parameters() if self.complete else ():
+        complete = self.complete and not compat.inside_ddp()  # which reduces whatever there is
+        for name, parameter in module.named_parameters() if complete else ():
             if parameter.requires_grad and id(parameter) not in held:
                 raise DispatchError(
                     f"{name}: was added after the conversion, so nothing reduces its gradient over "
@@ -192,7 +193,8 @@ class GradientReducer:
     def _follow(self, members: Sequence[_Member]) -> None:
         """Hook what is in the places of these members now; refill buckets if that has changed."""
         if any(_held(m.owner, m.name, m.parameter) is not m.parameter for m in members):
-            self._refuse_fsdp()
+            if self._has_fsdp():
+                self._leave_to_fsdp()
             self._hook()
             return
         for member in members:
@@ -202,16 +204,28 @@ class GradientReducer:
             self._state = state
             self._fill()
 
-    def _refuse_fsdp(self) -> None:
+    def _leave_to_fsdp(self) -> None:
+        """Reduce no longer what `fully_shard` has replaced: FSDP2 averages it over the ranks."""
+        kept = []
+        for reduction in self.reductions:
+            places = zip(reduction.parameters, reduction.names, reduction.owners, strict=True)
+            rows = [(p, name, o) for p, name, o in places if _held(o, name, p) is p]
+            lost = [p for p in reduction.parameters if all(p is not row[0] for row in rows)]
+            if any(isinstance(parameter, DTensor) for parameter in lost):
+                raise DispatchError(
+                    "`fully_shard` was given experts or slices, which are spread over ranks "
+                    "already: pass them as its `ignored_params`, or let the plan shard the model "
+                    "(`zero: {stage: 2}` or 3)"
+                )
+            if rows:
+                parameters, names, owners = zip(*rows, strict=True)
+                kept.append(replace(reduction, parameters=parameters, names=names, owners=owners))
+        self.reductions, self.complete = tuple(kept), False
+
+    def _has_fsdp(self) -> bool:
         fsdp = sys.modules.get("torch.distributed.fsdp")
         modules = (part for module in self._watched for part in module.modules())
-        if fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in modules):
-            raise DispatchError(
-                f"{self._listed[0].name} and others were sharded by `fully_shard` after the "
-                "conversion, and the plan reduces their gradients too: let the plan shard them "
-                "(`zero: {stage: 2}` or 3), or plan `parallel: {gradients: none}` and reduce all "
-                "gradients yourself"
-            )
+        return fsdp is not None and any(isinstance(part, fsdp.FSDPModule) for part in modules)
 
     def _hook(self) -> None:
         """Hook the parameters that are in the modules now."""
