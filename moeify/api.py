@@ -24,6 +24,7 @@ from moeify.passes.infra.base import Pass
 from moeify.plan.layer_plan import ResolvedPlan
 from moeify.plan.plan import Plan
 from moeify.sites.discovery import discover
+from moeify.sites.record import is_spread
 from moeify.tensor_parallel.derive import derive
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -82,6 +83,10 @@ def moeify(
     """
     convert(model, plan, example_inputs=example_inputs, mesh=mesh, passes=passes, verify=verify)
     guard(model)
+    if hasattr(model, "save_pretrained") and is_spread(model):
+        from moeify.formats.trainer_checkpoint import attach  # transformers may not be installed
+
+        attach(model)
     return model
 
 

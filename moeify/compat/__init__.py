@@ -27,7 +27,6 @@ from moeify.compat.compilers import program_module as program_module
 from moeify.compat.compilers import (
     record_under_compiled_checkpointing as record_under_compiled_checkpointing,
 )
-from moeify.compat.compilers import release_frames_of_wrap as release_frames_of_wrap
 from moeify.compat.compilers import restore_fused_encoder as restore_fused_encoder
 from moeify.compat.compilers import set_call_structure as set_call_structure
 from moeify.compat.distributed import dtensor_like as dtensor_like
@@ -35,12 +34,15 @@ from moeify.compat.distributed import fake_store as fake_store
 from moeify.compat.distributed import forget_fsdp as forget_fsdp
 from moeify.compat.distributed import full_tensor as full_tensor
 from moeify.compat.distributed import group_ranks as group_ranks
+from moeify.compat.distributed import inside_ddp as inside_ddp
 from moeify.compat.distributed import is_halves as is_halves
 from moeify.compat.distributed import leave_out_of_ddp as leave_out_of_ddp
 from moeify.compat.distributed import process_group as process_group
 from moeify.compat.distributed import sharded_halves as sharded_halves
 from moeify.compat.distributed import span_fsdp as span_fsdp
+from moeify.compat.distributed import store_of_world as store_of_world
 from moeify.compat.distributed import take_timeout_of_world as take_timeout_of_world
+from moeify.compat.distributed import timeout_of_world as timeout_of_world
 from moeify.compat.function_hook import custom_functions as custom_functions
 from moeify.compat.hooks import gradient_hooks as gradient_hooks
 from moeify.compat.hooks import state_dict_hooks as state_dict_hooks

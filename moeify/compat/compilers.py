@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import inspect
 import shlex
 from collections.abc import Callable
@@ -75,16 +74,6 @@ def program_module(program: torch.export.ExportedProgram) -> fx.GraphModule:
     made = program.module(**options)
     made.graph._tracer_cls = None
     return made
-
-
-def release_frames_of_wrap() -> None:
-    """Release the call stacks that running the code of graphs has left behind.
-
-    `torch.fx.wrap`, which that code calls, keeps its own frame in a cycle, and with it whatever the
-    functions that led there had in their variables: dense weights, snapshots. They are young, so
-    that looking at the youngest objects is enough. Private because `wrap` is.
-    """
-    gc.collect(1)
 
 
 def call_structure(graph: fx.Graph) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -50,6 +51,38 @@ def fake_store() -> Any:
     return FakeStore()
 
 
+def store_of_world() -> Any:
+    """Return the key-value store through which the ranks found one another.
+
+    Private because torch shows it to those who made it themselves only.
+    """
+    from torch.distributed import distributed_c10d
+
+    get: Any = distributed_c10d.__dict__["_get_default_store"]
+    return get()
+
+
+def timeout_of_world() -> float:
+    """Return the seconds after which a collective of the default group fails.
+
+    Private because torch has no public way to read a group's timeout.
+    """
+    return min(_timeouts(), default=timedelta(minutes=30)).total_seconds()
+
+
+def _timeouts() -> list[timedelta]:
+    from torch.distributed import distributed_c10d
+
+    world: Any = distributed_c10d.__dict__["_get_default_group"]()
+    found = []
+    for device in world._device_types:
+        try:
+            found.append(world._get_backend(device).options._timeout)
+        except (AttributeError, RuntimeError):  # a fake group has none
+            continue
+    return found
+
+
 def take_timeout_of_world(groups: Iterable[Any]) -> None:
     """Set the timeout of process groups to that of the default group.
 
@@ -60,12 +93,7 @@ def take_timeout_of_world(groups: Iterable[Any]) -> None:
 
     world: Any = distributed_c10d.__dict__["_get_default_group"]()
     set_timeout: Any = distributed_c10d.__dict__["_set_pg_timeout"]
-    timeouts = []
-    for device in world._device_types:
-        try:
-            timeouts.append(world._get_backend(device).options._timeout)
-        except (AttributeError, RuntimeError):  # a fake group has none
-            continue
+    timeouts = _timeouts()
     for group in groups if timeouts else ():
         if group is not world:
             set_timeout(min(timeouts), group)
@@ -135,6 +163,16 @@ def leave_out_of_ddp(model: nn.Module, names: list[str]) -> None:
     if names:
         ignore: Any = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
         ignore(model, names)
+
+
+def inside_ddp() -> bool:
+    """Tell whether the forward pass of a DistributedDataParallel is running.
+
+    Private because torch keeps that for its compiler.
+    """
+    from torch.nn.parallel import DistributedDataParallel
+
+    return getattr(DistributedDataParallel, "_active_ddp_module", None) is not None
 
 
 def span_fsdp(inner: Any, around: Any) -> None:

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from moeify import compat
 from moeify.capture.capture import ExampleInputs
 from moeify.capture.leaked_fakes import ONE_AT_A_TIME
 from moeify.convert.install import Installation
+from moeify.convert.memory import release
 from moeify.convert.pipeline import prepare, read_plan, run_pipeline
-from moeify.convert.world import assert_same_layers, init_world
+from moeify.convert.world import assert_same_layers, check_whole_world, init_world
 from moeify.distributed.agreement import run_on_all_ranks
+from moeify.distributed.meeting import LONG, meet
 from moeify.distributed.mesh import World
 from moeify.errors import CaptureError
 from moeify.init.calibration import mlp_inputs
@@ -41,6 +42,8 @@ def convert(
     verify: bool = True,
 ) -> None:
     """Convert a model in place; arguments and errors as of `moeify.moeify`."""
+    check_whole_world(mesh)
+    meet("take model and plan", LONG)
     chosen = run_on_all_ranks("take model and plan", lambda: read_plan(model, plan))
     world = init_world(chosen, mesh, model, verify=verify)
     try:
@@ -48,7 +51,7 @@ def convert(
         with ONE_AT_A_TIME if world is None else nullcontext():
             _convert(model, chosen, example_inputs, world, passes, verify)
     finally:
-        compat.release_frames_of_wrap()
+        release(model)
 
 
 def _convert(
@@ -85,7 +88,7 @@ def _convert(
                 calibrated=rows,
             ),
         )
-        compat.release_frames_of_wrap()  # before the comparison, which needs memory
+        release(model)  # the comparison needs memory
         if world is not None:
             assert_same_starts(model, resolved, discovery, rows)
         Installation(

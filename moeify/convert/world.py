@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from moeify.capture.input_spec import describe_inputs
@@ -21,7 +20,7 @@ from moeify.distributed.dtensor import is_sharded
 from moeify.distributed.exchange import is_coordinated
 from moeify.distributed.gradient_reducer import GradientReducer, Reduction
 from moeify.distributed.layout import Layout
-from moeify.distributed.mesh import World, world_size
+from moeify.distributed.mesh import World, is_running, world_size
 from moeify.errors import PlanError
 from moeify.plan.layer_plan import ResolvedPlan
 from moeify.plan.plan import Plan
@@ -51,13 +50,25 @@ class Parallel:
     guard: Guard | None = None  # makes optimizers that know nothing of `zero` refuse
 
 
+def check_whole_world(mesh: Any) -> None:
+    """Raise a PlanError if a user's mesh leaves ranks out, which may not even make this call."""
+    ranks = getattr(mesh, "mesh", None)
+    if isinstance(ranks, Tensor) and is_running() and ranks.numel() < world_size():
+        raise PlanError(
+            f"mesh: holds {ranks.numel()} of the {world_size()} ranks of the world, and a model is "
+            "converted over all of them: give a mesh of all ranks, or start torch.distributed with "
+            "these alone",
+            path="parallel",
+        )
+
+
 def init_world(plan: Plan, mesh: Any, model: nn.Module, *, verify: bool = True) -> World | None:
     """Return the meshes of a plan in the running world; None where one process is the world.
 
     `mesh` is the user's own dense mesh, or None; `model` tells the device.
     """
     world = world_size()
-    running = dist.is_available() and dist.is_initialized()
+    running = is_running()
     check_process(plan, distributed=running)
     if world == 1 and mesh is None and not (running and plan.zero.is_active):
         _fit(plan, world)
@@ -132,8 +143,8 @@ def _checksum(tensor: torch.Tensor) -> int:
     return total
 
 
-_PIECE = 1 << 24
-"""Elements at a time: a checksum needs 8 bytes for each."""
+_PIECE = 1 << 20
+"""Elements at a time: a checksum needs 32 bytes for each."""
 
 
 def reduce_gradients(

@@ -19,6 +19,7 @@ from moeify.errors import DispatchError, MoeifyError, PlanError
 __all__ = [
     "assert_same_on_ranks",
     "can_talk",
+    "named",
     "run_on_all_ranks",
     "run_on_first_rank",
     "silence_error",
@@ -94,7 +95,7 @@ def assert_same_on_ranks(
         for rank, held in enumerate(by_rank):
             holders.setdefault(held.get(name, "nothing"), []).append(rank)
         if len(holders) > 1:
-            each = [f"{_named(ranks)}: {value}" for value, ranks in holders.items()]
+            each = [f"{named(ranks)}: {value}" for value, ranks in holders.items()]
             more = f"; and {len(each) - 4} more" if len(each) > 4 else ""
             raise failure(f"ranks disagree on {name} ({'; '.join(each[:4])}{more}); {advice}")
 
@@ -144,7 +145,7 @@ def _run(
     failed = {rank: text for rank, (text, _) in enumerate(outcomes) if text is not None}
     if failed:
         first = next(iter(failed.values()))
-        raise failure(f"{_named([*failed])} could not {what}, so all ranks stop: {first}")
+        raise failure(f"{named([*failed])} could not {what}, so all ranks stop: {first}")
     return result, [shared for _, shared in outcomes]
 
 
@@ -157,7 +158,8 @@ def _gather(own: Any, what: str, group: Any, silence: type[MoeifyError]) -> list
     return gathered
 
 
-def _named(ranks: Sequence[int]) -> str:
+def named(ranks: Sequence[int]) -> str:
+    """Return ranks as words."""
     if len(ranks) == 1:
         return f"rank {ranks[0]}"
     return f"ranks {', '.join(map(str, ranks[:8]))}{', ...' if len(ranks) > 8 else ''}"

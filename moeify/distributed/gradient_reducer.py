@@ -117,7 +117,7 @@ class GradientReducer:
             for module in self._watched:
                 module.__dict__[_LINK] = link
                 module.register_forward_pre_hook(_before_forward)
-                module.register_load_state_dict_post_hook(_after_load)
+                module.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
         self._link = link
         link.reducer = weakref.ref(self)
         self._hook()
@@ -180,7 +180,8 @@ class GradientReducer:
         inside = {id(part) for part in module.modules()}
         members = [member for member in self._listed if id(member.owner) in inside]
         held = {id(member.parameter) for member in self._listed}
-        for name, parameter in module.named_parameters() if self.complete else ():
+        complete = self.complete and not compat.inside_ddp()  # which reduces whatever there is
+        for name, parameter in module.named_parameters() if complete else ():
             if parameter.requires_grad and id(parameter) not in held:
                 raise DispatchError(
                     f"{name}: was added after the conversion, so nothing reduces its gradient over "
@@ -192,7 +193,8 @@ class GradientReducer:
     def _follow(self, members: Sequence[_Member]) -> None:
         """Hook what is in the places of these members now; refill buckets if that has changed."""
         if any(_held(m.owner, m.name, m.parameter) is not m.parameter for m in members):
-            self._refuse_fsdp()
+            if self._has_fsdp():
+                self._leave_to_fsdp()
             self._hook()
             return
         for member in members:
@@ -202,16 +204,28 @@ class GradientReducer:
             self._state = state
             self._fill()
 
-    def _refuse_fsdp(self) -> None:
+    def _leave_to_fsdp(self) -> None:
+        """Reduce no longer what `fully_shard` has replaced: FSDP2 averages it over the ranks."""
+        kept = []
+        for reduction in self.reductions:
+            places = zip(reduction.parameters, reduction.names, reduction.owners, strict=True)
+            rows = [(p, name, o) for p, name, o in places if _held(o, name, p) is p]
+            lost = [p for p in reduction.parameters if all(p is not row[0] for row in rows)]
+            if any(isinstance(parameter, DTensor) for parameter in lost):
+                raise DispatchError(
+                    "`fully_shard` was given experts or slices, which are spread over ranks "
+                    "already: pass them as its `ignored_params`, or let the plan shard the model "
+                    "(`zero: {stage: 2}` or 3)"
+                )
+            if rows:
+                parameters, names, owners = zip(*rows, strict=True)
+                kept.append(replace(reduction, parameters=parameters, names=names, owners=owners))
+        self.reductions, self.complete = tuple(kept), False
+
+    def _has_fsdp(self) -> bool:
         fsdp = sys.modules.get("torch.distributed.fsdp")
         modules = (part for module in self._watched for part in module.modules())
-        if fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in modules):
-            raise DispatchError(
-                f"{self._listed[0].name} and others were sharded by `fully_shard` after the "
-                "conversion, and the plan reduces their gradients too: let the plan shard them "
-                "(`zero: {stage: 2}` or 3), or plan `parallel: {gradients: none}` and reduce all "
-                "gradients yourself"
-            )
+        return fsdp is not None and any(isinstance(part, fsdp.FSDPModule) for part in modules)
 
     def _hook(self) -> None:
         """Hook the parameters that are in the modules now."""
@@ -345,8 +359,9 @@ def _after_load(module: nn.Module, incompatible: Any) -> None:
     _follow(module)
 
 
-@torch.compiler.assume_constant_result  # a compiler calls it while it traces
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _follow_at_compilation(module: nn.Module) -> bool:
+    """Follow now, while the compiler traces: the decorator lets it call this."""
     _follow(module)
     return True
 

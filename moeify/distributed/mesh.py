@@ -7,7 +7,9 @@ Collective: every rank of the world makes the same meshes in the same order. moe
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +24,30 @@ from moeify.errors import PlanError
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["World", "node_size", "world_size"]
+__all__ = ["World", "alone", "is_running", "node_size", "world_size"]
+
+
+_alone: ContextVar[bool] = ContextVar("_alone", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let this process convert a model for itself, whatever other ranks do meanwhile."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
+
+
+def is_running() -> bool:
+    """Tell whether there are ranks to work with: `torch.distributed` runs, and not `alone`."""
+    return dist.is_available() and dist.is_initialized() and not _alone.get()
 
 
 def world_size() -> int:
-    """Return the number of ranks; 1 where `torch.distributed` does not run."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    """Return the number of ranks; 1 where there are none to work with."""
+    return dist.get_world_size() if is_running() else 1
 
 
 def node_size(world: int) -> int:

@@ -81,6 +81,15 @@ def require_conversion(model: nn.Module) -> Conversion:
     return found
 
 
+def is_spread(model: nn.Module) -> bool:
+    """Tell whether each rank holds only a part of a model."""
+    record = conversion_of(model)
+    if record is None or record.parallel is None:
+        return False
+    layout, zero = record.parallel.layout, record.parallel.zero
+    return layout.expert * layout.tensor > 1 or (zero is not None and zero.stage >= 2)
+
+
 def require_one_process(model: nn.Module, what: str) -> None:
     """Refuse what needs the whole model where each rank holds a part of it.
 
@@ -92,7 +101,7 @@ def require_one_process(model: nn.Module, what: str) -> None:
         return
     layout, zero = record.parallel.layout, record.parallel.zero
     stage = 0 if zero is None else zero.stage
-    if layout.expert * layout.tensor > 1 or stage >= 2:
+    if is_spread(model):
         axes = f"expert {layout.expert}, tensor {layout.tensor}"
         axes += f", ZeRO stage {stage}" if stage >= 2 else ""
         raise MoeifyError(

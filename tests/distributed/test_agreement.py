@@ -305,7 +305,7 @@ def test_a_rank_that_died_before():
     for rank in (0, 2):
         kind, text, seconds = answers[rank]
         assert kind == "DispatchError"
-        assert text.startswith(f"rank {rank} could not take model and plan with the other ranks: ")
+        assert "could not take model and plan with the other ranks: rank 1 did not come" in text
         assert seconds < 10.0
 
 

@@ -111,6 +111,7 @@ WAYS: dict[str, Way] = {
     "within another": within_another,
     "twice": lambda m: m.to("cpu").to("cpu"),
 }
+MOVES = ["untouched", "to", "float", "cpu", "within another", "twice"]
 WRAPPED: dict[str, Way] = {
     "ddp": lambda m: DistributedDataParallel(m.to("cpu")),
     "compile": lambda m: torch.compile(m.to("cpu"), backend="aot_eager", fullgraph=True),
@@ -209,30 +210,43 @@ def test_compiled_after_all_parameters_were_replaced():
     assert run_ranks(compiled_after_all_were_replaced, 2) == [[], []]
 
 
-def what_cannot_be_reduced(rank: int) -> list[str]:
-    messages = []
-    later = reduced(Small())
-    later.adapter = nn.Linear(2, 2)
-    wrapped = reduced(Small())
-    fully_shard(wrapped, mesh=init_device_mesh("cpu", (2,)))
-    replaced = reduced(Small())
+def added_and_replaced(rank: int) -> list[str]:
+    later, replaced = reduced(Small()), reduced(Small())
+    later.two = nn.Sequential(later.two, nn.Linear(1, 1))
     replaced.two.weight = nn.Parameter(torch.ones(2, 3))
-    for model in (later, wrapped, replaced):
+    messages = []
+    for model in (later, replaced):
         with pytest.raises(DispatchError) as info:
             model(torch.ones(1, 3))
         messages.append(str(info.value))
-    later.adapter.requires_grad_(False)
+    DistributedDataParallel(later)(torch.ones(1, 3)).sum().backward()
+    later.two[1].requires_grad_(False)
     later(torch.ones(1, 3)).sum().backward()
     return messages
 
 
-def test_what_cannot_be_reduced_is_refused():
-    for added, sharded, replaced in run_ranks(what_cannot_be_reduced, 2):
-        assert added.startswith("adapter.weight: was added after the conversion, so nothing")
+def test_what_nothing_would_reduce_is_refused():
+    for added, replaced in run_ranks(added_and_replaced, 2):
+        assert added.startswith("two.1.weight: was added after the conversion, so nothing")
         assert "parallel: {gradients: experts}" in added
-        assert sharded.startswith("one.weight and others were sharded by `fully_shard`")
-        assert "zero: {stage: 2}" in sharded
         assert replaced.startswith("two.weight: was of shape (1, 3) at the conversion and is of")
+
+
+def sharded_by_the_user(rank: int) -> list[str]:
+    model = reduced(Small())
+    fully_shard(model.one, mesh=init_device_mesh("cpu", (2,)))
+    found = []
+    for _ in range(2):
+        model.zero_grad()
+        model(torch.ones(1, 3) + rank).sum().backward()
+        single = Small()
+        (single(torch.ones(1, 3)).sum() / 2 + single(torch.ones(1, 3) + 1).sum() / 2).backward()
+        found += wrong_gradients(model, {n: p.grad for n, p in single.named_parameters()})
+    return found
+
+
+def test_what_fsdp_shards_later_is_left_to_it():
+    assert run_ranks(sharded_by_the_user, 2) == [[], []]
 
 
 def test_gradients_after_each_way():
@@ -248,11 +262,14 @@ def test_gradients_after_each_way():
         (2, (5, 3), [*WAYS, "ddp"], {"expert": 2}),
         (4, (5, 3, 2, 4), [*WAYS, "ddp"], {"expert": 2}),
         (4, (5, 3), [*WAYS], {"expert": 2, "tensor": 2, "experts_in_tp": "slice"}),
+        (2, (5, 3), MOVES, {"expert": 2, "zero": {"stage": 2}}),
+        (2, (5, 3), [*MOVES, "swap"], {"expert": 2, "zero": {"stage": 3, "engine": "graph"}}),
         pytest.param(2, (5, 3), ["compile"], {"expert": 2}, marks=pytest.mark.slow),
     ],
-    ids=["dp2", "ep2", "ep2 dp2", "ep2 tp2", "compiled"],
+    ids=["dp2", "ep2", "ep2 dp2", "ep2 tp2", "fsdp2", "zero3", "compiled"],
 )
 def test_gradients_after_one_way_after_the_other(world, counts, ways, changes):
-    made = plan(**changes)
+    made = plan(**{key: value for key, value in changes.items() if key != "zero"})
     expected = alone(made, counts, 1)[0]["gradients"]
+    made |= {"zero": changes["zero"]} if "zero" in changes else {}
     assert run_ranks(one_way_after_the_other, world, made, ways, counts, expected) == [{}] * world

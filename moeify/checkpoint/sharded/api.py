@@ -32,6 +32,7 @@ from moeify.checkpoint.sharded.rng import Generators
 from moeify.checkpoint.sharded.state import NamedOptimizer, collect_state, json_data
 from moeify.checkpoint.sharded.storage_writer import Finish, PiecesToSave, PieceWriter
 from moeify.checkpoint.single import unwrapped
+from moeify.distributed.meeting import LONG, SHORT, meet
 from moeify.distributed.ranks import Ranks
 from moeify.errors import CheckpointError
 from moeify.sites.record import require_conversion
@@ -144,7 +145,7 @@ def save_sharded(
     inner = unwrapped(model)
     require_conversion(inner)
     settle(inner)
-    ranks = _ranks()
+    ranks = _ranks("save a sharded checkpoint", SHORT)
     tensors, finish, path = _collected(inner, directory, optimizer, step, extra, ranks)
     if not asynchronous:
         return _write(tensors, path, finish, ranks)
@@ -199,7 +200,7 @@ def load_sharded(
     inner = unwrapped(model)
     require_conversion(inner)
     settle(inner)
-    ranks = _ranks()
+    ranks = _ranks("load a sharded checkpoint", LONG)
     path = ranks.run_on_first("find the checkpoint", lambda: find_checkpoint(directory, step))
     return load(inner, path, optimizer, ranks, trust=trust, strict=strict)
 
@@ -261,11 +262,12 @@ def find_checkpoint(directory: str | os.PathLike[str], step: int | None) -> Path
     return found[step]
 
 
-def _ranks() -> Ranks:
-    """Return the ranks, once saves in progress have ended."""
+def _ranks(what: str, patience: float) -> Ranks:
+    """Return the ranks, once saves in progress have ended and all ranks are here."""
     for saving in _under_way:
         saving._future.exception()  # only waits; `wait` raises it
     _under_way.clear()
+    meet(what, patience, CheckpointError)
     return Ranks.here()
 
 

@@ -28,6 +28,7 @@ from moeify.checkpoint.sharded.manifest import (
 from moeify.checkpoint.sharded.storage_reader import PieceReader
 from moeify.checkpoint.sharded.storage_writer import PieceFile, entry_name, put
 from moeify.convert.replay import layer_records
+from moeify.distributed.mesh import alone
 from moeify.errors import CheckpointError
 from moeify.plan import strict_yaml
 from moeify.plan.plan import Plan
@@ -162,6 +163,8 @@ def to_single(
 ) -> None:
     """Convert a sharded checkpoint into the folder of `mf.save`, which one process loads.
 
+    One process does it by itself: of several ranks, call it on one.
+
     Args:
         checkpoint: The checkpoint, or a folder of them: the newest.
         target: As for `mf.save`.
@@ -225,7 +228,8 @@ def _in_one_process(
     if model is None:
         config = texts.get("source_config.json", {})
         model = build(draft.model, config, texts.get("generation_config.json"), where)
-    conversion = convert_again(model, draft, where, prove=False)
+    with alone():  # other ranks may do something else
+        conversion = convert_again(model, draft, where, prove=False)
     layers: list[LayerRecord] = layer_records(model, conversion)
     return draft.model_copy(update={"layers": layers})
 
