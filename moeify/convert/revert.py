@@ -140,8 +140,8 @@ class RevertedLayer:
         for projection, (weight, bias) in zip(site.up, self._split(dense), strict=True):
             values |= self._place(projection, weight, bias, experts, "up")
         values |= self._place(site.down, dense.down, dense.down_bias, experts, "down")
-        for i, (name, value) in enumerate(zip(site.inner, dense.inner, strict=True)):
-            values[name] = (value, getattr(experts, f"inner_{i}").requires_grad)
+        for name, (made, value) in zip(site.inner, dense.inner.items(), strict=True):
+            values[name] = (value, getattr(experts, made).requires_grad)
         last = {site.down.weight, site.down.bias}
         for name, (value, trains) in values.items():
             table, held = self._table_of(name)
@@ -172,7 +172,7 @@ class RevertedLayer:
             None if up_bias is None else self._one(up_bias),
             self._one(down),
             one_bias,
-            tuple(self._one(getattr(experts, f"inner_{i}")) for i in range(experts.inner_params)),
+            {name: self._one(getattr(experts, name)) for name in experts.inner_params},
             gated,
         )
 

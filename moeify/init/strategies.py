@@ -9,7 +9,7 @@ Shapes: D model width, F expert width, E experts, G slices per copy; `wide` is F
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,7 +26,7 @@ class MlpWeights:
     up_bias: Tensor | None  # [wide]
     down: Tensor  # [D, F]
     down_bias: Tensor | None  # [D]
-    inner: tuple[Tensor, ...]  # further parameters, [F] each
+    inner: Mapping[str, Tensor]  # further parameters, [F] each, by `inner_names`
     gated: bool  # whether `up` holds two halves
 
     def named(self) -> dict[str, Tensor]:
@@ -37,7 +37,7 @@ class MlpWeights:
             f"{first}_bias": self.up_bias,
             "down_proj": self.down,
             "down_bias": self.down_bias,
-            **{f"inner_{i}": tensor for i, tensor in enumerate(self.inner)},
+            **self.inner,
         }
         return {name: tensor for name, tensor in values.items() if tensor is not None}
 
@@ -109,6 +109,16 @@ def init_experts(
     return scaled(made, scale)
 
 
+def inner_names(dense: Iterable[str]) -> list[str]:
+    """Return the names in `Experts` of inner parameters, given those in the dense model.
+
+    They end as the dense ones do, because trainers choose by name what they do not decay:
+    `mlp.sub_norm.weight` becomes `inner_0_sub_norm`, its bias `inner_1_sub_norm_bias`.
+    """
+    ends = ["_".join(name.split(".")[-2:]).removesuffix("_weight") for name in dense]
+    return [f"inner_{number}_{end}" for number, end in enumerate(ends)]
+
+
 def scaled(weights: MlpWeights, scale: float) -> MlpWeights:
     """Return weights with the last projection, weight and bias, times `scale`."""
     if scale == 1.0:
@@ -125,7 +135,7 @@ def stacked(each: Sequence[MlpWeights]) -> MlpWeights:
         tensors = [getattr(weights, name) for weights in each]
         return None if tensors[0] is None else torch.stack(tensors)
 
-    inner = tuple(torch.stack(tensors) for tensors in zip(*(w.inner for w in each), strict=True))
+    inner = {name: torch.stack([w.inner[name] for w in each]) for name in first.inner}
     up, down = torch.stack([w.up for w in each]), torch.stack([w.down for w in each])
     return MlpWeights(up, stack("up_bias"), down, stack("down_bias"), inner, first.gated)
 
@@ -142,7 +152,7 @@ def cut(dense: MlpWeights, neurons: Tensor) -> MlpWeights:
         None if dense.up_bias is None else dense.up_bias[rows],
         dense.down[:, neurons].permute(1, 0, 2),
         None if dense.down_bias is None else dense.down_bias.expand(count, -1),
-        (),
+        {},
         dense.gated,
     )
 
@@ -156,7 +166,7 @@ def _map(weights: MlpWeights, function: Callable[[Tensor], Tensor]) -> MlpWeight
         each(weights.up_bias),
         function(weights.down),
         each(weights.down_bias),
-        tuple(function(t) for t in weights.inner),
+        {name: function(t) for name, t in weights.inner.items()},
         weights.gated,
     )
 
@@ -218,7 +228,7 @@ def _random(
     for bias in (stacked.up_bias, stacked.down_bias):
         if bias is not None:
             bias.zero_()
-    for inner in stacked.inner:
+    for inner in stacked.inner.values():
         inner.fill_(1.0)
 
 

@@ -25,6 +25,7 @@ from moeify.init.strategies import (
     generator_for,
     init_experts,
     init_router,
+    inner_names,
     scaled,
     stacked,
 )
@@ -271,7 +272,8 @@ def mlp_weights(parameter: Callable[[str], Tensor], region: Region) -> MlpWeight
         up = torch.cat(up.chunk(2)[::-1])
         bias = None if bias is None else torch.cat(bias.chunk(2)[::-1])
     width = region.down.in_features
-    inner = tuple(parameter(n).expand(width) for n in program.params)
+    names = zip(inner_names(program.params), program.params, strict=True)
+    inner = {name: parameter(dense).expand(width) for name, dense in names}
     gated = up.shape[0] == 2 * width
     down = _oriented(parameter, region.down)
     return MlpWeights(up, bias, down, _bias(parameter, region.down), inner, gated)

@@ -38,7 +38,8 @@ class Experts(nn.Module):
         down_bias: Bias of the last projection alone; `bias` if None.
         inner: Module in place of a canonical activation, called as
             `inner(hidden [R, F or 2F], *inner_rows)` and returning [R, F].
-        inner_params: Number of further per-expert parameters [E, F], passed to `inner` row by row.
+        inner_params: Names of further per-expert parameters [E, F], passed to `inner` row by row;
+            ones at first.
         dropout: Probability of dropping hidden elements in training.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
@@ -48,7 +49,6 @@ class Experts(nn.Module):
         gate_up_bias: [E, 2F] parameter or None if gated, else `up_bias` [E, F].
         down_proj: [E, d_out, F] parameter.
         down_bias: [E, d_out] parameter or None.
-        inner_0: [E, F] parameter, and so on for each of `inner_params`; ones at first.
 
     Raises:
         ValueError: An unknown activation, or a number out of range.
@@ -82,7 +82,7 @@ class Experts(nn.Module):
         up_bias: bool | None = None,
         down_bias: bool | None = None,
         inner: nn.Module | None = None,
-        inner_params: int = 0,
+        inner_params: Sequence[str] = (),
         dropout: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -97,10 +97,12 @@ class Experts(nn.Module):
             activation_named(activation)
             if inner_params:
                 raise ValueError(f"inner_params: {inner_params} need a module `inner` to read them")
+        if isinstance(inner_params, str):
+            raise ValueError(f"inner_params: {inner_params!r} is one name, not a sequence of names")
         self.experts, self.d_in, self.d_ff = experts, d_in, d_ff
         self.d_out = d_in if d_out is None else d_out
         self.activation, self.gated, self.dropout = activation, gated, dropout
-        self.inner, self.inner_params = inner, inner_params
+        self.inner, self.inner_params = inner, tuple(inner_params)
         self.sharded, self.slice_index = False, 0
         self.gradient_factor = 1.0  # of sharded weights, before ranks reduce their gradients
         first, width = ("gate_up", 2 * d_ff) if gated else ("up", d_ff)
@@ -111,7 +113,7 @@ class Experts(nn.Module):
             "down_bias": (experts, self.d_out)
             if (bias if down_bias is None else down_bias)
             else None,
-            **{f"inner_{i}": (experts, d_ff) for i in range(inner_params)},
+            **dict.fromkeys(inner_params, (experts, d_ff)),
         }
         for name, shape in shapes.items():
             empty = None if shape is None else torch.empty(shape, device=device, dtype=dtype)
@@ -121,7 +123,7 @@ class Experts(nn.Module):
     def reset_parameters(self) -> None:
         """Draw each expert as two `nn.Linear` would be drawn; inner parameters become ones."""
         for name, parameter in self.named_parameters(recurse=False):
-            if name.startswith("inner_"):
+            if name in self.inner_params:
                 nn.init.ones_(parameter)
                 continue
             fan_in = self.d_ff if name.startswith("down") else self.d_in
@@ -248,8 +250,7 @@ class Experts(nn.Module):
         order and never reads an unused row.
         """
         ones = hidden.new_ones(hidden.shape[0], 1)
-        names = [f"inner_{i}" for i in range(self.inner_params)]
-        parameters = [self._local(getattr(self, name)) for name in names]
+        parameters = [self._local(getattr(self, name)) for name in self.inner_params]
         return [
             torch.ops.moeify.grouped_linear(ones.to(p.dtype), p[:, :, None], None, offsets)
             for p in parameters

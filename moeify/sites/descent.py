@@ -37,8 +37,8 @@ def descendants(model: nn.Module, converted: ConvertedLayer) -> dict[str, list[s
         note(up.bias, f"experts.{first}_bias")
     note(site.down.weight, "experts.down_proj")
     note(site.down.bias, "experts.down_bias")
-    for number, inner in enumerate(site.inner):
-        note(inner, f"experts.inner_{number}")
+    for inner, name in zip(site.inner, experts.inner_params, strict=True):
+        note(inner, f"experts.{name}")
     mlp = getattr(parts, "mlp", None)
     if isinstance(mlp, DenseMLP):
         names = (*mlp.up_names, mlp.down_name)

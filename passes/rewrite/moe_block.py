@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from moeify.errors import UnsupportedModuleError
 from moeify.init.calibration import Calibration
-from moeify.init.strategies import MlpWeights, init_experts
+from moeify.init.strategies import MlpWeights, init_experts, inner_names
 from moeify.init.weights import expert_weights, router_weight
 from moeify.kernels import route
 from moeify.nn.block import DenseMLP, LinearExperts, ResidualMix, StoredLinear
@@ -145,7 +145,7 @@ def _experts(
         up_bias=weights.up_bias is not None,
         down_bias=weights.down_bias is not None,
         inner=None if program.module is None else copy.deepcopy(program.module),
-        inner_params=len(weights.inner),
+        inner_params=tuple(weights.inner),
         dropout=program.dropout,
         device="meta",
         dtype=weights.up.dtype,
@@ -185,7 +185,10 @@ def _dense(model: nn.Module, region: Region, scale: float) -> DenseMLP:
         gated=program.gated,
         swap=program.swap,
         inner=None if program.module is None else copy.deepcopy(program.module),
-        params={f"inner_{i}": model.get_parameter(n) for i, n in enumerate(program.params)},
+        params={
+            name: model.get_parameter(dense)
+            for name, dense in zip(inner_names(program.params), program.params, strict=True)
+        },
         dropout=program.dropout,
     )
 
@@ -213,7 +216,7 @@ def _linear_parts(root: nn.Module, model: nn.Module, layer: LayerPlan, share: ra
     weight = model.get_parameter(layer.site.down.weight)
     width = layer.site.d_in
     identity = torch.eye(width, dtype=weight.dtype, device=weight.device)
-    dense = MlpWeights(identity, None, identity, None, (), False)
+    dense = MlpWeights(identity, None, identity, None, {}, False)
     stacked = init_experts(dense, layer.experts, layer.init, layer.name, share=share).up
     if layer.init.experts == "random" and not weight.is_meta:
         stacked = stacked / identity.float().std(correction=0).to(stacked.dtype) / width**0.5

@@ -78,7 +78,7 @@ def test_inlined_norm(residual):
     assert model.norm.weight is norm
     mf.moeify(model, plan(residual="none"), example_inputs=X)
     with torch.no_grad():
-        model.down.experts.inner_0.add_(1.0)
+        model.down.experts.inner_0_norm.add_(1.0)
     mf.demoeify(model)
     torch.testing.assert_close(model.norm.weight, norm + 1)
 

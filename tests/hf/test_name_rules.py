@@ -134,6 +134,34 @@ def test_no_tensor_of_a_block_may_be_missing():
     assert "layers" in mf.demoeify(model)._keys_to_ignore_on_load_missing
 
 
+def not_decayed(model: Any, out: Path) -> set[str]:
+    """What of the first MLP a Trainer does not decay."""
+    arguments = transformers.TrainingArguments(output_dir=str(out), report_to=[], use_cpu=True)
+    decayed = transformers.Trainer(model=model, args=arguments).get_decay_parameter_names(model)
+    names = {name for name, _ in model.named_parameters()} - set(decayed)
+    return {name for name in names if "layers.0.mlp" in name}
+
+
+@pytest.mark.parametrize("plan", [PLAN, RESIDUAL], ids=["plain", "residual"])
+def test_a_norm_inside_an_mlp_is_not_decayed(plan, tmp_path):
+    config = transformers.BitNetConfig(
+        vocab_size=99,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        eos_token_id=1,
+    )
+    model = transformers.BitNetForCausalLM(config)
+    assert not_decayed(model, tmp_path) == {"model.layers.0.mlp.ffn_sub_norm.weight"}
+    kept = {"experts.inner_0_ffn_sub_norm"}
+    if plan is RESIDUAL:
+        kept |= {"mlp.inner_0_ffn_sub_norm", "residual_mix.coefficient.bias"}
+    mf.moeify(model, plan, verify=False)
+    assert not_decayed(model, tmp_path) == {f"model.layers.0.mlp.{name}" for name in kept}
+
+
 def test_names_fit_as_transformers_finds_them(tmp_path, monkeypatch):
     name = "model.layers.3.mlp.down_proj.weight"
     assert all(fits([pattern], name) for pattern in ("mlp.down_proj", "layers.*.mlp", "down"))

@@ -69,7 +69,9 @@ class InnerNorm(nn.Module):
 
 
 def test_inner_module_reads_its_expert_s_parameters():
-    experts = Experts(experts=3, d_in=5, d_ff=7, inner=InnerNorm(), inner_params=2)
+    experts = Experts(
+        experts=3, d_in=5, d_ff=7, inner=InnerNorm(), inner_params=("inner_0", "inner_1")
+    )
     nn.init.normal_(experts.inner_0)
     nn.init.normal_(experts.inner_1)
     rows = torch.randn(10, 5, requires_grad=True)
@@ -170,7 +172,8 @@ def test_runs_on_meta():
         ({"activation": "swish"}, "activation"),
         ({"experts": 0}, "experts"),
         ({"dropout": 1.5}, "dropout"),
-        ({"inner_params": 1}, "inner_params"),
+        ({"inner_params": ("scale",)}, "inner_params"),
+        ({"inner_params": "scale", "inner": nn.Identity()}, "inner_params"),
     ],
 )
 def test_bad_options_are_named(options, name):

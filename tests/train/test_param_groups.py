@@ -95,7 +95,7 @@ def test_layers_by_hand():
 
 
 def test_norms_within_experts_are_not_decayed():
-    experts = Experts(experts=2, d_in=4, d_ff=8, inner=nn.Identity(), inner_params=1)
+    experts = Experts(experts=2, d_in=4, d_ff=8, inner=nn.Identity(), inner_params=["inner_0"])
     found = names(param_groups(experts))
     assert found["ep_size_1", 0.01] == {"up_proj", "down_proj"}
     assert found["ep_size_1", 0.0] == {"up_bias", "down_bias", "inner_0"}
