@@ -26,8 +26,9 @@ _LEVELS = 4  # tuples inside tuples that are searched
 _NOT_SEARCHED = frozenset(("builtins", "torch"))
 
 ONE_AT_A_TIME: Final = threading.RLock()
-"""Held by a thread that runs a model on fake tensors, or converts one in one process: until they
-are removed, another model of the same classes would find its fakes in the caches that both share.
+"""Held by a thread that runs a model on fake tensors, exports one, or converts one in one process:
+until they are removed, another model of the same classes would find its fakes in the caches that
+both share.
 """
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from moeify import compat
 from moeify.capture.capture import ExampleInputs, split_inputs
+from moeify.capture.leaked_fakes import ONE_AT_A_TIME
 from moeify.capture.torch_calls import tensors_in
 from moeify.errors import CaptureError
 from moeify.graph_export.graph_pickle import StoredNode, dump_nodes, load_nodes
@@ -119,7 +120,7 @@ def export(
     called = _view(model, constants)
     shapes: Any = _every_size(args, kwargs) if dynamic else None
     try:
-        with _recording(called):
+        with ONE_AT_A_TIME, _recording(called):  # torch patches modules while it traces
             program = torch.export.export(called, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         line = next(iter(str(error).strip().splitlines()), "")

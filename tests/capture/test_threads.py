@@ -105,6 +105,17 @@ def test_models_that_share_a_cache_run_one_at_a_time() -> None:
         torch.testing.assert_close(model(x), want)
 
 
+def test_exports_run_one_at_a_time() -> None:
+    models = [nn.Sequential(Mlp(nn.functional.gelu)) for _ in range(3)]
+    x = torch.randn(4, D)
+
+    def export(index: int) -> None:
+        graph = mf.export(models[index], x)
+        torch.testing.assert_close(graph(x), models[index](x))
+
+    in_threads(export, len(models))
+
+
 def test_forwards_of_other_models_beside_conversions() -> None:
     dense = nn.Sequential(Mlp(custom(2.0)), Mlp(nn.functional.gelu))
     converted = nn.Sequential(Mlp(custom(2.0)), Mlp(nn.functional.gelu))
