@@ -349,7 +349,7 @@ def hugging_face(name: str) -> nn.Module:
         dense = transformers.AlbertForMaskedLM(config)
     else:
         sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
-        config = transformers.T5Config(**sizes, decoder_start_token_id=0)
+        config = transformers.T5Config(**sizes, decoder_start_token_id=0, dropout_rate=0.0)
         dense = transformers.T5ForConditionalGeneration(config)
     for module in dense.modules():
         if isinstance(module, nn.Dropout):
