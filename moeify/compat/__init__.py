@@ -28,6 +28,7 @@ from moeify.compat.compilers import (
     record_under_compiled_checkpointing as record_under_compiled_checkpointing,
 )
 from moeify.compat.compilers import restore_fused_encoder as restore_fused_encoder
+from moeify.compat.compilers import runs_compiled_code as runs_compiled_code
 from moeify.compat.compilers import set_call_structure as set_call_structure
 from moeify.compat.distributed import dtensor_like as dtensor_like
 from moeify.compat.distributed import fake_store as fake_store

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from moeify import compat
+from moeify.nn.recomputed_noise import repeated_draws
 from moeify.nn.router import Router
 from moeify.nn.router_bias import note_forward
 
@@ -42,6 +43,7 @@ class _Running:
     frame: int = 0  # identity of the stack frame that runs its hooks; 0: it ends for certain
     routers: list[Router] = field(default_factory=list)
     before: list[tuple[Router, Mapping[str, Any], Tensor | None]] | None = None
+    draws: list[tuple[nn.Module, Any]] = field(default_factory=list)  # contexts of compiled code
 
 
 class _Threads(threading.local):
@@ -95,7 +97,10 @@ def _before(module: nn.Module, args: Any) -> None:
     if torch.compiler.is_compiling():
         _begin_in_a_graph(module)
     else:
+        compiled = compat.runs_compiled_code()
         _begin(module, sys._getframe(1))
+        if compiled and module.training:
+            _repeat_draws(module)
 
 
 @compat.never_compiled_alone
@@ -103,6 +108,7 @@ def _after(module: nn.Module, args: Any, output: Any) -> None:
     if torch.compiler.is_compiling():
         _end_in_a_graph(module)
     else:
+        _stop_repeating(module)
         _end(module)
 
 
@@ -166,6 +172,24 @@ def _end(module: nn.Module) -> None:
         _close(state)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _repeat_draws(module: nn.Module) -> None:
+    """Repeat the draws of compiled code as a whole if it is recomputed; routers cannot do it."""
+    for router in _routers_below(module):
+        if router.draws:
+            draws = repeated_draws(module, router.weight.device)
+            draws.__enter__()
+            _threads.own.draws.append((module, draws))
+            return
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _stop_repeating(module: nn.Module) -> None:
+    entered = _threads.own.draws
+    if entered and entered[-1][0] is module:
+        entered.pop()[1].__exit__(None, None, None)
+
+
 def _close(state: _Running) -> None:
     if state.module is None:
         return
@@ -176,7 +200,7 @@ def _close(state: _Running) -> None:
         if counts is not None and router.pending_counts is not None:
             router.pending_counts.copy_(counts)
     state.active, state.module, state.traced = False, None, None
-    state.routers, state.before, state.frame = [], None, 0
+    state.routers, state.before, state.draws, state.frame = [], None, [], 0
 
 
 def _is_inside(caller: types.FrameType, state: _Running) -> bool:

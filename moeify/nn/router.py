@@ -269,6 +269,12 @@ class Router(nn.Module):
             return drawn
         return from_first(drawn, self.tensor_group, f"{self.where}: random draws")
 
+    @property
+    def draws(self) -> bool:
+        """Whether training forwards draw random numbers."""
+        dropping = self.drop == "random" and self.capacity_factor is not None
+        return self.noise != "none" or dropping
+
     def balanced(self) -> tuple[Router]:
         """Return itself: what has a selection bias."""
         return (self,)

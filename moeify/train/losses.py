@@ -33,7 +33,9 @@ class LayerStats(TypedDict):
         load: [E] float32, the same as fractions of all routes; an even load is 1 / E.
         entropy: Mean entropy of the router's distribution per token, in nats; at most log E.
         dropped: Fraction of the routes that found their expert full.
-        tokens: Number of tokens.
+        tokens: Number of tokens that were routed, padding included.
+        masked: Number of tokens that a mask kept out of routing; 0, because no mask reaches the
+            routers.
     """
 
     counts: Tensor
@@ -41,19 +43,23 @@ class LayerStats(TypedDict):
     entropy: float
     dropped: float
     tokens: int
+    masked: int
 
 
 def aux_loss(model: nn.Module) -> Tensor:
     """Return the weighted router losses of the model's last forward, to add to the loss.
 
-    Balance loss and z-loss, each times its coefficient in the plan, summed over the MoE layers.
-    A Hugging Face model that returns a loss in training has them added already.
+    Balance loss and z-loss, each times its coefficient in the plan, summed over the MoE layers,
+    and over the calls of a layer that ran several times; a layer that did not run adds nothing.
+    Read it after each training forward. If parts of a model were called one after the other, their
+    losses are added up until they are read. A Hugging Face model that returns a loss in training
+    has them added already.
 
     Args:
         model: A converted model, also compiled or wrapped, or the result of `moeify.export`.
 
     Returns:
-        Scalar tensor with a graph to the routers; zero if no forward has run.
+        Scalar tensor with a graph to the routers; zero if no forward has run in this thread.
 
     Raises:
         MoeifyError: The model has no MoE layer, or its forward ran without a graph (reentrant
@@ -88,7 +94,7 @@ def aux_loss(model: nn.Module) -> Tensor:
 
 
 def router_stats(model: nn.Module) -> dict[str, LayerStats]:
-    """Return the statistics of each MoE layer in the model's last forward.
+    """Return the statistics of each MoE layer in the last forward of this thread.
 
     Args:
         model: A converted model.
@@ -114,6 +120,7 @@ def router_stats(model: nn.Module) -> dict[str, LayerStats]:
             "entropy": float(last["entropy"]),
             "dropped": float(last["dropped"]),
             "tokens": int(last["tokens"]),
+            "masked": 0,
         }
     return stats
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
@@ -110,6 +111,7 @@ def test_every_call_of_a_forward_counts_once_and_only_its_own() -> None:
         check(model, want)
         tokens = {name: s["tokens"] for name, s in mf.router_stats(model).items()}
         assert tokens == {f"layers.{i}.mlp": 12 * order.count(i) for i in sorted({*order})}
+        assert all(stats["masked"] == 0 for stats in mf.router_stats(model).values())
         (model(X, order).square().mean() + mf.aux_loss(model)).backward()
 
 
@@ -333,3 +335,80 @@ def test_a_plain_loop_that_never_reads_the_losses_is_warned_once(caplog: Any) ->
         with torch.no_grad():
             model.train()(X), model(X)
     assert caplog.records == []
+
+
+def hugging_face(name: str) -> nn.Module:
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 99}
+    small["num_attention_heads"] = 4
+    torch.manual_seed(0)
+    if name == "bert":
+        config = transformers.BertConfig(**small, chunk_size_feed_forward=4)
+        dense: nn.Module = transformers.BertForMaskedLM(config)
+    elif name == "albert":
+        config = transformers.AlbertConfig(**small | {"num_hidden_layers": 3}, embedding_size=16)
+        dense = transformers.AlbertForMaskedLM(config)
+    else:
+        sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+        config = transformers.T5Config(**sizes, decoder_start_token_id=0, dropout_rate=0.0)
+        dense = transformers.T5ForConditionalGeneration(config)
+    for module in dense.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return mf.moeify(dense, PLAN, verify=False).train()
+
+
+@pytest.mark.parametrize("name", ["bert", "albert", "t5"])
+def test_hugging_face_losses_hold_the_losses_of_all_calls(name: str) -> None:
+    model = hugging_face(name)
+    for length in (12, 32, 8):  # 3, 8 and 2 chunks
+        tokens = torch.randint(3, 90, (2, length))
+        inputs = {"input_ids": tokens, "labels": tokens}
+        model.eval()
+        task = model(**inputs).loss
+        model.train()
+        want = expected_of(model, inputs)
+        got = model(**inputs).loss
+        torch.testing.assert_close(got, task + want)
+        got.backward()
+        part = model.get_submodule(model.base_model_prefix) if name != "t5" else model.encoder
+        stop = part.register_forward_hook(interrupt)
+        with pytest.raises(Stop):
+            model(**inputs)
+        stop.remove()
+
+
+def interrupt(*_: Any) -> None:
+    raise Stop
+
+
+def expected_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    run = nn.Module()
+    run.model = model
+    run.forward = lambda: model(**inputs)  # type: ignore[method-assign]
+    return expected(run)
+
+
+def test_layer_drop() -> None:
+    torch.manual_seed(0)
+    config = transformers.Wav2Vec2Config(
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        conv_dim=[16, 16],
+        conv_kernel=[8, 4],
+        conv_stride=[4, 2],
+        num_feat_extract_layers=2,
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+        layerdrop=0.5,
+        mask_time_prob=0.0,
+    )
+    model = mf.moeify(transformers.Wav2Vec2ForCTC(config), PLAN).train()
+    ran = set()
+    for _ in range(6):
+        out = model(input_values=torch.randn(2, 400), labels=torch.randint(1, 30, (2, 4)))
+        out.loss.backward()
+        ran.add(len(mf.router_stats(model)))
+    assert len(ran) > 1

@@ -195,12 +195,22 @@ def test_what_is_drawn_is_the_same_with_and_without_checkpoints() -> None:
     assert torch.equal(*states)
 
 
-@pytest.mark.parametrize("noise", NOISES)
-def test_a_compiled_model(noise: str) -> None:
+@pytest.mark.parametrize("way", ["model", "layers", "wrapped layers"])
+@pytest.mark.parametrize("noise", ["all", "gumbel"])
+def test_compiled(noise: str, way: str) -> None:
     torch._dynamo.reset()
     model = converted(noise).double()
     model.wrap = WRAPS["early stop"]
-    run = torch.compile(model, backend="aot_eager", fullgraph=True)
+    run: Any = model
+    if way == "model":
+        run = torch.compile(model, backend="aot_eager", fullgraph=True)
+    elif way == "layers":
+        for layer in (model.a, model.b):
+            layer.compile(backend="aot_eager", fullgraph=True)
+    else:
+        model.a, model.b = (
+            torch.compile(layer, backend="aot_eager") for layer in (model.a, model.b)
+        )
 
     def output(x: Tensor) -> Tensor:
         torch.manual_seed(1)
