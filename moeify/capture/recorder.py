@@ -79,7 +79,6 @@ class Recorder(TorchFunctionMode):
         self.calls: list[ModuleCall] = []
         self.stack: list[ModuleCall] = []
         self.objects: dict[str, Any] = {}
-        self.outputs: list[Tensor] = []
         self._made: dict[int, fx.Node] = {}
         self._memory: dict[tuple[Any, ...], fx.Node] = {}
         self._kept: list[object] = []  # ids are only unique among the living
@@ -313,17 +312,19 @@ class Recorder(TorchFunctionMode):
             self.graph.erase_node(former)
         return result
 
+    def seal(self, outputs: Sequence[Tensor]) -> None:
+        """Write the outputs of the run, and release its tensors."""
+        self.graph.output(tuple(self.node_of(t) for t in outputs))
+        for table in (self._made, self._memory, self._kept):
+            table.clear()
+
     def finish(self) -> fx.GraphModule:
-        """Return the graph with the model's own tensors as attributes, and release all others."""
-        self.graph.output(tuple(self.node_of(t) for t in self.outputs))
+        """Return the graph with the model's own tensors as attributes."""
         own: dict[str, Any] = dict(self.model.named_parameters())
         own |= dict(self.model.named_buffers())
         own |= self.objects
         used = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
-        module = fx.GraphModule({k: v for k, v in own.items() if k in used}, self.graph)
-        for table in (self._made, self._memory, self._kept, self.outputs):
-            table.clear()
-        return module
+        return fx.GraphModule({k: v for k, v in own.items() if k in used}, self.graph)
 
 
 def _describe_node(

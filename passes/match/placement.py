@@ -49,6 +49,7 @@ class Placement:
     argument: str = ""  # of the swapped module, if it is passed by keyword
     taps: tuple[str, ...] = ()  # the modules of the first projections, in order
     block: str = ""  # the module of the last projection
+    around: tuple[str, ...] = ()  # the smallest module around each run of it, once each
     tail_dropout: float = 0.0  # of a dropout after the last projection, inside the swapped module
     # refused for what the user can change: the state of its weights, or hooks
     blocked: bool = False
@@ -165,10 +166,14 @@ class Placer:
                 return Placement("refused", f"{path} is also called elsewhere", module=around)
             paths.append(path)
         reason = next((r for region in regions if (r := self._out_of_step(region))), "")
+        reason = reason or self._interleaved(regions)
         if reason:
             return Placement("refused", reason, module=around)
         *taps, block = paths
-        return Placement("across modules", module=around, taps=tuple(taps), block=block)
+        scopes = tuple(dict.fromkeys(self._around([region]) for region in regions))
+        return Placement(
+            "across modules", module=around, taps=tuple(taps), block=block, around=scopes
+        )
 
     def _same(self, linear: Linear, region: Region) -> Linear:
         candidates = (*region.ups, region.down)
@@ -266,6 +271,15 @@ class Placer:
             for node in written_after(up.source):
                 if node not in region.nodes and start < self.place.get(node, -1) < stop:
                     return "its input is changed in place before its last projection has run"
+        return ""
+
+    def _interleaved(self, regions: Sequence[Region]) -> str:
+        """Return that one run of the MLP starts before the run before it has ended, or ""."""
+        ended = -1
+        for region in sorted(regions, key=lambda r: self.place[r.down.node]):
+            if min(self.place[up.node] for up in region.ups) < ended:
+                return "it runs again before its last projection has run"
+            ended = self.place[region.down.node]
         return ""
 
     def _around(self, regions: Sequence[Region]) -> str:
