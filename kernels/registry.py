@@ -12,11 +12,12 @@ import functools
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
 Function = Callable[..., Any]
+F = TypeVar("F", bound=Callable[..., Any])
 
 _LIBRARY: Any = torch.library.Library("moeify", "DEF")  # type: ignore[no-untyped-call]
 _forced_reference = False
@@ -37,14 +38,23 @@ def define(name: str, schema: str, reference: Function, **functions: str) -> Any
 
     Returns:
         The op, to be called.
+
+    Dynamo traces the op, never what runs it: an op that is called while a frame runs that Dynamo
+    gave up on would be compiled otherwise, and addresses outlive tensors there.
     """
     _LIBRARY.define(name + schema, tags=[torch.Tag.pt2_compliant_tag])
-    _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, never_traced(reference), "CompositeExplicitAutograd")
     for device_type, place in functions.items():
         run = _first_that_serves(reference, place)
         run = _on_its_gpu(run) if device_type == "cuda" else run
-        _LIBRARY.impl(name, run, device_type.upper())
+        _LIBRARY.impl(name, never_traced(run), device_type.upper())
     return getattr(torch.ops.moeify, name).default
+
+
+def never_traced(function: F) -> F:
+    """Return a function that Dynamo runs as it is where compiled code calls it."""
+    disabled: Any = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    return cast(F, disabled)
 
 
 def fake(name: str) -> Callable[[Function], Function]:
@@ -93,6 +103,7 @@ def _load(place: str) -> Function:
     module, _, name = place.partition(":")
     try:
         found: Function = getattr(importlib.import_module(module), name)
+        found = getattr(found, "__wrapped__", found)  # `run` is disabled for Dynamo already
     except ImportError as error:
         if not (error.name or "").startswith("triton"):
             raise

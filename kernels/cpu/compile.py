@@ -4,6 +4,9 @@ The sources are beside this file: plain C++ without torch's headers, called thro
 addresses and sizes, so that they compile in seconds and for the processor at hand. Without a
 working compiler `library` returns None and warns once in the log, and the ops run on torch alone;
 `MOEIFY_NATIVE=0` asks for that.
+
+What calls them is disabled for Dynamo: a compiled graph frees a tensor after its last use that it
+knows of, and knows nothing of addresses.
 """
 
 from __future__ import annotations

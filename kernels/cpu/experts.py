@@ -23,6 +23,7 @@ from moeify.kernels.elementwise import FUSED
 from moeify.kernels.experts import BackwardCall, ExpertsCall
 from moeify.kernels.grouped_linear import expert_groups
 from moeify.kernels.operands import contiguous
+from moeify.kernels.registry import never_traced
 
 FEW = 3
 """Mean rows per expert up to which bfloat16 is bound by reading weights, and C++ is ahead."""
@@ -34,6 +35,7 @@ _ROWS = 256
 """Rows of one expert that the backward takes at a time."""
 
 
+@never_traced
 def experts(*args: Any) -> Any:
     """Do what `experts_reference` does, in float32 and bfloat16, where there is a C++ compiler."""
     call = ExpertsCall(*args)
@@ -52,6 +54,7 @@ def experts(*args: Any) -> Any:
     return _by_panels(call)
 
 
+@never_traced
 def experts_backward(*args: Any) -> Any:
     """Do what `experts_backward_reference` does, for what `experts` serves."""
     call = BackwardCall(*args)

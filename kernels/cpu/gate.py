@@ -19,6 +19,7 @@ from moeify.kernels.cpu.compile import address, floats, function, integers
 from moeify.kernels.gate import BALANCES, LOGIT_NOISES, SCORES
 from moeify.kernels.operands import FLOATS
 from moeify.kernels.precision import without_autocast
+from moeify.kernels.registry import never_traced
 
 ARGUMENTS = {
     "multiply": "plpl" + "lll" + "p",
@@ -35,6 +36,7 @@ BLOCK_BYTES = 4 << 20
 """Size of a float32 block of tokens: small enough for a cache, large enough for a product."""
 
 
+@never_traced
 def gate(
     tokens: Tensor,
     weight: Tensor,
@@ -81,6 +83,7 @@ def gate(
     return scores, ids, logits, counts, aux_loss, z_loss, entropy
 
 
+@never_traced
 def gate_backward(
     grad_scores: Tensor | None,
     grad_logits: Tensor | None,

@@ -17,6 +17,7 @@ from torch import Tensor
 from moeify.kernels.combine_weights import COMBINES
 from moeify.kernels.cpu.compile import address, function, integers
 from moeify.kernels.operands import contiguous
+from moeify.kernels.registry import never_traced
 
 ROWS = (torch.float32, torch.bfloat16)
 
@@ -31,6 +32,7 @@ ARGUMENTS = {
 """Types of the functions of rows.cpp, as `compile.function` reads them."""
 
 
+@never_traced
 def assign(ids: Tensor, priority: Tensor | None, experts: int, capacity: int) -> Any:
     """Serve int32 ids with priorities of at most 32 bits."""
     kernel = _kernel("assign")
@@ -59,6 +61,7 @@ def assign(ids: Tensor, priority: Tensor | None, experts: int, capacity: int) ->
     return slots, order, offsets
 
 
+@never_traced
 def combine_weights(scores: Tensor, slots: Tensor, combine: str) -> Any:
     """Serve float32 scores."""
     kernel = _kernel("combine_weights")
@@ -73,6 +76,7 @@ def combine_weights(scores: Tensor, slots: Tensor, combine: str) -> Any:
     return weights
 
 
+@never_traced
 def combine_weights_backward(grad: Tensor, scores: Tensor, slots: Tensor, combine: str) -> Any:
     """Serve float32 gradients and scores."""
     kernel = _kernel("combine_weights_backward")
@@ -92,6 +96,7 @@ def combine_weights_backward(grad: Tensor, scores: Tensor, slots: Tensor, combin
     return grad_scores
 
 
+@never_traced
 def dispatch(tokens: Tensor, order: Tensor, slots: Tensor) -> Any:
     """Serve any dtype."""
     kernel = _kernel("dispatch")
@@ -109,6 +114,7 @@ def dispatch(tokens: Tensor, order: Tensor, slots: Tensor) -> Any:
     return rows
 
 
+@never_traced
 def combine(hidden: Tensor, weights: Tensor | None, order: Tensor, slots: Tensor) -> Any:
     """Serve float32 and bfloat16 rows."""
     if not hidden.is_cpu or hidden.dtype not in ROWS:
@@ -128,6 +134,7 @@ def combine(hidden: Tensor, weights: Tensor | None, order: Tensor, slots: Tensor
     return out
 
 
+@never_traced
 def combine_backward(
     grad: Tensor, hidden: Tensor, weights: Tensor, order: Tensor, slots: Tensor
 ) -> Any:

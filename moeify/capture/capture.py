@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from moeify import compat
-from moeify.capture.leaked_fakes import Variables, remove_leaked
+from moeify.capture.leaked_fakes import ONE_AT_A_TIME, Variables, remove_leaked
 from moeify.capture.preserve import preserved
 from moeify.capture.recorder import ModuleCall, Recorder
 from moeify.capture.torch_calls import Args, Kwargs, tensors_in
@@ -122,14 +122,15 @@ def _record_fakes(
     model: nn.Module, runs: Sequence[tuple[Args, Kwargs]], training: bool
 ) -> tuple[list[Recorded], str]:
     fakes: list[weakref.ref[Tensor]] = []
-    variables = Variables(model)
     found: list[Recorded] = []
     reason = ""
-    try:
-        found = _record(model, runs, training, fakes)
-    except Exception as error:  # a model may raise anything
-        reason = f"{type(error).__name__}: {_first_line(error)}"
-    remove_leaked(fakes, variables)
+    with ONE_AT_A_TIME:
+        variables = Variables(model)
+        try:
+            found = _record(model, runs, training, fakes)
+        except Exception as error:  # a model may raise anything
+            reason = f"{type(error).__name__}: {_first_line(error)}"
+        remove_leaked(fakes, variables)
     return found, reason
 
 
@@ -167,7 +168,7 @@ def _describe(inputs: object) -> str:
 
 def _refuse_unready(model: nn.Module) -> None:
     for path, module in model.named_modules():
-        if compat.is_compiled_module(module):
+        if compat.is_compiled_module(module) or compat.is_compiled_in_place(module):
             raise CaptureError(f"{path or 'the model'} is compiled: convert first, compile after")
     for name, tensor in model.named_parameters():
         if isinstance(tensor, nn.parameter.UninitializedParameter):

@@ -11,10 +11,11 @@ import functools
 import gc
 import logging
 import sys
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from types import CellType, FunctionType, ModuleType
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor, nn
 
@@ -23,6 +24,11 @@ from moeify.errors import CaptureError
 log = logging.getLogger("moeify")
 _LEVELS = 4  # tuples inside tuples that are searched
 _NOT_SEARCHED = frozenset(("builtins", "torch"))
+
+ONE_AT_A_TIME: Final = threading.RLock()
+"""Held by a thread that runs a model on fake tensors, or converts one in one process: until they
+are removed, another model of the same classes would find its fakes in the caches that both share.
+"""
 
 
 class Variables:

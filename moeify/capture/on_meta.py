@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import sys
 import threading
@@ -13,27 +14,48 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+_Replaced = dict[int, tuple[nn.Parameter, nn.Parameter]]
+
+
+class _Active(threading.local):
+    """The parameters that each `parameters_on_meta` of a thread has replaced, innermost last."""
+
+    def __init__(self) -> None:
+        self.stack: list[_Replaced] = []
+
+
+_active = _Active()
+
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
     """Move every parameter that this thread registers to meta, where filling it costs nothing."""
-    thread = threading.get_ident()
-    replaced: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # keeps ids unique
-
-    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
-        if parameter is None or parameter.is_meta or threading.get_ident() != thread:
-            return parameter
-        if id(parameter) not in replaced:
-            empty = torch.empty_like(parameter, device="meta")
-            on_meta = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-            replaced[id(parameter)] = parameter, on_meta
-        return replaced[id(parameter)][1]
-
-    handle = register_module_parameter_registration_hook(register)
+    _watch()
+    _active.stack.append({})
     try:
         yield
     finally:
-        handle.remove()
+        _active.stack.pop()
+
+
+@functools.cache
+def _watch() -> None:
+    """Hook into the registration of parameters, for good.
+
+    Taking the hook off would fail modules that other threads build: torch walks its table.
+    """
+    register_module_parameter_registration_hook(_on_meta)
+
+
+def _on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
+    if not _active.stack or parameter is None or parameter.is_meta:
+        return parameter
+    replaced = _active.stack[-1]  # keeps ids unique
+    if id(parameter) not in replaced:
+        empty = torch.empty_like(parameter, device="meta")
+        on_meta = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+        replaced[id(parameter)] = parameter, on_meta
+    return replaced[id(parameter)][1]
 
 
 @contextmanager

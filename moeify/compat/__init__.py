@@ -14,6 +14,7 @@ from moeify.compat.autograd import restore_hooks as restore_hooks
 from moeify.compat.compilers import call_structure as call_structure
 from moeify.compat.compilers import compile_cpp as compile_cpp
 from moeify.compat.compilers import disable_fused_encoder as disable_fused_encoder
+from moeify.compat.compilers import is_compiled_in_place as is_compiled_in_place
 from moeify.compat.compilers import is_compiled_module as is_compiled_module
 from moeify.compat.compilers import is_exporting as is_exporting
 from moeify.compat.compilers import program_module as program_module
@@ -39,6 +40,7 @@ from moeify.compat.operators import before_each_operator as before_each_operator
 from moeify.compat.operators import exposed_operators as exposed_operators
 from moeify.compat.operators import named_arguments as named_arguments
 from moeify.compat.operators import operator_name as operator_name
+from moeify.compat.tensors import assert_async as assert_async
 from moeify.compat.tensors import copy_of as copy_of
 from moeify.compat.tensors import fake_like as fake_like
 from moeify.compat.tensors import fake_mode as fake_mode

@@ -21,6 +21,18 @@ def is_compiled_module(module: nn.Module) -> bool:
     return isinstance(module, OptimizedModule)
 
 
+def is_compiled_in_place(module: nn.Module) -> bool:
+    """Tell whether `module.compile()` was called, or its `forward` replaced by a compiled function.
+
+    Private because torch offers no way to ask.
+    """
+    if module._compiled_call_impl is not None:
+        return True
+    forward = module.__dict__.get("forward")
+    made_by_dynamo = hasattr(forward, "_torchdynamo_orig_callable")
+    return made_by_dynamo and not getattr(forward, "_torchdynamo_disable", False)
+
+
 def record_under_compiled_checkpointing() -> None:
     """Let the router keep its losses and counts inside a checkpointed region that is compiled.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -48,15 +49,20 @@ def is_fake(tensor: Tensor) -> bool:
 def quiet_fake_tensors() -> Iterator[None]:
     """Keep fake tensors from logging a traceback where an operator refuses their shapes.
 
-    For runs that may fail. Private because the logger has the name of a private module.
+    For runs that may fail, in this thread. Private because the logger has the name of a private
+    module.
     """
     logger = logging.getLogger("torch._subclasses.fake_tensor")
-    former = logger.disabled
-    logger.disabled = True
+    thread = threading.get_ident()
+
+    def is_of_another(record: logging.LogRecord) -> bool:
+        return record.thread != thread
+
+    logger.addFilter(is_of_another)
     try:
         yield
     finally:
-        logger.disabled = former
+        logger.removeFilter(is_of_another)
 
 
 def storage_key(tensor: Tensor) -> tuple[Any, ...] | None:
@@ -112,3 +118,11 @@ def foreach_norm(tensors: list[Tensor], order: float, dtype: torch.dtype) -> lis
 def foreach_mul_(tensors: list[Tensor], factor: Tensor) -> None:
     """Multiply tensors (of one device and dtype) in place by a 0-dim tensor; see `foreach_norm`."""
     torch._foreach_mul_(tensors, factor)
+
+
+def assert_async(condition: Tensor, message: str) -> None:
+    """Assert inside a compiled graph that a tensor of one boolean is true.
+
+    Private by its name only: the public `torch._check` does not take values of tensors.
+    """
+    torch._assert_async(condition, message)

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
 from moeify.capture.capture import ExampleInputs
+from moeify.capture.leaked_fakes import ONE_AT_A_TIME
 from moeify.convert.install import Installation
 from moeify.convert.pipeline import prepare, read_plan, run_pipeline
 from moeify.convert.world import assert_same_layers, init_world
 from moeify.distributed.agreement import run_on_all_ranks
+from moeify.distributed.mesh import World
 from moeify.errors import CaptureError
 from moeify.init.calibration import mlp_inputs
 from moeify.init.from_checkpoints import averaging
@@ -40,6 +42,19 @@ def convert(
     """Convert a model in place; arguments and errors as of `moeify.moeify`."""
     chosen = run_on_all_ranks("take model and plan", lambda: read_plan(model, plan))
     world = init_world(chosen, mesh, model, verify=verify)
+    # Ranks wait for each other, and may be threads of one process.
+    with ONE_AT_A_TIME if world is None else nullcontext():
+        _convert(model, chosen, example_inputs, world, passes, verify)
+
+
+def _convert(
+    model: nn.Module,
+    chosen: Plan,
+    example_inputs: ExampleInputs | None,
+    world: World | None,
+    passes: Sequence[Pass],
+    verify: bool,
+) -> None:
     inputs, discovery, resolved = run_on_all_ranks(
         "apply the plan", lambda: prepare(model, chosen, example_inputs)
     )

@@ -24,6 +24,7 @@ from moeify.init.merge import joined_columns, joined_rows, merged, same_bits, wi
 from moeify.init.strategies import MlpWeights
 from moeify.nn.block import DenseMLP, LinearExperts, ResidualMix, StoredLinear
 from moeify.nn.experts import Experts
+from moeify.nn.tap import TapScope
 from moeify.plan.site import Projection
 from moeify.sites.install import HOOK_TABLES
 from moeify.sites.record import (
@@ -64,6 +65,8 @@ def _warn_of_averages(names: Sequence[str]) -> None:
 
 def _forget(model: nn.Module, conversion: Conversion) -> None:
     """Remove what the conversion left on the model besides its blocks."""
+    for module in model.modules():
+        TapScope.detach(module)
     for path, value in conversion.fused.items():
         compat.restore_fused_encoder(model.get_submodule(path), value)
     parallel = conversion.parallel

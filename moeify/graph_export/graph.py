@@ -26,7 +26,6 @@ from moeify.graph_export.graph_pickle import StoredNode, dump_nodes, load_nodes
 from moeify.hf import detect
 from moeify.kernels import experts as _experts  # noqa: F401  registers ops that graphs call
 from moeify.kernels import route
-from moeify.nn.block import Tap
 from moeify.nn.router import Router
 from moeify.nn.router_losses import RouterLosses
 from moeify.sites.record import require_one_process, routers_of
@@ -216,9 +215,6 @@ def _recording(model: nn.Module) -> Iterator[None]:
             hook.remove()
         for router, loss in zip(routers, former, strict=True):
             router.last_aux_loss = loss
-        for module in model.modules():
-            if isinstance(module, Tap):
-                module.input = None
 
 
 def _check_dynamic(program: torch.export.ExportedProgram) -> None:

@@ -1,4 +1,4 @@
-"""The parts of a MoE block that are not routing: taps, the dense branch, its mix, linear experts.
+"""The parts of a MoE block that are not routing: the dense branch, its mix, linear experts.
 
 Shapes: T tokens, D model width, F hidden width, E experts, R rows.
 """
@@ -15,46 +15,6 @@ from moeify.distributed.dtensor import local
 from moeify.kernels.grouped_linear import grouped_linear
 from moeify.kernels.precision import autocast_enabled
 from moeify.nn.activations import activation as activation_named
-
-
-class Tap(nn.Module):
-    """Replaces a first projection: keeps its input for the block.
-
-    What it returns goes through the activation in between to the block, which ignores it: zeros of
-    the smallest width on which that activation runs, in dimension `channel` (-1, or 1 for
-    convolutions).
-    """
-
-    def __init__(self, width: int, channel: int = -1) -> None:
-        super().__init__()
-        self.width, self.channel = width, channel
-        self.input: Tensor | None = None
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Keep `input` [..., D] and return zeros [..., width]."""
-        self.input = input
-        shape = list(input.shape)
-        shape[self.channel] = self.width
-        return input.new_zeros(shape)
-
-    def extra_repr(self) -> str:
-        return f"width={self.width}, channel={self.channel}"
-
-
-class TapReader(nn.Module):
-    """Passes the input that the tap kept to the block, and releases it."""
-
-    def __init__(self, tap: Tap) -> None:
-        super().__init__()
-        self.tap = tap
-
-    def forward(self, placeholder: Tensor) -> Tensor:
-        """Return the tap's input; the placeholder is not read."""
-        value = self.tap.input
-        if value is None:
-            raise RuntimeError("the MoE block ran before its tap: call the whole layer")
-        self.tap.input = None
-        return value
 
 
 class StoredLinear(nn.Module):

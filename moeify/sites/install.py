@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from moeify import compat
 from moeify.errors import MoeifyError, UnsupportedModuleError
-from moeify.nn.block import Tap, TapReader
+from moeify.nn.tap import Slot, Tap, TapReader, TapScope
 from moeify.sites.discovery import FoundSite
 from moeify.sites.record import ConvertedLayer, Fate, Swap
 
@@ -34,6 +34,7 @@ class Installer:
         self.model = model
         self.fused: dict[str, Any] = {}
         self._done: list[tuple[nn.Module, str, nn.Module]] = []
+        self._scoped: list[nn.Module] = []
 
     def install(self, found: FoundSite | None, path: str, block: fx.GraphModule) -> list[Swap]:
         """Swap the MLP's module for a block, or tap its input and swap its last projection."""
@@ -41,17 +42,19 @@ class Installer:
             return [self._swap(path, block, keep_hooks=found is not None)]
         region, placement = found.region, found.placement
         self._unfuse(placement.block)
-        swaps, first = [], None
-        for up, where in zip(region.ups, placement.taps, strict=True):
+        slots = [Slot(where, placement.block) for where in placement.taps]
+        swaps = []
+        for up, where, slot in zip(region.ups, placement.taps, slots, strict=True):
             width = up.out_features
             if region.program.narrow:
                 width = min(width, region.program.narrow)
-            tap = Tap(width, up.channel)
-            first = first or tap
-            swaps.append(self._swap(where, tap))
-        assert first is not None
-        _read_tap(block, first)
+            swaps.append(self._swap(where, Tap(slot, width, up.channel)))
+        _read_taps(block, slots)
         swaps.append(self._swap(placement.block, block))
+        for path in placement.around:
+            around = self.model.get_submodule(path)
+            TapScope(slots).attach(around)
+            self._scoped.append(around)
         return swaps
 
     def undo(self) -> None:
@@ -59,6 +62,8 @@ class Installer:
         for parent, key, original in reversed(self._done):
             parent._modules[key] = original
         self._done.clear()
+        while self._scoped:
+            TapScope.detach(self._scoped.pop())
         for path, value in self.fused.items():
             compat.restore_fused_encoder(self.model.get_submodule(path), value)
         self.fused.clear()
@@ -87,9 +92,9 @@ class Installer:
                 self.fused.setdefault(around, former)
 
 
-def _read_tap(block: fx.GraphModule, tap: Tap) -> None:
-    """Make the block read the tap's input instead of its own argument."""
-    block.add_submodule("tap_reader", TapReader(tap))
+def _read_taps(block: fx.GraphModule, slots: Sequence[Slot]) -> None:
+    """Make the block read its taps' input instead of its own argument."""
+    block.add_submodule("tap_reader", TapReader(slots))
     placeholder = next(node for node in block.graph.nodes if node.op == "placeholder")
     users = list(placeholder.users)
     with block.graph.inserting_after(placeholder):

@@ -125,3 +125,52 @@ def test_a_disabled_replacement_is_an_error(monkeypatch):
     monkeypatch.setenv("MOEIFY_DISABLE", "replace-mlps")
     with pytest.raises(mf.MoeifyError, match="replace"):
         mf.moeify(Stack(), ALL4, example_inputs=torch.ones(2, 8))
+
+
+def _forward(module):
+    module.forward = torch.compile(module.forward, backend="aot_eager")
+
+
+@pytest.mark.parametrize("path", ["", "layers.1", "layers.1.up"])
+@pytest.mark.parametrize("how", [lambda m: m.compile(backend="aot_eager"), _forward])
+@pytest.mark.parametrize("warm", [False, True])
+def test_what_is_compiled_in_place_is_refused_by_name(path, how, warm):
+    model, x = Stack(), torch.ones(2, 8)
+    how(model.get_submodule(path))
+    if warm:
+        model(x)
+    before = state(model)
+    with pytest.raises(mf.MoeifyError, match=f"{path or 'the model'} is compiled: convert first"):
+        mf.moeify(model, ALL4, example_inputs=x)
+    with pytest.raises(mf.MoeifyError, match="is compiled: convert first"):
+        mf.find_mlps(model, x)
+    assert_same(state(model), before)
+
+
+def test_compiled_in_place_after_the_conversion_and_reverted():
+    model, x = Stack(), torch.randn(2, 8)
+    want = model(x)
+    mf.moeify(model, ALL4, example_inputs=x)
+    model.compile(backend="aot_eager")
+    model.layers[1].compile(backend="aot_eager")
+    torch.testing.assert_close(model(x), want)
+    mf.demoeify(model)
+    torch.testing.assert_close(model(x), want)
+
+
+def test_compiled_functions_inside_and_compiled_classes_are_converted():
+    gelu = torch.compile(nn.functional.gelu, backend="aot_eager")
+
+    class Compiled(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(gelu(self.up(x)))
+
+    class ByClass(Mlp):
+        forward = torch.compile(Mlp.forward, backend="aot_eager")
+
+    model = nn.Sequential(Compiled(), ByClass())
+    x = torch.randn(2, 8)
+    want = model(x)
+    mf.moeify(model, ALL4, example_inputs=x)
+    assert all(isinstance(m, fx.GraphModule) for m in model)
+    torch.testing.assert_close(model(x), want)
