@@ -16,14 +16,15 @@ import logging
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
 
 from moeify import compat
+from moeify.capture.attribute_reads import AttributeRead, attribute_reads
 from moeify.capture.leaked_fakes import ONE_AT_A_TIME, Variables, remove_leaked
 from moeify.capture.preserve import preserved
 from moeify.capture.recorder import ModuleCall, Recorder
@@ -48,6 +49,8 @@ class Capture:
     mode: Mode
     seconds: float
     fallback: str = ""  # why fake tensors could not be used
+    # of attributes of modules; recorded in a second run only, so that the first one is undisturbed
+    reads: list[AttributeRead] = field(default_factory=list)
 
     def chain(self, node: fx.Node) -> list[ModuleCall]:
         """Return the module calls around `node`, innermost first."""
@@ -75,17 +78,18 @@ def capture_runs(
     later: Callable[[Mode], Sequence[ExampleInputs]] = lambda mode: (),
     *,
     training: bool = False,
+    watch: bool = False,
 ) -> list[Capture]:
     """Run `model` several times, each on the state that the run before left, and record each.
 
     `later` returns the inputs of the runs after the first, given whether tensors are fake or real.
-    The result ends before the first of them that fails. Arguments and errors are else those of
-    `capture`.
+    The result ends before the first of them that fails. With `watch` the second run notes which
+    attributes the model's modules read. Arguments and errors are else those of `capture`.
     """
     started = time.perf_counter()
     _refuse_unready(model)
     fakes = [split_inputs(example_inputs), *map(split_inputs, later("fake"))]
-    found, reason = _record_fakes(model, fakes, training)
+    found, reason = _record_fakes(model, fakes, training, watch)
     mode: Mode = "fake" if found else "real"
     if not found and training:
         raise CaptureError(f"the model cannot run on fake tensors in training mode ({reason})")
@@ -97,14 +101,16 @@ def capture_runs(
             )
         runs = [split_inputs(example_inputs), *map(split_inputs, later("real"))]
         try:
-            found = _record(model, runs, False, None)
+            found = _record(model, runs, False, None, watch)
         except Exception as error:
             raise CaptureError(
                 f"the model does not run on the example inputs: {type(error).__name__}: "
                 f"{_first_line(error)}; check example_inputs={_describe(example_inputs)}"
             ) from error
     seconds = time.perf_counter() - started
-    return [Capture(gm, run.nodes, run.calls, mode, seconds, reason) for gm, run in found]
+    return [
+        Capture(gm, run.nodes, run.calls, mode, seconds, reason, run.reads) for gm, run in found
+    ]
 
 
 def record_fake(
@@ -119,7 +125,7 @@ Recorded: TypeAlias = tuple[fx.GraphModule, Recorder]
 
 
 def _record_fakes(
-    model: nn.Module, runs: Sequence[tuple[Args, Kwargs]], training: bool
+    model: nn.Module, runs: Sequence[tuple[Args, Kwargs]], training: bool, watch: bool = False
 ) -> tuple[list[Recorded], str]:
     fakes: list[weakref.ref[Tensor]] = []
     found: list[Recorded] = []
@@ -127,7 +133,7 @@ def _record_fakes(
     with ONE_AT_A_TIME:
         variables = Variables(model)
         try:
-            found = _record(model, runs, training, fakes)
+            found = _record(model, runs, training, fakes, watch)
         except Exception as error:  # a model may raise anything
             reason = f"{type(error).__name__}: {_first_line(error)}"
         remove_leaked(fakes, variables)
@@ -180,6 +186,7 @@ def _record(
     runs: Sequence[tuple[Args, Kwargs]],
     training: bool,
     fakes: list[weakref.ref[Tensor]] | None,
+    watch: bool,
 ) -> list[Recorded]:
     """Run the model under recorders; on fake tensors if `fakes` is a list to collect them in."""
     recorders: list[Recorder] = []
@@ -205,9 +212,11 @@ def _record(
             stack.enter_context(compat.exposed_operators())  # above the fakes, to see all
         for args, kwargs in runs:
             recorder = Recorder(model, names, fakes)
+            second = watch and len(recorders) == 1
+            watching = _watching(model, recorder) if second else nullcontext()
             quiet = compat.quiet_fake_tensors() if recorders else nullcontext()
             try:
-                with quiet, recorder.hooked(args, kwargs), recorder:
+                with quiet, recorder.hooked(args, kwargs), watching, recorder:
                     outputs = model(*args, **kwargs)
             except Exception as error:  # a model may raise anything
                 if not recorders:
@@ -217,6 +226,10 @@ def _record(
             recorder.seal(list(tensors_in(outputs)))
             recorders.append(recorder)
     return [(recorder.finish(), recorder) for recorder in recorders]
+
+
+def _watching(model: nn.Module, recorder: Recorder) -> AbstractContextManager[None]:
+    return attribute_reads(model, lambda: len(recorder.nodes), recorder.reads)
 
 
 def _swap_in_fakes(

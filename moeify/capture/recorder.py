@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from moeify import compat
+from moeify.capture.attribute_reads import AttributeRead
 from moeify.capture.torch_calls import (
     METADATA,
     Args,
@@ -79,6 +80,7 @@ class Recorder(TorchFunctionMode):
         self.calls: list[ModuleCall] = []
         self.stack: list[ModuleCall] = []
         self.objects: dict[str, Any] = {}
+        self.reads: list[AttributeRead] = []
         self._made: dict[int, fx.Node] = {}
         self._memory: dict[tuple[Any, ...], fx.Node] = {}
         self._kept: list[object] = []  # ids are only unique among the living

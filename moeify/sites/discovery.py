@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from moeify.capture.attribute_reads import AttributeRead
 from moeify.capture.capture import Capture, ExampleInputs
 from moeify.hf.detect import example_inputs_for
 from moeify.passes.match.dataflow import Linear, linears_of
@@ -28,6 +29,7 @@ class FoundSite:
     site: Site
     region: Region  # its first run in the graph
     placement: Placement
+    watched: tuple[AttributeRead, ...] = ()  # attributes whose values are in the block
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,7 +76,8 @@ def discover(model: nn.Module, example_inputs: ExampleInputs | None = None) -> D
         refused = placement.install == "refused" and not placement.blocked
         site = _site(model, runs, placement, name, -1 if refused else index)
         index += not refused
-        found.append(FoundSite(site, runs[0], placement))
+        watched = checks[0].watched(runs[0].key, placement) if later and not refused else ()
+        found.append(FoundSite(site, runs[0], placement, watched))
     parameters = list(model.parameters())
     linears = tuple(linears_of(recorded.graph_module.graph))
     return Discovery(

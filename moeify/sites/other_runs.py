@@ -41,7 +41,8 @@ def evaluation_runs(model: nn.Module, inputs: ExampleInputs) -> tuple[Capture, l
         if later:
             break
         log.debug("the model does not run at other sizes: trying %s", retry)
-        later = _record(model, inputs, sizes, [retry])[1]
+        # The last one is not watched either: it runs if the first one did.
+        later = _record(model, inputs, sizes, [retry], watch=retry != sizes)[1]
     return first, later
 
 
@@ -74,6 +75,8 @@ def _record(
     inputs: ExampleInputs,
     sizes: Sizes | None,
     planned: Sequence[Sizes | None],
+    *,
+    watch: bool = True,
 ) -> tuple[Capture, list[LaterRun]]:
     """Record a run, and one for each of the planned sizes until one fails."""
     real = [_in_bounds(sizes)]
@@ -82,7 +85,7 @@ def _record(
         wanted = planned if mode == "fake" else real
         return [_of(inputs, sizes, new) for new in wanted]
 
-    first, *others = capture_runs(model, inputs, make)
+    first, *others = capture_runs(model, inputs, make, watch=watch)
     ran = planned if first.mode == "fake" else real
     later = [
         LaterRun(new, _where(sizes, new), recorded)

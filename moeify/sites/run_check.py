@@ -13,10 +13,12 @@ from dataclasses import replace
 
 from torch import nn
 
+from moeify.capture.attribute_reads import AttributeRead
 from moeify.capture.capture import Capture
 from moeify.passes.match.meaning import difference
 from moeify.passes.match.mlp_regions import Region, find_regions
 from moeify.passes.match.placement import Placement, Placer
+from moeify.sites.watched import watched_by
 
 
 class RunCheck:
@@ -39,6 +41,7 @@ class RunCheck:
         training: bool = False,
         partial: bool = False,
     ) -> None:
+        self.model, self.recorded = model, recorded
         self.where, self.partial = where, partial
         regions, missed = find_regions(recorded.graph_module.graph, training=training)
         self.regions: dict[tuple[str, ...], list[Region]] = {}
@@ -68,6 +71,10 @@ class RunCheck:
                     f"between its projections it does something else {self.where}: {how}",
                 )
         return placement if self.partial else self._placed(runs, there, placement, placer)
+
+    def watched(self, key: tuple[str, ...], placement: Placement) -> tuple[AttributeRead, ...]:
+        """Return the attributes that one site read in this run and whose values its block has."""
+        return watched_by(self.model, self.recorded, self.regions.get(key, []), placement)
 
     def _not_found(self, region: Region, placement: Placement, missing: list[str]) -> Placement:
         name = region.down.weight.name.rpartition(".")[0]
