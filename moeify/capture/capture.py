@@ -48,6 +48,7 @@ class Capture:
     calls: list[ModuleCall]  # in order of entry
     mode: Mode
     seconds: float
+    training: bool = False
     fallback: str = ""  # why fake tensors could not be used
     # of attributes of modules; recorded in a second run only, so that the first one is undisturbed
     reads: list[AttributeRead] = field(default_factory=list)
@@ -64,6 +65,8 @@ class Capture:
 
 def capture(model: nn.Module, example_inputs: ExampleInputs, *, training: bool = False) -> Capture:
     """Run `model` once, unchanged, and record what it does; in training mode on fake tensors only.
+
+    In training mode gradients are on, else they are off.
 
     Raises:
         CaptureError: The forward pass fails on these inputs, with fake and with real tensors, or
@@ -109,7 +112,8 @@ def capture_runs(
             ) from error
     seconds = time.perf_counter() - started
     return [
-        Capture(gm, run.nodes, run.calls, mode, seconds, reason, run.reads) for gm, run in found
+        Capture(gm, run.nodes, run.calls, mode, seconds, training, reason, run.reads)
+        for gm, run in found
     ]
 
 
@@ -206,12 +210,13 @@ def _record(
             script.train(training)
         for module in model.modules():
             module.__dict__["training"] = training
-        stack.enter_context(torch.no_grad())
+        # Training has gradients, so that what runs without them there can be told.
+        stack.enter_context(torch.enable_grad() if training else torch.no_grad())
         if mode is not None:
             stack.enter_context(mode)
             stack.enter_context(compat.exposed_operators())  # above the fakes, to see all
         for args, kwargs in runs:
-            recorder = Recorder(model, names, fakes)
+            recorder = Recorder(model, names, fakes, grads=training)
             second = watch and len(recorders) == 1
             watching = _watching(model, recorder) if second else nullcontext()
             quiet = compat.quiet_fake_tensors() if recorders else nullcontext()

@@ -12,7 +12,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import torch
@@ -40,6 +40,10 @@ _LITERAL: Final = (
 """What has a literal form in generated code; everything else becomes an attribute of the graph."""
 
 
+_ON_GRADIENTS: Final = frozenset(("register_hook", "retain_grad"))
+"""Methods that change or read the gradient of a value: in training they are nodes."""
+
+
 @dataclass(slots=True)
 class ModuleCall:
     """One call of one module, without the user's own hooks on it.
@@ -65,16 +69,22 @@ class ModuleCall:
 
 
 class Recorder(TorchFunctionMode):
-    """Write the graph while the model runs; `fakes` collects the fake tensors that it sees."""
+    """Write the graph while the model runs.
+
+    `fakes` collects the fake tensors that it sees. With `grads` gradients are on, unless the model
+    turns them off.
+    """
 
     def __init__(
         self,
         model: nn.Module,
         names: dict[int, str],
         fakes: list[weakref.ref[Tensor]] | None = None,
+        *,
+        grads: bool = False,
     ) -> None:
         super().__init__()
-        self.model, self.names, self.fakes = model, names, fakes
+        self.model, self.names, self.fakes, self.grads = model, names, fakes, grads
         self.graph = fx.Graph()
         self.nodes: list[fx.Node] = []
         self.calls: list[ModuleCall] = []
@@ -164,7 +174,10 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         name = compat.base_name(func)[1]
         if name in METADATA:
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            if self.grads and name in _ON_GRADIENTS and isinstance(args[0], Tensor):
+                self._emit("call_method", name, (self.node_of(args[0]),), {}, None, [], None)
+            return result
         made = None if name == "__get__" else (self._as_argument(args), self._as_argument(kwargs))
         result = func(*args, **kwargs)
         outputs = list(tensors_in(result))
@@ -225,9 +238,8 @@ class Recorder(TorchFunctionMode):
             for ref in record.params
         )
         index = self.stack[-1].index if self.stack else -1
-        set_record(
-            node, _describe_node(paths[-1] if paths else "", paths, refs, outputs, index, mutates)
-        )
+        record = _describe_node(paths[-1] if paths else "", paths, refs, outputs, index, mutates)
+        set_record(node, replace(record, grad=not self.grads or torch.is_grad_enabled()))
 
     # -- modules
 

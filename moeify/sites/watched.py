@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch import fx, nn
 
@@ -35,25 +35,31 @@ def _across(
     place = {node: i for i, node in enumerate(recorded.nodes)}
     replaced = {*placement.taps, placement.block}
     gone = {id(model.get_submodule(path)) for path in replaced}
-    modules = dict(model.named_modules())
+    names = {id(module): path for path, module in model.named_modules()}
     for run in runs:
         start = min(place[up.node] for up in run.ups)
         stop = place[run.down.node]
         numbers = list(_numbers(run))
-        around = {path for node in run.nodes if (r := record_of(node)) for path in r.modules}
+        inside, around = _paths(run.interior), _paths(run.nodes)
         for read in recorded.reads:
-            if read.path in replaced or read.path not in modules:
+            if read.path in replaced or read.name == "inplace":  # it changes no value
                 continue
-            between = start <= read.at <= stop
+            between, after = start <= read.at <= stop, start < read.at <= stop
             if isinstance(read.value, nn.Module):
-                watch = between and not any(id(child) in gone for child in read.value.modules())
+                ran = after or names.get(id(read.value)) in inside
+                kept = not any(id(child) in gone for child in read.value.modules())
+                watch = between and ran and kept
             elif is_plain(read):
-                after = between and read.at > start
                 watch = after or (read.path in around and _is_one_of(read, numbers))
             else:
                 watch = between
             if watch:
                 yield read
+
+
+def _paths(nodes: Iterable[fx.Node]) -> set[str]:
+    """Return the paths of all modules that were running at these nodes."""
+    return {path for node in nodes if (record := record_of(node)) for path in record.modules}
 
 
 def _numbers(run: Region) -> Iterator[float]:

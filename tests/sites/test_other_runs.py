@@ -178,3 +178,83 @@ def test_what_was_refused_stays_exact() -> None:
     assert not isinstance(moe[2], MLP)
     for shape in ((2, 5), (1, 1), (3, 17)):
         torch.testing.assert_close(moe(v := x(*shape)), dense(v), rtol=1e-5, atol=1e-6)
+
+
+class Cut(MLP):
+    """Changes the gradient of its hidden value without changing the value."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.gelu(self.up(x))
+        match self.how:
+            case "no_grad":
+                with torch.no_grad():
+                    scale = h.abs().mean(-1, keepdim=True)
+                h = h / (1 + scale)
+            case "all of it":
+                with torch.no_grad():
+                    return self.down(h * 2)
+            case "hook":
+                if h.requires_grad:
+                    h.register_hook(lambda grad: grad * 2)
+            case "kept":
+                if h.requires_grad:
+                    h.retain_grad()
+            case "grad mode":
+                h = F.relu(h) if torch.is_grad_enabled() else h
+            case "frozen":
+                with torch.set_grad_enabled(not self.training):
+                    h = h * 2
+        return self.down(h)
+
+
+@pytest.mark.parametrize(
+    ("how", "text"),
+    [
+        ("no_grad", "in training mode it is not such an MLP: `abs` between its projections runs"),
+        ("all of it", "between its projections runs without gradients"),
+        ("hook", "its hidden value is also used by `register_hook`"),
+        ("kept", "its hidden value is also used by `retain_grad`"),
+        ("grad mode", "something else in training mode"),
+        ("frozen", "`mul` between its projections runs without gradients"),
+    ],
+)
+@pytest.mark.parametrize("trains", [True, False])
+def test_what_changes_gradients(how: str, text: str, trains: bool) -> None:
+    model = nn.Sequential(nn.Linear(D, D), Cut(how)).requires_grad_(trains)
+    found = site(model)
+    if how in ("hook", "kept") and not trains:  # there is no gradient
+        assert found.install == "module"
+        return
+    assert found.install == "refused"
+    assert text in found.reason
+
+
+def test_a_model_without_gradients() -> None:
+    class Inference(nn.Sequential):
+        @torch.no_grad()
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    assert site(Inference(nn.Linear(D, D), MLP(""))).install == "module"
+
+
+class Dropped(nn.Module):
+    """An MLP with a dropout behind it that is on at some times."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.up, self.down, self.how = nn.Linear(D, H), nn.Linear(H, D), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        on = {"always": True, "never": False, "inverse": not self.training}
+        return F.dropout(self.down(F.gelu(self.up(x))), 0.1, on.get(self.how, self.training))
+
+
+@pytest.mark.parametrize("how", ["always", "never", "inverse", "training"])
+def test_a_dropout_behind_the_mlp_is_one_of_training(how: str) -> None:
+    """Any other is not taken into the block: it stays in the layer around."""
+    found = discover(nn.Sequential(nn.Linear(D, D), Dropped(how)), x()).found[0]
+    if how == "training":
+        assert (found.placement.install, found.placement.tail_dropout) == ("module", 0.1)
+    else:
+        assert (found.placement.install, found.placement.tail_dropout) == ("across modules", 0.0)
