@@ -12,17 +12,19 @@ constants in it. It serves discovery; `moeify.export` returns a graph that runs 
 
 from __future__ import annotations
 
+import logging
 import time
 import weakref
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
 
 from moeify import compat
+from moeify.capture.attribute_reads import AttributeRead, attribute_reads
 from moeify.capture.leaked_fakes import ONE_AT_A_TIME, Variables, remove_leaked
 from moeify.capture.preserve import preserved
 from moeify.capture.recorder import ModuleCall, Recorder
@@ -31,7 +33,10 @@ from moeify.errors import CaptureError
 from moeify.passes.infra.records import record_of
 from moeify.units import dtype_name
 
+log = logging.getLogger("moeify")
+
 ExampleInputs = Mapping[str, Any] | Sequence[Any] | Tensor
+Mode: TypeAlias = Literal["fake", "real"]
 
 
 @dataclass(slots=True)
@@ -41,9 +46,12 @@ class Capture:
     graph_module: fx.GraphModule  # its `get_attr` nodes refer to the model's own parameters
     nodes: list[fx.Node]  # those that ran, in order (placeholders and `get_attr` excluded)
     calls: list[ModuleCall]  # in order of entry
-    mode: Literal["fake", "real"]
+    mode: Mode
     seconds: float
+    training: bool = False
     fallback: str = ""  # why fake tensors could not be used
+    # of attributes of modules; recorded in a second run only, so that the first one is undisturbed
+    reads: list[AttributeRead] = field(default_factory=list)
 
     def chain(self, node: fx.Node) -> list[ModuleCall]:
         """Return the module calls around `node`, innermost first."""
@@ -58,45 +66,78 @@ class Capture:
 def capture(model: nn.Module, example_inputs: ExampleInputs, *, training: bool = False) -> Capture:
     """Run `model` once, unchanged, and record what it does; in training mode on fake tensors only.
 
+    In training mode gradients are on, else they are off.
+
     Raises:
         CaptureError: The forward pass fails on these inputs, with fake and with real tensors, or
             the model left a fake tensor in a place that cannot be restored.
     """
+    return capture_runs(model, example_inputs, training=training)[0]
+
+
+def capture_runs(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    later: Callable[[Mode], Sequence[ExampleInputs]] = lambda mode: (),
+    *,
+    training: bool = False,
+    watch: bool = False,
+) -> list[Capture]:
+    """Run `model` several times, each on the state that the run before left, and record each.
+
+    `later` returns the inputs of the runs after the first, given whether tensors are fake or real.
+    The result ends before the first of them that fails. With `watch` the second run notes which
+    attributes the model's modules read. Arguments and errors are else those of `capture`.
+    """
     started = time.perf_counter()
-    args, kwargs = split_inputs(example_inputs)
     _refuse_unready(model)
-    found, reason = record_fake(model, args, kwargs, training)
-    mode: Literal["fake", "real"] = "real" if found is None else "fake"
-    if found is None and training:
+    fakes = [split_inputs(example_inputs), *map(split_inputs, later("fake"))]
+    found, reason = _record_fakes(model, fakes, training, watch)
+    mode: Mode = "fake" if found else "real"
+    if not found and training:
         raise CaptureError(f"the model cannot run on fake tensors in training mode ({reason})")
-    if found is None:
+    if not found:
         if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
             raise CaptureError(
                 f"the model is on meta and cannot run on fake tensors ({reason}); "
                 f"check example_inputs={_describe(example_inputs)}, or load its weights first"
             )
+        runs = [split_inputs(example_inputs), *map(split_inputs, later("real"))]
         try:
-            found = _record(model, args, kwargs, False, None)
+            found = _record(model, runs, False, None, watch)
         except Exception as error:
             raise CaptureError(
                 f"the model does not run on the example inputs: {type(error).__name__}: "
                 f"{_first_line(error)}; check example_inputs={_describe(example_inputs)}"
             ) from error
-    graph_module, recorder = found
     seconds = time.perf_counter() - started
-    return Capture(graph_module, recorder.nodes, recorder.calls, mode, seconds, reason)
+    return [
+        Capture(gm, run.nodes, run.calls, mode, seconds, training, reason, run.reads)
+        for gm, run in found
+    ]
 
 
 def record_fake(
     model: nn.Module, args: Args, kwargs: Kwargs, training: bool
 ) -> tuple[tuple[fx.GraphModule, Recorder] | None, str]:
     """Record on fake tensors and leave none of them behind; or return None and the reason."""
+    found, reason = _record_fakes(model, [(args, kwargs)], training)
+    return (found[0] if found else None), reason
+
+
+Recorded: TypeAlias = tuple[fx.GraphModule, Recorder]
+
+
+def _record_fakes(
+    model: nn.Module, runs: Sequence[tuple[Args, Kwargs]], training: bool, watch: bool = False
+) -> tuple[list[Recorded], str]:
     fakes: list[weakref.ref[Tensor]] = []
-    found, reason = None, ""
+    found: list[Recorded] = []
+    reason = ""
     with ONE_AT_A_TIME:
         variables = Variables(model)
         try:
-            found = _record(model, args, kwargs, training, fakes)
+            found = _record(model, runs, training, fakes, watch)
         except Exception as error:  # a model may raise anything
             reason = f"{type(error).__name__}: {_first_line(error)}"
         remove_leaked(fakes, variables)
@@ -146,12 +187,13 @@ def _refuse_unready(model: nn.Module) -> None:
 
 def _record(
     model: nn.Module,
-    args: Args,
-    kwargs: Kwargs,
+    runs: Sequence[tuple[Args, Kwargs]],
     training: bool,
     fakes: list[weakref.ref[Tensor]] | None,
-) -> tuple[fx.GraphModule, Recorder]:
-    """Run the model under a recorder; on fake tensors if `fakes` is a list to collect them in."""
+    watch: bool,
+) -> list[Recorded]:
+    """Run the model under recorders; on fake tensors if `fakes` is a list to collect them in."""
+    recorders: list[Recorder] = []
     names = {id(t): n for n, t in model.named_parameters()}
     names |= {id(t): n for n, t in model.named_buffers() if id(t) not in names}
     with ExitStack() as stack:
@@ -162,27 +204,42 @@ def _record(
             if any(True for script in scripts for _ in script.parameters()):
                 raise RuntimeError("weights of TorchScript modules cannot be replaced by fakes")
             mode = compat.fake_mode()
-            names, args, kwargs = _swap_in_fakes(model, names, args, kwargs, mode)
+            names, runs = _swap_in_fakes(model, names, runs, mode)
         for script in scripts:
             stack.callback(script.train, script.training)
             script.train(training)
         for module in model.modules():
             module.__dict__["training"] = training
-        recorder = Recorder(model, names, fakes)
-        stack.enter_context(recorder.hooked(args, kwargs))
-        stack.enter_context(torch.no_grad())
+        # Training has gradients, so that what runs without them there can be told.
+        stack.enter_context(torch.enable_grad() if training else torch.no_grad())
         if mode is not None:
             stack.enter_context(mode)
             stack.enter_context(compat.exposed_operators())  # above the fakes, to see all
-        with recorder:
-            outputs = model(*args, **kwargs)
-            recorder.outputs = list(tensors_in(outputs))
-    return recorder.finish(), recorder
+        for args, kwargs in runs:
+            recorder = Recorder(model, names, fakes, grads=training)
+            second = watch and len(recorders) == 1
+            watching = _watching(model, recorder) if second else nullcontext()
+            quiet = compat.quiet_fake_tensors() if recorders else nullcontext()
+            try:
+                with quiet, recorder.hooked(args, kwargs), watching, recorder:
+                    outputs = model(*args, **kwargs)
+            except Exception as error:  # a model may raise anything
+                if not recorders:
+                    raise
+                log.debug("a later run fails: %s: %s", type(error).__name__, _first_line(error))
+                break
+            recorder.seal(list(tensors_in(outputs)))
+            recorders.append(recorder)
+    return [(recorder.finish(), recorder) for recorder in recorders]
+
+
+def _watching(model: nn.Module, recorder: Recorder) -> AbstractContextManager[None]:
+    return attribute_reads(model, lambda: len(recorder.nodes), recorder.reads)
 
 
 def _swap_in_fakes(
-    model: nn.Module, names: dict[int, str], args: Args, kwargs: Kwargs, mode: Any
-) -> tuple[dict[int, str], Args, Kwargs]:
+    model: nn.Module, names: dict[int, str], runs: Sequence[tuple[Args, Kwargs]], mode: Any
+) -> tuple[dict[int, str], list[tuple[Args, Kwargs]]]:
     """Replace parameters and buffers by fakes, in the modules' own tables (restored later)."""
     fakes: dict[int, Tensor] = {}
 
@@ -204,4 +261,4 @@ def _swap_in_fakes(
                 if tensor is not None:
                     table[key] = fake(tensor)
     named = {id(fakes[key]): name for key, name in names.items() if key in fakes}
-    return named, fake(args), fake(kwargs)
+    return named, [(fake(args), fake(kwargs)) for args, kwargs in runs]

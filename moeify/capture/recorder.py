@@ -12,7 +12,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from moeify import compat
+from moeify.capture.attribute_reads import AttributeRead
 from moeify.capture.torch_calls import (
     METADATA,
     Args,
@@ -37,6 +38,10 @@ _LITERAL: Final = (
     torch.memory_format, torch.SymInt, torch.SymFloat, torch.SymBool,
 )  # fmt: skip
 """What has a literal form in generated code; everything else becomes an attribute of the graph."""
+
+
+_ON_GRADIENTS: Final = frozenset(("register_hook", "retain_grad"))
+"""Methods that change or read the gradient of a value: in training they are nodes."""
 
 
 @dataclass(slots=True)
@@ -64,22 +69,28 @@ class ModuleCall:
 
 
 class Recorder(TorchFunctionMode):
-    """Write the graph while the model runs; `fakes` collects the fake tensors that it sees."""
+    """Write the graph while the model runs.
+
+    `fakes` collects the fake tensors that it sees. With `grads` gradients are on, unless the model
+    turns them off.
+    """
 
     def __init__(
         self,
         model: nn.Module,
         names: dict[int, str],
         fakes: list[weakref.ref[Tensor]] | None = None,
+        *,
+        grads: bool = False,
     ) -> None:
         super().__init__()
-        self.model, self.names, self.fakes = model, names, fakes
+        self.model, self.names, self.fakes, self.grads = model, names, fakes, grads
         self.graph = fx.Graph()
         self.nodes: list[fx.Node] = []
         self.calls: list[ModuleCall] = []
         self.stack: list[ModuleCall] = []
         self.objects: dict[str, Any] = {}
-        self.outputs: list[Tensor] = []
+        self.reads: list[AttributeRead] = []
         self._made: dict[int, fx.Node] = {}
         self._memory: dict[tuple[Any, ...], fx.Node] = {}
         self._kept: list[object] = []  # ids are only unique among the living
@@ -163,7 +174,10 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         name = compat.base_name(func)[1]
         if name in METADATA:
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            if self.grads and name in _ON_GRADIENTS and isinstance(args[0], Tensor):
+                self._emit("call_method", name, (self.node_of(args[0]),), {}, None, [], None)
+            return result
         made = None if name == "__get__" else (self._as_argument(args), self._as_argument(kwargs))
         result = func(*args, **kwargs)
         outputs = list(tensors_in(result))
@@ -224,9 +238,8 @@ class Recorder(TorchFunctionMode):
             for ref in record.params
         )
         index = self.stack[-1].index if self.stack else -1
-        set_record(
-            node, _describe_node(paths[-1] if paths else "", paths, refs, outputs, index, mutates)
-        )
+        record = _describe_node(paths[-1] if paths else "", paths, refs, outputs, index, mutates)
+        set_record(node, replace(record, grad=not self.grads or torch.is_grad_enabled()))
 
     # -- modules
 
@@ -313,17 +326,19 @@ class Recorder(TorchFunctionMode):
             self.graph.erase_node(former)
         return result
 
+    def seal(self, outputs: Sequence[Tensor]) -> None:
+        """Write the outputs of the run, and release its tensors."""
+        self.graph.output(tuple(self.node_of(t) for t in outputs))
+        for table in (self._made, self._memory, self._kept):
+            table.clear()
+
     def finish(self) -> fx.GraphModule:
-        """Return the graph with the model's own tensors as attributes, and release all others."""
-        self.graph.output(tuple(self.node_of(t) for t in self.outputs))
+        """Return the graph with the model's own tensors as attributes."""
         own: dict[str, Any] = dict(self.model.named_parameters())
         own |= dict(self.model.named_buffers())
         own |= self.objects
         used = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
-        module = fx.GraphModule({k: v for k, v in own.items() if k in used}, self.graph)
-        for table in (self._made, self._memory, self._kept, self.outputs):
-            table.clear()
-        return module
+        return fx.GraphModule({k: v for k, v in own.items() if k in used}, self.graph)
 
 
 def _describe_node(

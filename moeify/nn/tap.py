@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from moeify import compat
+from moeify.nn.watch import Watched, assert_unchanged
 
 
 class Slot:
@@ -113,18 +114,23 @@ class Tap(nn.Module):
 
 
 class TapReader(nn.Module):
-    """Gives a block the input that its taps, one for each first projection, hand over."""
+    """Gives a block the input that its taps, one for each first projection, hand over.
 
-    def __init__(self, slots: Sequence[Slot]) -> None:
+    `watched` are attributes of the layer around whose values are in the block.
+    """
+
+    def __init__(self, slots: Sequence[Slot], watched: Sequence[Watched] = ()) -> None:
         super().__init__()
-        self.slots = tuple(slots)
+        self.slots, self.watched = tuple(slots), tuple(watched)
 
     def forward(self, placeholder: Tensor) -> Tensor:
         """Return the taps' input [..., D]; the placeholder is not read.
 
         Raises:
             RuntimeError: A tap has not run, or they had different inputs.
+            UnsupportedModuleError: A watched attribute has changed.
         """
+        assert_unchanged(self.watched)
         first, *others = [slot.take() for slot in self.slots]
         for slot, other in zip(self.slots[1:], others, strict=True):
             if other is not first:

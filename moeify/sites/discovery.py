@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
-from moeify.capture.capture import Capture, ExampleInputs, capture
+from moeify.capture.attribute_reads import AttributeRead
+from moeify.capture.capture import Capture, ExampleInputs
 from moeify.hf.detect import example_inputs_for
 from moeify.passes.match.dataflow import Linear, linears_of
+from moeify.passes.match.meaning import difference
 from moeify.passes.match.mlp_regions import NearMiss, Region, find_regions
 from moeify.passes.match.placement import Placement, Placer, parameter_names
 from moeify.plan.layer_plan import LayerPlan
 from moeify.plan.site import Projection, Site
-from moeify.sites.training_check import TrainingCheck
+from moeify.sites.other_runs import checks_for, evaluation_runs
+from moeify.sites.run_check import RunCheck
 from moeify.units import dtype_name
 
 
@@ -25,6 +29,7 @@ class FoundSite:
     site: Site
     region: Region  # its first run in the graph
     placement: Placement
+    watched: tuple[AttributeRead, ...] = ()  # attributes whose values are in the block
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,28 +52,32 @@ class Discovery:
 
 
 def discover(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Discovery:
-    """Run `model` once (on fake tensors where it can) and find its MLPs.
+    """Run `model` a few times (on fake tensors where it can) and find its MLPs.
+
+    They are those of the first run, on the inputs as they are, if other runs do not contradict: at
+    other sizes, and in training mode.
 
     Raises:
         CaptureError: It does not run on these inputs, or they are None and cannot be made.
     """
     if example_inputs is None:
         example_inputs = example_inputs_for(model)
-    recorded = capture(model, example_inputs)
+    recorded, later = evaluation_runs(model, example_inputs)
     regions, near = find_regions(recorded.graph_module.graph)
     placer = Placer(model, recorded)
     groups: dict[tuple[str, ...], list[Region]] = {}
     for region in regions:
         groups.setdefault(region.key, []).append(region)
-    check = TrainingCheck(model, example_inputs) if groups else None
-    placed = [(runs, _placement(placer, check, runs)) for runs in groups.values()]
+    checks = checks_for(model, example_inputs, later) if groups else []
+    placed = [(runs, _placement(placer, checks, runs)) for runs in groups.values()]
     names = _unique_names([(runs[0], placement) for runs, placement in placed])
     found, index = [], 0
     for (runs, placement), name in zip(placed, names, strict=True):
         refused = placement.install == "refused" and not placement.blocked
         site = _site(model, runs, placement, name, -1 if refused else index)
         index += not refused
-        found.append(FoundSite(site, runs[0], placement))
+        watched = checks[0].watched(runs[0].key, placement) if later and not refused else ()
+        found.append(FoundSite(site, runs[0], placement, watched))
     parameters = list(model.parameters())
     linears = tuple(linears_of(recorded.graph_module.graph))
     return Discovery(
@@ -83,12 +92,19 @@ def discover(model: nn.Module, example_inputs: ExampleInputs | None = None) -> D
     )
 
 
-def _placement(placer: Placer, check: TrainingCheck | None, runs: list[Region]) -> Placement:
-    """Place one MLP as it runs in evaluation; refuse it if training mode contradicts that."""
+def _placement(placer: Placer, checks: Sequence[RunCheck], runs: list[Region]) -> Placement:
+    """Place one MLP as it runs in evaluation; refuse it if another run contradicts that."""
     place = placer.placement(runs)
-    if check is None or place.install == "refused":
-        return place
-    return check.check(runs, place, placer)
+    for run in runs[1:]:
+        how = difference(runs[0].program, run.program)
+        if how:
+            reason = f"between its projections it does something else when it runs again: {how}"
+            place = Placement("refused", reason, module=place.module)
+    for check in checks:
+        if place.install == "refused":
+            break
+        place = check.check(runs, place, placer)
+    return place
 
 
 def find_mlps(model: nn.Module, example_inputs: ExampleInputs | None = None) -> list[Site]:

@@ -12,8 +12,10 @@ from torch import fx, nn
 from moeify import compat
 from moeify.errors import MoeifyError, UnsupportedModuleError
 from moeify.nn.tap import Slot, Tap, TapReader, TapScope
+from moeify.nn.watch import MoEBlock, Watched
 from moeify.sites.discovery import FoundSite
 from moeify.sites.record import ConvertedLayer, Fate, Swap
+from moeify.sites.watched import is_plain
 
 HOOK_TABLES = (
     "_forward_hooks",
@@ -39,6 +41,8 @@ class Installer:
     def install(self, found: FoundSite | None, path: str, block: fx.GraphModule) -> list[Swap]:
         """Swap the MLP's module for a block, or tap its input and swap its last projection."""
         if found is None or found.placement.install == "module":
+            if found is not None and isinstance(block, MoEBlock):
+                block.fix(path, [read.name for read in found.watched])
             return [self._swap(path, block, keep_hooks=found is not None)]
         region, placement = found.region, found.placement
         self._unfuse(placement.block)
@@ -49,7 +53,17 @@ class Installer:
             if region.program.narrow:
                 width = min(width, region.program.narrow)
             swaps.append(self._swap(where, Tap(slot, width, up.channel)))
-        _read_taps(block, slots)
+        watched = [
+            Watched(
+                read.path,
+                self.model.get_submodule(read.path),
+                read.name,
+                read.value,
+                is_plain(read),
+            )
+            for read in found.watched
+        ]
+        _read_taps(block, slots, watched)
         swaps.append(self._swap(placement.block, block))
         for path in placement.around:
             around = self.model.get_submodule(path)
@@ -92,9 +106,9 @@ class Installer:
                 self.fused.setdefault(around, former)
 
 
-def _read_taps(block: fx.GraphModule, slots: Sequence[Slot]) -> None:
+def _read_taps(block: fx.GraphModule, slots: Sequence[Slot], watched: Sequence[Watched]) -> None:
     """Make the block read its taps' input instead of its own argument."""
-    block.add_submodule("tap_reader", TapReader(slots))
+    block.add_submodule("tap_reader", TapReader(slots, watched))
     placeholder = next(node for node in block.graph.nodes if node.op == "placeholder")
     users = list(placeholder.users)
     with block.graph.inserting_after(placeholder):

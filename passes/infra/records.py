@@ -36,6 +36,7 @@ class NodeRecord:
         dtypes: Dtype of each of these tensors, such as `float32`.
         call: Which call of the module this is, from 0; a shared module runs more than once.
         mutates: The node writes to one of its inputs.
+        grad: The node ran with gradients on; always, where they were not recorded.
         site: Name of the site that the node belongs to, once found.
         role: What the node is in its site, such as `up` or `activation`.
     """
@@ -47,6 +48,7 @@ class NodeRecord:
     dtypes: tuple[str, ...] = ()
     call: int = 0
     mutates: bool = False
+    grad: bool = True
     site: str | None = None
     role: str | None = None
 

@@ -13,7 +13,7 @@ import inspect
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -58,17 +58,33 @@ class InnerProgram:
     narrow: int  # also runs on a hidden value of this width (a placeholder's), or 0
 
 
+Known: TypeAlias = dict[tuple[str, int, torch.dtype], tuple[str, bool, bool] | None]
+"""Names of programs by what determines them: code without modules, width and dtype."""
+
+
 def build_program(
-    ups: Sequence[Linear], interior: Sequence[fx.Node], down: Linear, *, training: bool = False
+    ups: Sequence[Linear],
+    interior: Sequence[fx.Node],
+    down: Linear,
+    *,
+    training: bool = False,
+    known: Known | None = None,
 ) -> InnerProgram:
     """Rewrite the nodes between the projections over rows and name what they compute.
+
+    `known` are the names found before in the same graph, most of whose MLPs are alike.
 
     Raises:
         NotTokenwise: A node mixes tokens or needs something that rows do not have.
     """
     writer = _Writer(ups, interior, down, lift_dropout=True, training=training)
-    plain = not writer.params and not writer.has_dropout
-    named = recognise(writer.module, writer.width, writer.dtype) if plain else None
+    named = None
+    if not any(True for _ in writer.root.children()) and not writer.params:  # operations of torch
+        key = writer.module.code, writer.width, writer.dtype
+        known = {} if known is None else known
+        if key not in known:
+            known[key] = recognise(writer.module, writer.width, writer.dtype)
+        named = known[key]
     narrow = _narrow_width(interior)
     if named is not None:
         activation, gated, swap = named
@@ -166,10 +182,6 @@ class _Writer:
         self.graph.output(self.env[down.source])
         self.graph.lint()
         self.module = fx.GraphModule(self.root, self.graph, class_name="InnerProgram")
-
-    @property
-    def has_dropout(self) -> bool:
-        return any(isinstance(m, nn.Dropout | nn.AlphaDropout) for m in self.root.children())
 
     def _emit_ups(self) -> None:
         start = 0

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import networkx as nx
 from torch import fx
 
-from moeify.passes.infra.records import module_path_of
+from moeify.passes.infra.records import module_path_of, record_of
 from moeify.passes.match.dataflow import Linear, linears_of
 from moeify.passes.match.existing_moe import ExistingMoe
-from moeify.passes.match.inner_program import InnerProgram, NotTokenwise, build_program
+from moeify.passes.match.inner_program import InnerProgram, Known, NotTokenwise, build_program
 from moeify.passes.match.operations import (
     ACTIVATING,
     CASTS,
@@ -110,6 +110,7 @@ def find_regions(graph: fx.Graph, *, training: bool = False) -> tuple[list[Regio
 class _Search:
     def __init__(self, graph: fx.Graph, training: bool) -> None:
         self.training = training
+        self.known: Known = {}
         self.flow: nx.DiGraph[fx.Node] = dataflow(graph)
         self.order = {node: place for place, node in enumerate(graph.nodes)}
         self.linears = linears_of(graph)
@@ -139,8 +140,14 @@ class _Search:
             return NearMiss(_path(down), reason)
         ordered = tuple(sorted(ups, key=lambda up: self.order[up.node]))
         inner = tuple(sorted(interior, key=lambda node: self.order[node]))
+        uncut = {record.grad for n in (*ups, down) if (record := record_of(n.node))}
+        for node in inner:
+            record = record_of(node)
+            if record is not None and node.all_input_nodes and uncut != {record.grad}:
+                where = f"`{op_name(node)}` between its projections"
+                return NearMiss(_path(down), f"{where} runs without gradients (no_grad)")
         try:
-            program = build_program(ordered, inner, down, training=self.training)
+            program = build_program(ordered, inner, down, training=self.training, known=self.known)
         except NotTokenwise as problem:
             return NearMiss(_path(down), str(problem))
         return Region(ordered, down, inner, next(iter(sources)), program)

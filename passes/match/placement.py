@@ -138,10 +138,11 @@ class Placer:
         dropout = 0.0
         last = strip(call.outputs[0])
         if op_name(last) in DROPOUTS:
-            value = last.args[1] if len(last.args) > 1 else last.kwargs.get("p", 0.5)
-            dropout = float(value)  # type: ignore[arg-type]
-            if op_name(last) != "dropout":
-                return None
+            dropout = float(_given(last, 1, "p", 0.5))  # type: ignore[arg-type]
+            active = bool(_given(last, 2, "train" if "train" in last.kwargs else "training", True))
+            on_time = active == self.capture.training or not dropout
+            if op_name(last) != "dropout" or not on_time:
+                return None  # another kind, or one that is on in evaluation or off in training
             inside.add(last)
             last = strip(last.all_input_nodes[0])
         if last is not strip(region.down.out):
@@ -353,6 +354,10 @@ def has_hooks(module: nn.Module) -> bool:
 def memory_of(parameter: nn.Parameter) -> object:
     """Return a key that is the same for two names of one tensor, even if they are two objects."""
     return id(parameter) if parameter.is_meta else compat.storage_key(parameter) or id(parameter)
+
+
+def _given(node: fx.Node, place: int, name: str, default: object) -> object:
+    return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
 
 
 def _without(shape: tuple[int, ...], channel: int) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from moeify.kernels import route
 from moeify.nn.block import DenseMLP, LinearExperts, ResidualMix, StoredLinear
 from moeify.nn.experts import Experts
 from moeify.nn.router import Router
+from moeify.nn.watch import MoEBlock
 from moeify.passes.match.mlp_regions import Region
 from moeify.passes.match.placement import parameter_names
 from moeify.passes.rewrite.nodes import add_node, ops
@@ -56,7 +57,7 @@ def build_block(
     if tail:
         root.add_module("dropout", nn.Dropout(tail))
     graph = _block_graph(layer, channel, argument, root)
-    return fx.GraphModule(root, graph, class_name="MoEBlock")
+    return MoEBlock(root, graph, class_name="MoEBlock")
 
 
 def _block_graph(layer: LayerPlan, channel: int, argument: str, root: nn.Module) -> fx.Graph:

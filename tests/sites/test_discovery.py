@@ -78,4 +78,4 @@ def test_a_large_model_on_meta() -> None:
     found = discover(model)
     assert len(found.sites) == 32
     assert found.capture.mode == "fake"
-    assert time.process_time() - started < 10
+    assert time.process_time() - started < 20
