@@ -202,7 +202,7 @@ def mean_over_ranks(snapshots: Sequence[Snapshot], names: Iterable[str]) -> None
     packed = torch.cat([part.to(torch.float64).flatten() for part in parts])
     dist.all_reduce(packed)
     packed /= dist.get_world_size()
-    for part, mean in zip(parts, packed.split([p.numel() for p in parts]), strict=True):
+    for part, mean in zip(parts, torch.split(packed, [p.numel() for p in parts]), strict=True):
         part.copy_(mean.view_as(part))
 
 

@@ -42,9 +42,8 @@ _CHECKPOINT: Final = re.compile(r"checkpoint-[0-9]+")
 class _SaveMarker(SavePretrained):
     """Replaces the `save_pretrained` of a model that is spread over ranks."""
 
-    folder: Path | None = (
-        None  # of the Trainer that is training; it saves into `checkpoint-N` there
-    )
+    # Of the Trainer that is training; it saves into `checkpoint-N` there.
+    folder: Path | None = None
     mark: str | None = None  # of the checkpoint that is being saved
     resumed: str | None = None  # mark of the checkpoint that the Trainer resumes from
 
@@ -61,8 +60,10 @@ class _SaveMarker(SavePretrained):
 
 
 def attach(model: nn.Module) -> None:
-    """Let every Trainer that trains this model, which is spread over ranks, save it sharded."""
-    model.__dict__["save_pretrained"] = _SaveMarker(model)
+    """Let every Trainer that trains this guarded model, spread over ranks, save it sharded."""
+    guarded = model.__dict__["save_pretrained"]
+    assert isinstance(guarded, SavePretrained)
+    model.__dict__["save_pretrained"] = _SaveMarker(model, guarded.rules)
     model.register_load_state_dict_pre_hook(_note_marker)  # type: ignore[no-untyped-call]
     model.register_load_state_dict_post_hook(_nothing_is_missing)  # type: ignore[no-untyped-call]
     callbacks: Any = transformers.trainer.DEFAULT_CALLBACKS

@@ -23,9 +23,9 @@ def watched_by(
     numbers read around them that are the program's.
     """
     if placement.install == "module":
-        found = (read for read in recorded.reads if read.path == placement.module)
+        found = [read for read in recorded.reads if read.path == placement.module]
     else:
-        found = _across(model, recorded, runs, placement)
+        found = list(_across(model, recorded, runs, placement))
     return tuple({(read.path, read.name): read for read in found}.values())
 
 

@@ -27,6 +27,7 @@ from moeify.passes.match.norms import only_normalises
 from moeify.passes.match.operations import (
     CASTS,
     DROPOUTS,
+    IN_PLACE,
     OVER_WIDTH,
     RESHAPES,
     SPLITS,
@@ -307,7 +308,7 @@ class _Writer:
     def _call(self, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> fx.Node:
         if node.op == "call_method":
             target = str(node.target)
-            if target.startswith("__i") and target.endswith("__"):
+            if target in IN_PLACE:
                 target = "__" + target[3:]
             elif target.endswith("_") and not target.endswith("__"):
                 target = target[:-1]

@@ -47,6 +47,12 @@ CONSTANTS = frozenset("tensor full ones zeros scalar_tensor".split())
 SPLITS = frozenset("chunk split split_with_sizes tensor_split unbind".split())
 ELEMENTWISE = NONLINEAR | LINEAR_MAPS
 TRANSPOSES = frozenset("t T mT H transpose swapaxes permute movedim".split())
+IN_PLACE = frozenset(
+    f"__i{name}__"
+    for name in "add sub mul div truediv floordiv mod pow matmul and or xor lshift rshift".split()
+)
+"""The methods behind `+=` and the like; `__invert__` is none."""
+
 PLAIN_VIEWS = frozenset("detach contiguous clone alias data".split())
 
 
@@ -70,7 +76,7 @@ def op_name(node: fx.Node) -> str:
             return f"{module}.{name}"
     else:
         return node.op
-    if name.startswith("__i") and name.endswith("__") and name[3:-2] in LINEAR_MAPS | {"pow"}:
+    if name in IN_PLACE:
         return name[3:-2]
     return name.strip("_").removeprefix("linalg_")
 
