@@ -6,6 +6,7 @@ model in a user's hands needs, `moeify.formats.save_hook`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
@@ -84,9 +85,10 @@ def moeify(
     convert(model, plan, example_inputs=example_inputs, mesh=mesh, passes=passes, verify=verify)
     guard(model)
     if hasattr(model, "save_pretrained") and is_spread(model):
-        from moeify.formats.trainer_checkpoint import attach  # transformers may not be installed
+        with contextlib.suppress(ImportError):  # without accelerate there is no Trainer
+            from moeify.formats.trainer_checkpoint import attach
 
-        attach(model)
+            attach(model)
     return model
 
 

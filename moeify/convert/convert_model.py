@@ -40,12 +40,16 @@ def convert(
     mesh: Any = None,
     passes: Sequence[Pass] = (),
     verify: bool = True,
+    loading: bool = False,
 ) -> None:
-    """Convert a model in place; arguments and errors as of `moeify.moeify`."""
+    """Convert a model in place; arguments and errors as of `moeify.moeify`.
+
+    A model that is `loading` runs without what its `zero:` needs, if need be.
+    """
     check_whole_world(mesh)
     meet("take model and plan", LONG)
     chosen = run_on_all_ranks("take model and plan", lambda: read_plan(model, plan))
-    world = init_world(chosen, mesh, model, verify=verify)
+    world = init_world(chosen, mesh, model, verify=verify, loading=loading)
     try:
         # Ranks wait for each other, and may be threads of one process.
         with ONE_AT_A_TIME if world is None else nullcontext():
@@ -119,14 +123,14 @@ def convert_without_values(
     called before that: it gives buffers on meta their values.
     """
     try:
-        convert(model, plan, example_inputs=inputs, passes=passes, verify=False)
+        convert(model, plan, example_inputs=inputs, passes=passes, verify=False, loading=True)
     except CaptureError:
         if not any(item.tensor.is_meta for item in tensors_of(model)):
             raise
         if rebuild is not None:
             rebuild()
         _fill_with_zeros(model)
-        convert(model, plan, example_inputs=inputs, passes=passes, verify=False)
+        convert(model, plan, example_inputs=inputs, passes=passes, verify=False, loading=True)
         to_meta(model)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from moeify.tensor_parallel.apply import SlicePlan
     from moeify.zero.plan import ZeroPlan
     from moeify.zero.stage1 import Cut, Guard
+
+log = logging.getLogger("moeify")
 
 _SAME_CALL = "call moeify on every rank with the same plan, weights and form of example inputs"
 
@@ -62,14 +65,26 @@ def check_whole_world(mesh: Any) -> None:
         )
 
 
-def init_world(plan: Plan, mesh: Any, model: nn.Module, *, verify: bool = True) -> World | None:
+def init_world(
+    plan: Plan, mesh: Any, model: nn.Module, *, verify: bool = True, loading: bool = False
+) -> World | None:
     """Return the meshes of a plan in the running world; None where one process is the world.
 
-    `mesh` is the user's own dense mesh, or None; `model` tells the device.
+    `mesh` is the user's own dense mesh, or None; `model` tells the device. Where a saved model is
+    `loading`, a `zero:` that needs a world is left out without one.
     """
     world = world_size()
     running = is_running()
-    check_process(plan, distributed=running)
+    try:
+        check_process(plan, distributed=running)
+    except PlanError as error:
+        if not loading:
+            raise
+        log.warning(
+            "%s; without it weights keep the dtype they were saved in, and mf.optimizer keeps no "
+            "master weights",
+            error,
+        )
     if world == 1 and mesh is None and not (running and plan.zero.is_active):
         _fit(plan, world)
         return None

@@ -18,6 +18,7 @@ Source:
 
 from __future__ import annotations
 
+import itertools
 import sys
 import threading
 import weakref
@@ -300,12 +301,16 @@ class _Link:
 
     def __init__(self) -> None:
         self.reducer: Callable[[], GradientReducer | None] = _none
+        self.key = str(next(_numbers))  # a constant in compiled code
+        _links[self.key] = self
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()
 
 
 _LINK = "_moeify_reducer"  # attribute of a watched module
+_numbers = itertools.count()
+_links: weakref.WeakValueDictionary[str, _Link] = weakref.WeakValueDictionary()
 
 _State = tuple[bool, torch.dtype, torch.device]
 
@@ -348,26 +353,25 @@ def _layout(parameter: nn.Parameter) -> str:
 def _before_forward(module: nn.Module, args: Any) -> None:
     if not torch.is_grad_enabled():
         return
+    link: Any = getattr(module, _LINK)
     if torch.compiler.is_compiling():
-        _follow_at_compilation(module)
-    else:
-        _follow(module)
+        _follow_at_compilation(link.key)
+    elif (reducer := link.reducer()) is not None:
+        reducer.follow(module)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _follow_at_compilation(key: str) -> bool:
+    """Follow now, while the compiler traces: the decorator lets it call this."""
+    reducer = _links[key].reducer()
+    if reducer is not None and reducer._watched:
+        reducer.follow(reducer._watched[0])
+    return True
 
 
 def _after_load(module: nn.Module, incompatible: Any) -> None:
     """Follow what was assigned: compiled code does not look again."""
-    _follow(module)
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _follow_at_compilation(module: nn.Module) -> bool:
-    """Follow now, while the compiler traces: the decorator lets it call this."""
-    _follow(module)
-    return True
-
-
-def _follow(module: nn.Module) -> None:
-    reducer = module.__dict__[_LINK].reducer()
+    reducer = getattr(module, _LINK).reducer()
     if reducer is not None:
         reducer.follow(module)
 

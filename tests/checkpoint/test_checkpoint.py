@@ -27,6 +27,7 @@ from moeify.errors import CheckpointError
 from moeify.passes.infra.base import Fact, PassResult
 from moeify.passes.rewrite.blocks import blocks_of
 from moeify.storage.strict_json import canonical_digest
+from tests.distributed.ranks import run_ranks
 
 SMALL = {"vocab_size": 99}
 ALL = {"layers": [{"select": "all", "experts": 3}]}
@@ -802,6 +803,22 @@ def test_loading_to_a_gpu(folders: tuple[Path, dict[str, str]]) -> None:
     loaded(input_ids=ids(99).cuda())
     again = mf.load(folders[0] / "net", model=Net().cuda())
     assert {t.device.type for t in (*again.parameters(), *again.buffers())} == {"cpu"}
+
+
+def saved_with_precision(rank: int, folder: Path) -> None:
+    plan = ALL | {"zero": {"precision": "bf16"}}
+    mf.save(mf.moeify(encoder(), plan, example_inputs=torch.zeros(1, 3, 8)), folder)
+
+
+def test_a_model_of_another_precision_loads_without_ranks(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_ranks(saved_with_precision, 1, tmp_path / "saved")
+    with caplog.at_level("WARNING", "moeify"):
+        model = mf.load(tmp_path / "saved", model=encoder())
+    assert "zero.precision: needs torch.distributed" in caplog.text
+    assert "mf.optimizer keeps no master weights" in caplog.text
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
 if __name__ == "__main__":
