@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+_OF_GRADIENT = ("_backward_hooks", "_post_accumulate_grad_hooks")
 _OF_STATE = (
     "_state_dict_pre_hooks",
     "_state_dict_hooks",
@@ -20,8 +21,8 @@ def gradient_hooks(tensor: Tensor) -> list[Callable[..., Any]]:
 
     There are public functions to add and remove them, none to find them.
     """
-    tables = (tensor._backward_hooks, getattr(tensor, "_post_accumulate_grad_hooks", None))
-    return [hook for table in tables for hook in (table or {}).values()]
+    tables = [getattr(tensor, name, None) or {} for name in _OF_GRADIENT]
+    return [hook for table in tables for hook in table.values()]
 
 
 def state_dict_hooks(module: nn.Module) -> list[Callable[..., Any]]:
