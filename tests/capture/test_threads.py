@@ -81,7 +81,7 @@ def test_custom_gradients_stay_their_own() -> None:
             mf.moeify(model, PLAN, example_inputs=x)
             torch.testing.assert_close(gradient(model, x), want)
 
-    in_threads(convert, 6)
+    in_threads(convert, 4)
 
 
 def test_models_that_share_a_cache_run_one_at_a_time() -> None:
@@ -131,7 +131,7 @@ def test_forwards_of_other_models_beside_conversions() -> None:
                     torch.testing.assert_close(gradient(model, x), want)
             return
         try:
-            for _ in range(4):
+            for _ in range(2):
                 model = nn.Sequential(Mlp(custom(0.5)))
                 mf.moeify(model, PLAN, example_inputs=x)
                 mf.demoeify(model)
