@@ -63,14 +63,13 @@ def never_compiled_alone(function: Function) -> Function:
     return function
 
 
+@never_compiled_alone
 def runs_compiled_code() -> bool:
     """Tell whether calls made here run as compiled code, as in the hooks of a compiled module.
 
     Private because torch tells code only that it is being compiled.
     """
-    from torch._C._dynamo.eval_frame import get_eval_frame_callback
-
-    return get_eval_frame_callback() not in (None, False)
+    return torch._C._dynamo.eval_frame.get_eval_frame_callback() not in (None, False)
 
 
 def program_module(program: torch.export.ExportedProgram) -> fx.GraphModule:

@@ -8,13 +8,14 @@ activation checkpointing recomputes does not count.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import sys
 import threading
 import types
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,11 +76,19 @@ def detach(model: nn.Module) -> None:
                 module._forward_hooks_always_called.pop(key, None)
 
 
+@functools.cache
+@compat.never_compiled_alone
+def _never_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that dynamo leaves alone; torch's wrapper costs too much everywhere."""
+    made: Callable[..., Any] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    return made
+
+
 def begin_forward(module: nn.Module) -> bool:
     """Begin a forward unless one runs; return whether `end_forward` must follow, come what may."""
     if torch.compiler.is_compiling():
         return _begin_in_a_graph(module)
-    return bool(_begin(module, None))
+    return _begin(module, None)
 
 
 def end_forward(module: nn.Module) -> None:
@@ -96,19 +105,22 @@ def end_forward(module: nn.Module) -> None:
 def _before(module: nn.Module, args: Any) -> None:
     if torch.compiler.is_compiling():
         _begin_in_a_graph(module)
+    elif compat.runs_compiled_code():
+        _never_compiled(_begin)(module, sys._getframe(1))
+        if module.training:
+            _never_compiled(_repeat_draws)(module)
     else:
-        compiled = compat.runs_compiled_code()
         _begin(module, sys._getframe(1))
-        if compiled and module.training:
-            _repeat_draws(module)
 
 
 @compat.never_compiled_alone
 def _after(module: nn.Module, args: Any, output: Any) -> None:
     if torch.compiler.is_compiling():
         _end_in_a_graph(module)
+    elif compat.runs_compiled_code():
+        _never_compiled(_stop_repeating)(module)
+        _never_compiled(_end)(module)
     else:
-        _stop_repeating(module)
         _end(module)
 
 
@@ -133,7 +145,6 @@ def _end_in_a_graph(module: nn.Module) -> None:
                 part.record.adds = False
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _begin(module: nn.Module, frame: types.FrameType | None) -> bool:
     state = _threads.own
     if state.active:
@@ -161,7 +172,6 @@ def _begin(module: nn.Module, frame: types.FrameType | None) -> bool:
     return True
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _end(module: nn.Module) -> None:
     state = _threads.own
     if state.module is not module:
@@ -172,7 +182,6 @@ def _end(module: nn.Module) -> None:
         _close(state)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _repeat_draws(module: nn.Module) -> None:
     """Repeat the draws of compiled code as a whole if it is recomputed; routers cannot do it."""
     for router in _routers_below(module):
@@ -183,7 +192,6 @@ def _repeat_draws(module: nn.Module) -> None:
             return
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _stop_repeating(module: nn.Module) -> None:
     entered = _threads.own.draws
     if entered and entered[-1][0] is module:

@@ -161,6 +161,27 @@ def test_biases_follow_the_load_of_all_ranks():
     assert run_ranks(_biases, 4, made) == [[True] * 8] * 4
 
 
+def _zero_biases(rank: int, made: dict[str, Any]) -> list[bool]:
+    model = converted(made)
+    step = mf.optimizer(model, torch.optim.SGD, lr=0.1)
+    same: list[bool] = []
+    for _ in range(2):
+        backward(model, model, batches((5, 9))[rank])
+        step.step()
+    for _, router in routers_of(model):
+        steps = router.selection_bias.abs().max() / 0.01
+        assert 0.9 < float(steps) < 2.1, float(steps)
+        assert not bool(router.pending_counts.any())
+        same += gathered(router.selection_bias)
+    return same
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_biases_move_with_partitioned_optimizers(stage: int) -> None:
+    made = plan(expert=1, router={"bias_update": 0.01}) | {"zero": {"stage": stage}}
+    assert run_ranks(_zero_biases, 2, made) == [[True] * 4] * 2
+
+
 def _back(rank: int, made: dict[str, Any]) -> list[Any]:
     x = torch.randn(3, WIDTH)
     model = converted(made)
