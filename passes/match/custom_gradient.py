@@ -1,8 +1,8 @@
 """Custom `autograd.Function`s whose gradient is, by its operations, that of their forward.
 
 Both are traced, and the backward is compared with the derivative of the forward, worked out by the
-rules for sums, products and a few functions. Such a function is what its forward says; any other one
-may have a gradient of its own and stays closed.
+rules for sums, products and a few functions. Such a function is what its forward says; any other
+one may have a gradient of its own and stays closed.
 """
 
 from __future__ import annotations
