@@ -43,7 +43,8 @@ def custom_functions(around: Around) -> Iterator[None]:
     """Call `around(function, call, args, kwargs)` for each custom function that this thread uses.
 
     `around` must return `call()`. Inside another such context of the same thread, the outer one
-    keeps being called. Activation checkpointing, itself an `autograd.Function`, is left alone.
+    keeps being called. Two that torch makes itself are left alone: activation checkpointing, and
+    the one in which a custom operator gets its gradient.
     """
     thread = threading.get_ident()
     if thread in _handlers or not _is_known(_APPLY):
@@ -92,7 +93,9 @@ def dispatch(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _original(cls, *args, **kwargs)
 
     around = _handlers.get(threading.get_ident())
-    if around is None or cls is CheckpointFunction:
+    # Private: what torch wraps an operator with a Python gradient in is known by this module alone.
+    generated = cls.__module__ == "torch._library.autograd"
+    if around is None or generated or cls is CheckpointFunction:
         return call()
     return around(cls, call, args, kwargs)
 

@@ -22,6 +22,7 @@ def watched_by(
     first projection and the last one, functions read just before (`self.act(self.up(x))`), and
     numbers read around them that are the program's.
     """
+    found: Iterable[AttributeRead]
     if placement.install == "module":
         found = [read for read in recorded.reads if read.path == placement.module]
     else:

@@ -80,12 +80,15 @@ def build_program(
     """
     writer = _Writer(ups, interior, down, lift_dropout=True, training=training)
     named = None
-    if not any(True for _ in writer.root.children()) and not writer.params:  # operations of torch
+    if not writer.params:
         key = writer.module.code, writer.width, writer.dtype
         known = {} if known is None else known
-        if key not in known:
-            known[key] = recognise(writer.module, writer.width, writer.dtype)
-        named = known[key]
+        if any(True for _ in writer.root.children()):  # not operations of torch alone
+            named = recognise(writer.module, writer.width, writer.dtype)
+        elif key in known:
+            named = known[key]
+        else:
+            named = known[key] = recognise(writer.module, writer.width, writer.dtype)
     narrow = _narrow_width(interior)
     if named is not None:
         activation, gated, swap = named

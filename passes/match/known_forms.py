@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from moeify.nn.activations import ACTIVATIONS
 from moeify.passes.match.expression import Sum, Unknown, piece, same
-from moeify.passes.match.normal_form import normal_form
+from moeify.passes.match.normal_form import normal_form, tolerance_for
 from moeify.passes.match.probing import same_numbers
 
 Form = Callable[[Tensor], Tensor]
@@ -51,9 +51,6 @@ _BY_HAND: Final[Mapping[str, tuple[Form, ...]]] = {
 """Forms beside the functions in `ACTIVATIONS` themselves. `clamp(x, min=0)` is not among those of
 `relu`: its gradient at zero is one."""
 
-_ROUNDED: Final = 2e-7
-"""Constants are compared up to the rounding of float32; exactly for a float64 model."""
-
 
 def recognise(
     module: fx.GraphModule, width: int, dtype: torch.dtype
@@ -62,7 +59,7 @@ def recognise(
 
     `module` maps rows [R, width] of `dtype` to [R, width], or to [R, width / 2] if gated.
     """
-    tolerance = 1e-15 if dtype == torch.float64 else _ROUNDED
+    tolerance = tolerance_for(dtype)
     whole, half = piece(0, width), width // 2
     try:
         program = normal_form(module.graph, whole, width, dtype)

@@ -13,10 +13,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import torch
-from torch import fx
+from torch import fx, nn
 
+from moeify.passes.match.custom_gradient import ARGUMENT, GRADIENT, is_true_gradient, traced
 from moeify.passes.match.expression import Atom, Sum, Unknown, piece
-from moeify.passes.match.operations import CASTS, CONSTANTS, argument, op_name
+from moeify.passes.match.operations import CASTS, CONSTANTS, OpaqueCall, argument, op_name
 
 _OPTIONS: Final[Mapping[str, Sequence[tuple[str, object]]]] = {
     "gelu": (("approximate", "none"),),
@@ -36,15 +37,30 @@ _OPTIONS: Final[Mapping[str, Sequence[tuple[str, object]]]] = {
 """Functions of one value, with the names and defaults of their options."""
 
 
-def normal_form(graph: fx.Graph, hidden: Sum, width: int, dtype: torch.dtype) -> Sum:
-    """Return what a graph of one placeholder computes from `hidden`, a value of `width` columns.
+ROUNDED: Final = 2e-7
+"""Constants are compared up to the rounding of float32; exactly for a float64 model."""
+
+
+def tolerance_for(dtype: torch.dtype) -> float:
+    """Return by how much constants may differ, relative to them, in a model of this dtype."""
+    return 1e-14 if dtype == torch.float64 else ROUNDED
+
+
+def normal_form(
+    graph: fx.Graph,
+    hidden: Sum,
+    width: int,
+    dtype: torch.dtype,
+    *others: Sum,
+) -> Sum:
+    """Return what a graph computes from `hidden`, a value of `width` columns, and from others.
 
     `dtype` is the hidden value's: a cast to one that holds less is no identity.
 
     Raises:
         Unknown: It has no normal form.
     """
-    reader = _Reader(hidden, width, dtype)
+    reader = _Reader(hidden, width, dtype, list(others))
     for node in graph.nodes:
         if node.op == "output":
             found = reader.env.get(node.args[0])
@@ -56,15 +72,18 @@ def normal_form(graph: fx.Graph, hidden: Sum, width: int, dtype: torch.dtype) ->
 
 
 class _Reader:
-    def __init__(self, hidden: Sum, width: int, dtype: torch.dtype) -> None:
+    def __init__(self, hidden: Sum, width: int, dtype: torch.dtype, others: list[Sum]) -> None:
         self.hidden, self.width, self.dtype = hidden, width, dtype
+        self.inputs = [hidden, *others]
         self.env: dict[fx.Node, Any] = {}
 
     def value(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
-            if self.hidden in self.env.values():
+            if not self.inputs:
                 raise Unknown("it has parameters")
-            return self.hidden
+            return self.inputs.pop(0)
+        if node.op == "call_module" and node.graph.owning_module is not None:
+            return self._custom(node, node.graph.owning_module.get_submodule(str(node.target)))
         if node.op not in ("call_function", "call_method"):
             raise Unknown(f"a {node.op}")
         name = op_name(node)
@@ -79,6 +98,17 @@ class _Reader:
         if name in _OPTIONS:
             return self._function(node, name)
         return self._arithmetic(node, name)
+
+    def _custom(self, node: fx.Node, module: nn.Module) -> Sum:
+        """Read a custom function, if its gradient is that of its forward."""
+        if not isinstance(module, OpaqueCall):
+            raise Unknown("a dropout")
+        forward, backward = traced(module)
+        itself = normal_form(forward, ARGUMENT, 1, self.dtype)
+        slope = normal_form(backward, ARGUMENT, 1, self.dtype, GRADIENT)
+        if not is_true_gradient(itself, slope, 4 * tolerance_for(self.dtype)):
+            raise Unknown("a gradient of its own")
+        return normal_form(forward, self._sum(node.args[0]), 1, self.dtype)
 
     def _sum(self, value: object) -> Sum:
         if isinstance(value, fx.Node):

@@ -127,10 +127,43 @@ def test_custom_functions_keep_their_gradient() -> None:
     moeify(model, plan, example_inputs=torch.randn(2, 5, D))
 
 
-def test_custom_functions_are_never_named() -> None:
-    """Their code is not recorded, so that what they do to other values is not known."""
-    program = program_of(TrueSilu.apply)
-    assert program.activation == "custom"
+def test_custom_functions_are_named_if_their_gradient_is_true() -> None:
+    assert program_of(TrueSilu.apply).activation == "silu"
+
+    def middle(h: Tensor) -> Tensor:
+        a, b = h.chunk(2, -1)
+        return TrueSilu.apply(a) * b
+
+    gated = program_of(middle, 2 * H)
+    assert (gated.activation, gated.gated) == ("silu", True)
+
+
+class ScaledSilu(TrueSilu):
+    """With a gradient that is off by a little."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        s = torch.sigmoid(ctx.saved_tensors[0])
+        return grad * s * (1 + ctx.saved_tensors[0] * (1 - s)) * 1.00001
+
+
+class ClampedSilu(TrueSilu):
+    """With a gradient that is clamped where it is rarely seen."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        s = torch.sigmoid(ctx.saved_tensors[0])
+        return (grad * s * (1 + ctx.saved_tensors[0] * (1 - s))).clamp(max=1e4)
+
+
+def test_custom_functions_with_another_gradient_are_kept() -> None:
+    assert program_of(ScaledSilu.apply).activation == "custom"
+    assert program_of(ClampedSilu.apply).activation == "custom"
+
+
+def test_the_gelu_of_bloom() -> None:
+    module = pytest.importorskip("transformers.models.bloom.modeling_bloom")
+    assert program_of(module.GeLUFunction.apply).activation == "gelu_tanh"
 
 
 def test_custom_functions_that_mix_are_refused() -> None:
