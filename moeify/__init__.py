@@ -56,7 +56,9 @@ _HOMES = {
     "PassOrderError": "moeify.errors",
     "VerificationError": "moeify.errors",
     "CheckpointError": "moeify.errors",
+    "DerivativeError": "moeify.errors",
     "DispatchError": "moeify.errors",
+    "ForwardError": "moeify.errors",
 }
 
 _BODIES = {"resolve_plan": "moeify.api"}
@@ -84,7 +86,9 @@ if TYPE_CHECKING:
     from moeify.distillation.trainer import DistillationTrainer as DistillationTrainer
     from moeify.errors import CaptureError as CaptureError
     from moeify.errors import CheckpointError as CheckpointError
+    from moeify.errors import DerivativeError as DerivativeError
     from moeify.errors import DispatchError as DispatchError
+    from moeify.errors import ForwardError as ForwardError
     from moeify.errors import MoeifyError as MoeifyError
     from moeify.errors import PassError as PassError
     from moeify.errors import PassOrderError as PassOrderError

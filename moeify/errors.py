@@ -60,6 +60,10 @@ class CheckpointError(InputError, RuntimeError):
     """A saved model is incomplete, damaged, or does not fit."""
 
 
+class ForwardError(MoeifyError, RuntimeError):
+    """A converted model was called as its dense form was never seen to be, or changed since."""
+
+
 class DerivativeError(MoeifyError, RuntimeError):
     """A derivative that is not computed: of a kind, or at a place, where none is defined."""
 

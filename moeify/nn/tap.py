@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from moeify import compat
+from moeify.errors import ForwardError
 from moeify.nn.watch import Watched, assert_unchanged
 
 
@@ -37,12 +38,12 @@ class Slot:
         """Keep a value for the block.
 
         Raises:
-            RuntimeError: The one before was not taken.
+            ForwardError: The one before was not taken.
         """
         # A recomputation may stop early, before the block runs.
         if self.is_full and not compat.in_backward():
             self.drop()
-            raise RuntimeError(
+            raise ForwardError(
                 f"{self.tap} was called again before {self.block} had run: the MoE block there "
                 "reads its input once, as the dense model did when it was converted. Call each of "
                 "them once per MLP, or leave this layer out of the plan (`select`). If an error "
@@ -56,18 +57,18 @@ class Slot:
         """Return the value and release it.
 
         Raises:
-            RuntimeError: There is none, or it was changed in place since.
+            ForwardError: There is none, or it was changed in place since.
         """
         value: Tensor | None = getattr(self._held, "value", None)
         if value is None:
-            raise RuntimeError(
+            raise ForwardError(
                 f"{self.block} ran before its tap {self.tap}, from which the MoE block gets its "
                 "input: call the whole layer, in the order of the dense model"
             )
         changed = not torch.compiler.is_compiling() and self._was_changed(value)
         self.drop()
         if changed:
-            raise RuntimeError(
+            raise ForwardError(
                 f"the input of {self.tap} was changed in place before {self.block} had run, which "
                 "reads it: change a copy, or leave this layer out of the plan (`select`)"
             )
@@ -127,7 +128,7 @@ class TapReader(nn.Module):
         """Return the taps' input [..., D]; the placeholder is not read.
 
         Raises:
-            RuntimeError: A tap has not run, or they had different inputs.
+            ForwardError: A tap has not run, or they had different inputs.
             UnsupportedModuleError: A watched attribute has changed.
         """
         assert_unchanged(self.watched)
@@ -149,7 +150,7 @@ def _assert_same(first: Tensor, other: Tensor, slot: Slot, another: Slot) -> Non
         "layer out of the plan (`select`)."
     )
     if first.numel() != other.numel() or first.requires_grad != other.requires_grad:
-        raise RuntimeError(message)
+        raise ForwardError(message)
     compiling = torch.compiler.is_compiling()
     if not compiling and (first.is_meta or compat.is_fake(first) or _is_same_memory(first, other)):
         return
@@ -159,7 +160,7 @@ def _assert_same(first: Tensor, other: Tensor, slot: Slot, another: Slot) -> Non
     if compiling:
         compat.assert_async(same, message)
     elif not bool(same):
-        raise RuntimeError(message)
+        raise ForwardError(message)
 
 
 def _is_same_memory(first: Tensor, other: Tensor) -> bool:
@@ -193,12 +194,12 @@ class TapScope:
         """Refuse to end while an input waits.
 
         Raises:
-            RuntimeError: A block did not run after its tap.
+            ForwardError: A block did not run after its tap.
         """
         for slot in self.slots:
             if slot.is_full:
                 slot.drop()
-                raise RuntimeError(
+                raise ForwardError(
                     f"{slot.tap} was called, but {slot.block} was not called after it: the MoE "
                     "block there computes both, so that there is no hidden value for anything "
                     "else. Leave this layer out of the plan (`select`)."

@@ -55,7 +55,7 @@ def checks_for(
     """
     checks = []
     for run in later:
-        single = run.sizes is not None and run.sizes.length == 1
+        single = run.sizes is not None and run.sizes[-1 if run.sizes.length else 0] == 1
         checks.append(RunCheck(model, run.recorded, run.where, partial=single))
     sizes = sizes_of(inputs)
     failed = ""
@@ -109,10 +109,11 @@ def _planned(sizes: Sizes | None) -> list[Sizes | None]:
     """Return sizes for runs on fake tensors: all larger, then a single token."""
     if sizes is None:
         return [None]
-    larger = Sizes(sizes.batch + 1, None if sizes.length is None else 3 * sizes.length + 1)
-    if sizes.length in (None, 1):
-        return [larger]
-    return [larger, Sizes(sizes.batch, 1)]
+    if sizes.length is None:  # rows may be tokens
+        few = [Sizes(1, None)] if sizes.batch > 1 else []
+        return [Sizes(3 * sizes.batch + 1, None), *few]
+    larger = Sizes(sizes.batch + 1, 3 * sizes.length + 1)
+    return [larger] if sizes.length == 1 else [larger, Sizes(sizes.batch, 1)]
 
 
 def _retries(sizes: Sizes | None) -> list[Sizes | None]:

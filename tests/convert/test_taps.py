@@ -193,7 +193,7 @@ def test_another_use_than_the_recorded_one_is_an_error(
     model: Any = convert(copy.deepcopy(dense))
     run = torch.compile(model, backend="aot_eager") if compiled else model
     model.flag = True
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(mf.ForwardError, match=message):
         run(torch.randn(2, 5, D))
     model.flag = False
     assert_runs(run, dense)
@@ -212,7 +212,7 @@ def test_a_method_called_on_its_own() -> None:
     x = torch.randn(2, 5, D)
     torch.testing.assert_close(model.mlp(x), dense.mlp(x))
     model.flag = True
-    with pytest.raises(RuntimeError, match="called again"):
+    with pytest.raises(mf.ForwardError, match="called again"):
         model.mlp(x)
     model.flag = False
     torch.testing.assert_close(model.mlp(x), dense.mlp(x))
@@ -247,7 +247,7 @@ def test_first_projections_have_one_input(how: str, refused: bool, compiled: boo
     run = torch.compile(model, backend="aot_eager") if compiled else model
     x = torch.randn(2, 5, D, requires_grad=True)
     if refused:
-        with pytest.raises(RuntimeError, match="got different inputs"):
+        with pytest.raises(mf.ForwardError, match="got different inputs"):
             run(x)
     else:
         torch.testing.assert_close(run(x), dense(x))
@@ -272,7 +272,7 @@ def test_copies_hand_over_to_themselves(how: str) -> None:
     assert other[0].first.dense.slot is not model[0].first.dense.slot
     assert_runs(other, dense)
     other[0].flag = True
-    with pytest.raises(RuntimeError, match="was not called after it"):
+    with pytest.raises(mf.ForwardError, match="was not called after it"):
         other(torch.randn(2, 5, D))
     assert not model[0].first.dense.slot.is_full
 
