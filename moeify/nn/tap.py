@@ -43,7 +43,7 @@ class Slot:
         # A recomputation may stop early, before the block runs.
         if self.is_full and not compat.in_backward():
             self.drop()
-            raise ForwardError(
+            raise _error(
                 f"{self.tap} was called again before {self.block} had run: the MoE block there "
                 "reads its input once, as the dense model did when it was converted. Call each of "
                 "them once per MLP, or leave this layer out of the plan (`select`). If an error "
@@ -61,14 +61,14 @@ class Slot:
         """
         value: Tensor | None = getattr(self._held, "value", None)
         if value is None:
-            raise ForwardError(
+            raise _error(
                 f"{self.block} ran before its tap {self.tap}, from which the MoE block gets its "
                 "input: call the whole layer, in the order of the dense model"
             )
         changed = not torch.compiler.is_compiling() and self._was_changed(value)
         self.drop()
         if changed:
-            raise ForwardError(
+            raise _error(
                 f"the input of {self.tap} was changed in place before {self.block} had run, which "
                 "reads it: change a copy, or leave this layer out of the plan (`select`)"
             )
@@ -142,6 +142,11 @@ class TapReader(nn.Module):
         return ", ".join(slot.tap for slot in self.slots)
 
 
+def _error(message: str) -> RuntimeError:
+    # While it traces, Dynamo shows the text of a builtin error only.
+    return RuntimeError(message) if torch.compiler.is_compiling() else ForwardError(message)
+
+
 def _assert_same(first: Tensor, other: Tensor, slot: Slot, another: Slot) -> None:
     """Assert that two tensors are one value, reshaped or cast on the way at most."""
     message = (
@@ -150,7 +155,7 @@ def _assert_same(first: Tensor, other: Tensor, slot: Slot, another: Slot) -> Non
         "layer out of the plan (`select`)."
     )
     if first.numel() != other.numel() or first.requires_grad != other.requires_grad:
-        raise ForwardError(message)
+        raise _error(message)
     compiling = torch.compiler.is_compiling()
     if not compiling and (first.is_meta or compat.is_fake(first) or _is_same_memory(first, other)):
         return
@@ -160,7 +165,7 @@ def _assert_same(first: Tensor, other: Tensor, slot: Slot, another: Slot) -> Non
     if compiling:
         compat.assert_async(same, message)
     elif not bool(same):
-        raise ForwardError(message)
+        raise _error(message)
 
 
 def _is_same_memory(first: Tensor, other: Tensor) -> bool:
@@ -199,7 +204,7 @@ class TapScope:
         for slot in self.slots:
             if slot.is_full:
                 slot.drop()
-                raise ForwardError(
+                raise _error(
                     f"{slot.tap} was called, but {slot.block} was not called after it: the MoE "
                     "block there computes both, so that there is no hidden value for anything "
                     "else. Leave this layer out of the plan (`select`)."
