@@ -25,6 +25,7 @@ from moeify.checkpoint import single
 from moeify.cli.child_process import run_python
 from moeify.convert.verify import TOLERANCE, Snapshot, coarsest, compare
 from moeify.errors import MoeifyError, VerificationError
+from moeify.formats.folder_class import custom_class
 from moeify.hf.detect import example_inputs_for
 from moeify.hf.local_folder import load_dense, transformers_offline
 from moeify.nn.router import lifted_capacity
@@ -219,6 +220,17 @@ def auto_class(config: Mapping[str, Any], kind: str) -> str:
     return "AutoModelForCausalLM" if architecture.endswith("ForCausalLM") else architecture
 
 
+def load_source(folder: Path, kind: str, dtype: str | None = None) -> nn.Module:
+    """Load what a folder was made from. It may come from anywhere: its code is not run."""
+    if kind != "custom":
+        return load_as_reader(folder, kind, dtype)
+    transformers_offline()
+    loaded: nn.Module = custom_class(folder).from_pretrained(
+        str(folder), dtype="auto", local_files_only=True, use_safetensors=True
+    )
+    return loaded
+
+
 def load_as_reader(folder: Path, kind: str, dtype: str | None = None) -> nn.Module:
     """Load a folder of a kind of `ModelFiles` with what is to read it; every tensor must match."""
     if kind == "dense":
@@ -258,7 +270,7 @@ def difference_of(dense: list[dict[str, Tensor]], moe: list[dict[str, Tensor]]) 
 def answer(question: Mapping[str, Any]) -> dict[str, Any]:
     """Answer a question of `verify`."""
     kinds, dtype = question["kinds"], question["dtype"]
-    before = load_as_reader(Path(question["source"]), kinds[0], dtype)
+    before = load_source(Path(question["source"]), kinds[0], dtype)
     coarse = coarsest(p.dtype for p in before.parameters())
     inputs = random_inputs(before, question["inputs"])
     wanted = run_all(before, inputs)

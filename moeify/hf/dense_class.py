@@ -38,17 +38,36 @@ def own_class(cls: type, what: str) -> type:
         CheckpointError: It is not; the message calls it `what`.
     """
     module, name = str(cls.__module__), str(cls.__qualname__)
-    if _MODULE.fullmatch(module) and _CLASS.fullmatch(name):
-        try:
-            found: object = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError):
-            found = None
-        if found is cls:
-            return cls
+    if _lookup(module, name) is cls:
+        return cls
     raise CheckpointError(
         f"{what} {module!r:.80}.{name!r:.80} is not part of transformers, and a Hugging Face "
         "folder can name only those: use moeify.save(model, directory) and moeify.load"
     )
+
+
+def class_named(path: str, what: str) -> type:
+    """Return transformers' own class at a dotted path, which may come from a stranger.
+
+    Raises:
+        CheckpointError: It is not one; the message calls it `what`.
+    """
+    module, _, name = path.rpartition(".")
+    found = _lookup(module, name)
+    if not isinstance(found, type) or found.__module__ != module:
+        raise CheckpointError(f"{what}: {path!r:.160} is not a class of transformers")
+    return found
+
+
+def _lookup(module: str, name: str) -> object:
+    """Return what transformers has at a place where its models are; None for all others."""
+    if not _MODULE.fullmatch(module) or not _CLASS.fullmatch(name):
+        return None
+    try:
+        found: object = getattr(importlib.import_module(module), name, None)
+    except ImportError:
+        return None
+    return found
 
 
 def dense_classes(model: nn.Module) -> tuple[type, type]:

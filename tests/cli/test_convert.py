@@ -21,12 +21,14 @@ from typer.testing import CliRunner, Result
 import moeify as mf
 from moeify.cli import convert, convert_check
 from moeify.cli.main import app
+from moeify.formats.folder_class import custom_class
 from moeify.formats.model_card import model_card
 from moeify.formats.streaming import stream
 from moeify.hf.local_folder import load_dense
 from moeify.plan.layer_description import LayerDescription
 from moeify.plan.plan import Plan
 from moeify.plan.specs import InitSpec
+from moeify.storage.strict_json import canonical_digest
 from moeify.storage.tensor_source import LiveTensors
 from tests.checkpoint.test_checkpoint import family
 
@@ -229,6 +231,40 @@ def test_there_and_back(kind, folders, plan, tmp_path, inline):
     assert all(torch.equal(want[key], got[key]) for key in want)
     assert call(dense, tmp_path / "again", "--reverse").exit_code == 1
     assert call(dense, tmp_path / "again", "--plan", plan, "--dry-run").exit_code == 0
+
+
+def test_the_code_of_a_source_folder_is_not_run(folders, plan, tmp_path, monkeypatch):
+    plan.write_text("version: 1\nlayers:\n  - {select: all, experts: 3}\n")
+    moe, trace = tmp_path / "moe", tmp_path / "trace"
+    assert call(folders / "bert", moe, "--plan", plan, "--export", "custom").exit_code == 0
+    planted = f"open({str(trace)!r}, 'a').write(__name__)\n"
+    for name in ("configuration_moeify", "modeling_moeify", "safetensors", "json", "moeify"):
+        path = moe / f"{name}.py"
+        path.write_text(planted + (path.read_text() if path.exists() else ""))
+    config = json.loads((moe / "config.json").read_bytes())
+    config["auto_map"] = {k: f"safetensors.{v}" for k, v in config["auto_map"].items()}
+    (moe / "config.json").write_text(json.dumps(config))
+    monkeypatch.chdir(moe)
+    back = call(Path("."), tmp_path / "dense", "--reverse", "--json")
+    assert back.exit_code == 0, back.stderr
+    assert json.loads(back.stdout)["difference"] < 1e-5
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["os.path", "torch.nn.Linear", "transformers.models.bert.modeling_bert.torch", "a", ""]
+)
+def test_a_folder_names_only_models_of_transformers(name, folders, plan, tmp_path, inline):
+    plan.write_text("version: 1\nlayers:\n  - {select: all, experts: 3}\n")
+    moe = tmp_path / "moe"
+    assert call(folders / "bert", moe, "--plan", plan, "--export", "custom").exit_code == 0
+    manifest = json.loads((moe / "moeify.json").read_bytes())
+    manifest.pop("sha256")
+    manifest["details"]["class"] = name
+    manifest["sha256"] = canonical_digest(manifest)
+    (moe / "moeify.json").write_text(json.dumps(manifest))
+    with pytest.raises(mf.CheckpointError, match=r"is not a (class of transformers|model)"):
+        custom_class(moe)
 
 
 def test_a_wrong_result_is_not_moved_into_place(folders, plan, tmp_path, inline, monkeypatch):
