@@ -172,7 +172,12 @@ class Recorder(TorchFunctionMode):
         kwargs: Kwargs | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        name = compat.base_name(func)[1]
+        space, name = compat.base_name(func)
+        if self.grads and (space, name) == ("aten", "detach"):
+            # What runs without Python shows what autograd saves: the same value once more.
+            result = func(*args, **kwargs)
+            self._remember(result, self.node_of(args[0]))
+            return result
         if name in METADATA:
             result = func(*args, **kwargs)
             if self.grads and name in _ON_GRADIENTS and isinstance(args[0], Tensor):

@@ -11,9 +11,9 @@ import math
 from typing import Any, Final
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx
 
-from moeify.passes.match.expression import Atom, Sum, Unknown, same
+from moeify.passes.match.expression import Atom, Sum, Unknown, graph_of, same
 from moeify.passes.match.operations import OpaqueCall
 
 ARGUMENT: Final = Sum.atom(Atom("argument"))
@@ -45,19 +45,17 @@ def traced(call: OpaqueCall) -> tuple[fx.Graph, fx.Graph]:
     ):
         raise Unknown("a custom function with more arguments")
 
-    class Forward(nn.Module):
-        def forward(self, argument: Tensor) -> Any:
-            return function.forward(_Context(), argument)
+    def forward(argument: Any) -> Any:
+        return function.forward(_Context(), argument)
 
-    class Backward(nn.Module):
-        def forward(self, argument: Tensor, gradient: Tensor) -> Any:
-            context = _Context()
-            function.forward(context, argument)
-            found = function.backward(context, gradient)
-            return found[0] if isinstance(found, tuple) else found
+    def backward(argument: Any, gradient: Any) -> Any:
+        context = _Context()
+        function.forward(context, argument)
+        found = function.backward(context, gradient)
+        return found[0] if isinstance(found, tuple) else found
 
     try:
-        return fx.Tracer().trace(Forward()), fx.Tracer().trace(Backward())
+        return graph_of(forward), graph_of(backward, 2)
     except Exception as error:  # the user's code, on values that have no numbers
         raise Unknown("a custom function that cannot be traced") from error
 

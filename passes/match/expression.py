@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
+
+from torch import fx
 
 _MOST_TERMS = 64
 _MOST_POWER = 8
@@ -145,3 +147,12 @@ def _same_atom(a: Atom, b: Atom, tolerance: float) -> bool:
 def piece(start: int, stop: int) -> Sum:
     """Return the columns `start` to `stop` of the hidden value."""
     return Sum.atom(Atom("hidden", options=(start, stop)))
+
+
+def graph_of(function: Callable[..., Any], count: int = 1) -> fx.Graph:
+    """Trace a function of `count` tensors, without what a `Tracer` patches in all threads."""
+    graph = fx.Graph()
+    tracer = fx.proxy.GraphAppendingTracer(graph)
+    inputs = [fx.Proxy(graph.placeholder(f"input_{i}"), tracer) for i in range(count)]
+    graph.output(function(*inputs).node)
+    return graph

@@ -15,10 +15,10 @@ from typing import Final
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from moeify.nn.activations import ACTIVATIONS
-from moeify.passes.match.expression import Sum, Unknown, piece, same
+from moeify.passes.match.expression import Sum, Unknown, graph_of, piece, same
 from moeify.passes.match.normal_form import normal_form, tolerance_for
 from moeify.passes.match.probing import same_numbers
 
@@ -86,13 +86,5 @@ def _forms() -> tuple[tuple[str, fx.Graph], ...]:
     found = []
     for name, function in ACTIVATIONS.items():
         for form in (function, *_BY_HAND.get(name, ())):
-            found.append((name, _traced(form)))
+            found.append((name, graph_of(form)))
     return tuple(found)
-
-
-def _traced(form: Form) -> fx.Graph:
-    class Root(nn.Module):
-        def forward(self, hidden: Tensor) -> Tensor:
-            return form(hidden)
-
-    return fx.Tracer().trace(Root())
