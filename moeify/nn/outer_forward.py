@@ -42,6 +42,7 @@ class _Running:
     traced: nn.Module | None = None  # that module, if a compiled function began the forward
     depth: int = 0  # of a module that calls itself
     frame: int = 0  # identity of the stack frame that runs its hooks; 0: it ends for certain
+    code: types.CodeType | None = None  # what that frame runs
     routers: list[Router] = field(default_factory=list)
     before: list[tuple[Router, Mapping[str, Any], Tensor | None]] | None = None
     draws: list[tuple[nn.Module, Any]] = field(default_factory=list)  # contexts of compiled code
@@ -168,7 +169,7 @@ def _begin(module: nn.Module, frame: types.FrameType | None) -> bool:
     for router in routers:
         router.record.begin(number)
     state.active, state.module, state.routers, state.depth = True, module, routers, 0
-    state.frame = 0 if frame is None else id(frame)
+    state.frame, state.code = (0, None) if frame is None else (id(frame), frame.f_code)
     return True
 
 
@@ -208,15 +209,16 @@ def _close(state: _Running) -> None:
         if counts is not None and router.pending_counts is not None:
             router.pending_counts.copy_(counts)
     state.active, state.module, state.traced = False, None, None
-    state.routers, state.before, state.draws, state.frame = [], None, [], 0
+    state.routers, state.before, state.draws = [], None, []
+    state.frame, state.code = 0, None
 
 
 def _is_inside(caller: types.FrameType, state: _Running) -> bool:
     """Tell whether the call that began the forward is still running around a caller."""
     frame = caller.f_back
     while frame is not None:
-        # The address of a frame may be used again: compare whose frame it is, too.
-        if id(frame) == state.frame:
+        # The address of a frame may be used again: compare what it runs, and for whom.
+        if id(frame) == state.frame and frame.f_code is state.code:
             return frame.f_locals.get("self", state.module) is state.module
         frame = frame.f_back
     return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import moeify as mf
+from moeify.nn import outer_forward
 from moeify.nn.router import Router
 from moeify.sites.record import routers_of
 
@@ -142,6 +144,25 @@ def test_an_interrupted_forward_leaves_nothing(error: type[BaseException], part:
             want = float(expected(model, X, (0,)).detach())
             again(X)
         assert float(mf.aux_loss(whole).detach()) == pytest.approx(want)
+
+
+def test_the_address_of_an_interrupted_frame_may_be_used_again() -> None:
+    model = converted()
+    want = float(expected(model, X).detach())
+
+    def fail() -> None:
+        raise KeyboardInterrupt
+
+    model.breaks = fail
+    with pytest.raises(KeyboardInterrupt):
+        model(X, (0, 0, 0))
+    model.breaks = None
+    assert outer_forward._threads.own.active
+    outer_forward._threads.own.frame = id(sys._getframe())
+    for _ in range(2):
+        model.layers[0](X)  # any other module
+        model(X)
+    assert float(mf.aux_loss(model).detach()) == pytest.approx(want)
 
 
 @pytest.mark.parametrize("kind", ["no reentrant", "whole"])
