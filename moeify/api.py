@@ -42,8 +42,8 @@ def moeify(
 ) -> Model:
     """Turn chosen MLPs of a model into Mixture-of-Experts layers, in place.
 
-    The model is run once on fake tensors to find its MLPs by dataflow; the plan chooses among
-    them; each chosen one becomes a block that is itself a `torch.fx.GraphModule`; the result is
+    The model is run on fake tensors to find its MLPs by dataflow, also at other sizes and in
+    training mode; the plan chooses among them; each chosen one becomes a block that is itself a `torch.fx.GraphModule`; the result is
     compared with the dense model. After any error the model is exactly the dense one again.
 
     Args:
@@ -55,8 +55,8 @@ def moeify(
             made from the plan if None.
         passes: Your own graph passes. Each goes right before `lower-kernels`, unless its facts ask
             for another place among moeify's.
-        verify: Run the dense and the converted model on the example inputs and compare outputs
-            and gradients; needs memory for the gradients.
+        verify: Run the dense and the converted model on the example inputs and compare outputs, and
+            gradients by every dense weight.
 
     Returns:
         The same object.
