@@ -43,8 +43,9 @@ def moeify(
     """Turn chosen MLPs of a model into Mixture-of-Experts layers, in place.
 
     The model is run on fake tensors to find its MLPs by dataflow, also at other sizes and in
-    training mode; the plan chooses among them; each chosen one becomes a block that is itself a `torch.fx.GraphModule`; the result is
-    compared with the dense model. After any error the model is exactly the dense one again.
+    training mode; the plan chooses among them; each chosen one becomes a block that is itself a
+    `torch.fx.GraphModule`; the result is compared with the dense model. After any error the model
+    is exactly the dense one again.
 
     Args:
         model: Any `nn.Module`, not compiled, sharded or wrapped yet. On `meta` it stays on `meta`.
