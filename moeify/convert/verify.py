@@ -8,7 +8,7 @@ that a wrong gradient is found whatever else trains.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -185,20 +185,24 @@ def _projected(output: Tensor) -> Tensor:
     return (output.float() * torch.randn(size, generator=generator, device=device)).sum()
 
 
-def mean_over_ranks(snapshots: Sequence[Snapshot], names: Iterable[str]) -> None:
+def _no_sketch(weight: Tensor) -> Tensor:
+    """Return the sketch of a nil gradient."""
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    size, most = weight.numel(), _SKETCHES * _COLUMNS
+    shape = weight.shape if size <= most else (most + size % _COLUMNS,)
+    return torch.zeros(shape, dtype=dtype, device=weight.device)
+
+
+def mean_over_ranks(snapshots: Sequence[Snapshot], weights: Mapping[str, Tensor]) -> None:
     """Average the gradients of some dense weights over all ranks, in place.
 
     An expert sees the tokens of several ranks, so only the mean over the ranks is that of the dense
-    model. The snapshots are of the same weights, on every rank.
+    model. All ranks have the same weights; a gradient that one of them lacks is nil there.
     """
-    known = {name: g for shot in snapshots for name, g in shot.gradients.items()}
-    names = [name for name in names if name in known]
-    tables = [shot.gradients for shot in snapshots]
-    for table in tables:  # a gradient that does not arrive is nil
-        table |= {name: torch.zeros_like(known[name]) for name in names if name not in table}
-    parts = [table[name] for table in tables for name in names]
-    if not parts:
-        return
+    parts = []
+    for table in (shot.gradients for shot in snapshots):
+        table |= {n: _no_sketch(w) for n, w in weights.items() if n not in table}
+        parts += [table[name] for name in weights]
     packed = torch.cat([part.to(torch.float64).flatten() for part in parts])
     dist.all_reduce(packed)
     packed /= dist.get_world_size()

@@ -199,4 +199,8 @@ def test_a_sketch_keeps_norms_and_is_linear():
     assert float(sketch(one).norm()) == pytest.approx(1)
     small = torch.randn(5, 5)
     assert torch.equal(sketch(small), small)
+    for tensor in (a, small, a.double()):
+        nil = verify._no_sketch(tensor)
+        assert torch.equal(nil, sketch(torch.zeros_like(tensor)))
+        assert nil.dtype == sketch(tensor).dtype
     assert sketch(small) is not small
